@@ -70,19 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(error: BarefootError, json_target: str | None) -> int:
-    """Say what went wrong. A command that has written its own JSON has said so by ``error.reported``."""
+def _fail(error: Exception, json_target: str | None) -> int:
+    """Say what went wrong: one line, and what to do about it."""
+    from barefoot.cli.report import error_json
+
     if json_target:
-        facts = {"name": error.name, "message": str(error), "cure": error.cure, "exit_code": error.exit_code}
-        console.write_json({"error": facts}, json_target)
-    console.print_error(str(error), error.cure)
-    return error.exit_code
-
-
-def _internal(error: Exception) -> int:
-    console.print_error(
-        f"{type(error).__name__}: {error}", f"set {DEBUG_VARIABLE}=1 to see where; if the input is sound, report it"
-    )
+        console.write_json(error_json(error), json_target)
+    if isinstance(error, BarefootError):
+        console.print_error(str(error), error.cure)
+        return error.exit_code
+    what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    console.print_error(what, None if isinstance(error, OSError) else f"{DEBUG_VARIABLE}=1 shows where it happened")
     return BarefootError.exit_code
 
 
@@ -112,5 +110,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _fail(error, json_target) if isinstance(error, BarefootError) else _internal(error)
+        return _fail(error, json_target)
     return int(code)
