@@ -21,10 +21,10 @@ THIS_MACHINE = "this"
 
 
 def add_model(parser: argparse.ArgumentParser, *, shapes_suffice: bool) -> None:
-    also = ", or a config.json or the name of a well-known model, whose weights are not needed" if shapes_suffice else ""
-    parser.add_argument(
-        "model", metavar="MODEL", help=f"an alias such as {DEFAULT_MODEL}, a file, a folder, a hub id, pypi:NAME{also}"
-    )
+    text = f"an alias such as {DEFAULT_MODEL}, a file, a folder, a hub id, or pypi:NAME"
+    if shapes_suffice:
+        text += "; or, without weights, a config.json or the name of a well-known model"
+    parser.add_argument("model", metavar="MODEL", help=text)
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
     stated.add_argument(
-        "--weights", metavar="SPEC", help='format of all weights, "int(bits=4)", or by group, "ffn=int(bits=3) attn=stored"'
+        "--weights",
+        metavar="SPEC",
+        help='format of all weights, as in "int(bits=4)", or by group, as in "ffn=int(bits=3) attn=stored"',
     )
     stated.add_argument("--kv", metavar="SPEC", help='how keys and values are kept, as in "q8"')
     stated.add_argument("--chunk", metavar="N", type=parse_count, help="prompt tokens that pass the layers at once")

@@ -70,8 +70,9 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), right: S
     if not lines:
         return ""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-        .rstrip()
-        for line in lines
-    )
+
+    def row(line: Sequence[str]) -> str:
+        cells = (cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(line))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(row, lines))

@@ -1,4 +1,4 @@
-"""The ``barefoot`` command: parses arguments, runs one subcommand, and turns what goes wrong into one line and a code."""
+"""The ``barefoot`` command: parses arguments, runs a subcommand, and turns what goes wrong into one line and a code."""
 
 from __future__ import annotations
 

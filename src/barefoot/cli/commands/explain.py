@@ -12,6 +12,7 @@ from barefoot.cli import arguments, console
 from barefoot.core.units import format_bytes, parse_count
 
 if TYPE_CHECKING:
+    from barefoot.core.ledger import Term
     from barefoot.core.technique import Technique
 
 HELP = "explain a technique: idea, formula, knobs, and its bytes on a model"
@@ -63,9 +64,9 @@ def find_technique(text: str) -> Technique:
     return composition[0]
 
 
-def documentation(technique: Technique) -> str:
+def documentation(technique: Technique | type[Technique]) -> str:
     """The docstring of the technique's file."""
-    module = inspect.getmodule(type(technique))
+    module = inspect.getmodule(technique if isinstance(technique, type) else type(technique))
     return inspect.cleandoc(module.__doc__ or "") if module else ""
 
 
@@ -88,15 +89,15 @@ def _facts(technique: Technique) -> dict[str, Any]:
 def execute(args: argparse.Namespace) -> int:
     technique = find_technique(args.technique)
     facts = _facts(technique)
-    terms, model_line = (), ""
+    terms: tuple[Term, ...] = ()
     if args.model:
         from barefoot.cli.models import load_shapes
-        from barefoot.cli.report import model_line as describe
+        from barefoot.cli.report import model_line
 
         spec = load_shapes(args.model).spec
         context = min(args.context, spec.context_length)
         terms = technique.model_terms(spec, context, min(64, context))
-        model_line = f"{describe(args.model, spec)}; context {context:,}"
+        line = f"{model_line(args.model, spec)}; context {context:,}"
         facts |= {"terms": [[t.name, t.count, t.bytes_each] for t in terms], "bytes": sum(t.bytes for t in terms)}
     if args.json:
         console.write_json(facts, args.json)
@@ -110,8 +111,9 @@ def execute(args: argparse.Namespace) -> int:
     rows += [("conflicts", f"{trait}: {reason}") for trait, reason in facts["conflicts"].items()]
     print(console.table([row for row in rows if row[1]]))
     if terms:
-        print(f"\n{model_line}")
-        lines = [[t.name, f"{t.count:,}", f"× {t.bytes_each:,}", f"= {t.bytes:,}", format_bytes(t.bytes)] for t in terms]
-        lines.append(["all", "", "", f"= {facts['bytes']:,}", format_bytes(facts["bytes"])])
+        print(f"\n{line}")
+        rows = [(t.name, f"{t.count:,}", f"× {t.bytes_each:,}", t.bytes) for t in terms]
+        rows.append(("all", "", "", facts["bytes"]))
+        lines = [(*row[:3], f"= {row[3]:,}", format_bytes(row[3])) for row in rows]
         print(console.table(lines, header=("term", "count", "bytes each", "bytes", ""), right=(1, 2, 3, 4)))
     return 0

@@ -11,7 +11,7 @@ from barefoot.core.technique import STATUSES
 
 HELP = "list the 92 papers that barefoot is made of, with the status of each"
 EXAMPLES = ("barefoot papers", "barefoot papers 14", "barefoot papers --status experimental")
-JSON_KEYS = {"papers": "the papers asked for: number, title, home, status, techniques, modules, tests, benchmarks, claim"}
+JSON_KEYS = {"papers": "those asked for: number, title, home, status, techniques, modules, tests, benchmarks, claim"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
