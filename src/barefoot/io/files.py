@@ -7,6 +7,8 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +27,7 @@ class BinaryFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file: IO[bytes] = open(self.path, "rb", buffering=0)
+            self._file = FileIO(self.path)
         except OSError as error:
             raise SourceNotFound(f"can't open {self.path}: {error.strerror}") from None
         self._lock = threading.Lock()
@@ -72,7 +74,7 @@ class BinaryFile:
             return os.preadv(self._file.fileno(), [out], offset)
         with self._lock:
             self._file.seek(offset)
-            return self._file.readinto(out)  # type: ignore[attr-defined]
+            return self._file.readinto(out) or 0
 
 
 @contextmanager
