@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Bound = Literal["memory", "compute", "disk", "link", "overhead"]
+Bound = Literal["memory", "compute", "disk", "link", "host memory", "host compute", "overhead"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ class Plan:
         """The plan as TOML text; :func:`plan_from_toml` reads it back."""
         import tomli_w
 
-        return tomli_w.dumps(self.to_json())
+        text: str = tomli_w.dumps(self.to_json())
+        return text
 
 
 def _time_json(time: PhaseTime) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""solve — an exact multiple-choice knapsack: one option from each slot, within capacities.
+
+Options carry bytes in each place, seconds and KL divergence, all of which add up over the slots. Among the combinations
+that fit, whose KL is at most a limit, the best has the least key
+
+    (pace, KL, bytes)          pace = log(seconds) in steps of 1 %
+
+so that a gain of speed below 1 % never costs quality or memory. Depth-first search with bounds: what remains can't be
+cheaper than the sum of each slot's cheapest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+PACE_STEP = 0.01
+Key = tuple[int, float, int]
+
+
+@dataclass(frozen=True)
+class Option(Generic[T]):
+    """A choice for one slot and what it costs: bytes in each place, seconds, nats."""
+
+    value: T
+    bytes: tuple[int, ...]
+    seconds: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """One value for each slot, and the sums."""
+
+    values: tuple[T, ...]
+    bytes: tuple[int, ...]
+    seconds: float
+    kl: float
+
+    @property
+    def key(self) -> Key:
+        """What choices are compared by, smaller is better."""
+        return (pace(self.seconds), self.kl, self.bytes[0])
+
+
+def pace(seconds: float) -> int:
+    """Seconds on a logarithmic scale, in steps of 1 %; non-decreasing."""
+    return math.floor(math.log(max(seconds, 1e-12)) / math.log1p(PACE_STEP))
+
+
+def _least(slots: Sequence[Sequence[Option[T]]], n_places: int) -> list[tuple[tuple[int, ...], float, float]]:
+    """For each depth, the least bytes, seconds and KL that the slots from there on add."""
+    bounds = [((0,) * n_places, 0.0, 0.0)]
+    for options in reversed(slots):
+        size, seconds, kl = bounds[-1]
+        least = tuple(b + min(o.bytes[i] for o in options) for i, b in enumerate(size))
+        bounds.append((least, seconds + min(o.seconds for o in options), kl + min(o.kl for o in options)))
+    return bounds[::-1]
+
+
+def best(
+    slots: Sequence[Sequence[Option[T]]],
+    capacities: Sequence[int],
+    *,
+    max_kl: float = math.inf,
+    below: Key | None = None,
+    accept: Callable[[Choice[T]], bool] = lambda choice: True,
+) -> Choice[T] | None:
+    """The choice with the least key that fits, or None.
+
+    Parameters
+    ----------
+    slots : the options of each slot; none may be empty.
+    capacities : bytes of each place.
+    max_kl : limit of the summed KL.
+    below : only choices with a smaller key count.
+    accept : a last test of whole choices, asked only of those that would be the best so far.
+    """
+    bounds = _least(slots, len(capacities))
+    # Fast options first, so that a good choice is found early and bounds the rest.
+    ordered = [sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)) for options in slots]
+    found: Choice[T] | None = None
+    limit = below
+
+    def search(depth: int, values: tuple[T, ...], size: tuple[int, ...], seconds: float, kl: float) -> None:
+        nonlocal found, limit
+        more_bytes, more_seconds, more_kl = bounds[depth]
+        if any(s + m > c for s, m, c in zip(size, more_bytes, capacities, strict=True)) or kl + more_kl > max_kl:
+            return
+        if limit is not None and (pace(seconds + more_seconds), kl + more_kl, size[0] + more_bytes[0]) >= limit:
+            return
+        if depth == len(ordered):
+            choice = Choice(values, size, seconds, kl)
+            if accept(choice):
+                found, limit = choice, choice.key
+            return
+        for option in ordered[depth]:
+            total = tuple(a + b for a, b in zip(size, option.bytes, strict=True))
+            search(depth + 1, (*values, option.value), total, seconds + option.seconds, kl + option.kl)
+
+    search(0, (), (0,) * len(capacities), 0.0, 0.0)
+    return found
