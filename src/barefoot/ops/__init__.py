@@ -1,0 +1,237 @@
+"""The numerical ops of barefoot: one schema per op, compiled kernels behind it, numpy where they are missing.
+
+Arrays are C-contiguous numpy arrays. Activations are float32 [n_tokens, d]; weights and KV buffers are uint8 in the
+formats of ``barefoot.ops.blocks`` and ``barefoot.ops.kvrows``. Nothing is allocated inside an op: outputs and scratch
+are the caller's, and ``matmul_scratch_bytes`` and ``attention_scratch_bytes`` say how much. Wrong shapes, dtypes or
+sizes raise TypeError or ValueError before anything is read.
+
+The instruction set is chosen once at import from what the processor has; the environment variable ``BAREFOOT_ISA`` or
+``set_isa`` overrides it. For a given number of threads results are the same from run to run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from barefoot.core.errors import BackendMissing, unknown_name
+from barefoot.ops import reference
+from barefoot.ops.kvrows import row_bytes as kv_row_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes
+from barefoot.ops.threads import get as n_threads
+from barefoot.ops.threads import on_change, set_threads
+
+try:
+    from barefoot.ops import _native  # type: ignore[attr-defined]
+except ImportError:
+    _native = None
+
+__all__ = [
+    "PackedWeight",
+    "add_",
+    "argmax",
+    "attention",
+    "attention_scratch_bytes",
+    "available_isas",
+    "backend",
+    "embed",
+    "glu",
+    "head_rmsnorm",
+    "isa",
+    "kv_append",
+    "kv_row_bytes",
+    "matmul",
+    "matmul_scratch_bytes",
+    "n_threads",
+    "populate",
+    "read_at",
+    "rmsnorm",
+    "rope",
+    "set_isa",
+    "set_threads",
+]
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+_impl: Any = reference if _native is None else _native
+
+#: A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's uint8 buffer.
+#: ``PackedWeight(format, rows, cols, buffer=None)``; ``bind(buffer)`` points it at another buffer of exactly
+#: ``n_bytes`` bytes, of any alignment, and keeps that array alive. Attributes: format, rows, cols, n_bytes, buffer.
+if TYPE_CHECKING:
+    from barefoot.ops.reference import PackedWeight
+else:
+    PackedWeight = _impl.PackedWeight
+
+
+def matmul(
+    x: F32,
+    weights: Sequence[PackedWeight],
+    outs: Sequence[F32],
+    *,
+    activations: str = "int8",
+    add: bool = False,
+    scratch: U8,
+) -> None:
+    """outs[i] = x @ W_i^T, or outs[i] += x @ W_i^T with ``add``, for several weights that share one input.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]
+    weights : each [rows_i, cols], any formats
+    outs : float32 [n_tokens, rows_i] each
+    activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric; a token that holds
+        NaN or infinity gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights block by block and
+        sums in float32. Dense weights (f32, f16, bf16) always take float32.
+    scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``
+    """
+    _impl.matmul(x, weights, outs, activations=activations, add=add, scratch=scratch)
+
+
+def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
+    """out = x / sqrt(mean(x²) + eps) * weight over the last axis, or * (1 + weight) with ``plus_one``.
+
+    x, out : float32 [n_tokens, d], may be the same array; weight : float32 [d]
+    """
+    _impl.rmsnorm(x, weight, eps, out, plus_one=plus_one)
+
+
+def head_rmsnorm(x: F32, n_heads: int, head_dim: int, weight: F32, eps: float, *, plus_one: bool = False) -> None:
+    """``rmsnorm`` of each head in place. x : float32 [n_tokens, n_heads * head_dim]; weight : float32 [head_dim]"""
+    _impl.head_rmsnorm(x, n_heads, head_dim, weight, eps, plus_one=plus_one)
+
+
+def rope(x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved: bool) -> None:
+    """Rotate pairs of each head in place: (a, b) → (a cos - b sin, a sin + b cos).
+
+    x : float32 [n_tokens, n_heads * head_dim]
+    cos, sin : float32 [n_tokens, rot_dim / 2], for the positions of these tokens; rot_dim ≤ head_dim, the rest stays
+    interleaved : pairs are elements (2i, 2i + 1) when true, (i, i + rot_dim / 2) when false
+    """
+    _impl.rope(x, n_heads, head_dim, cos, sin, interleaved=interleaved)
+
+
+def glu(gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
+    """out = activation(gate) * up; float32 arrays of one shape, out may be gate. activation : silu or gelu_tanh"""
+    _impl.glu(gate, up, out, activation=activation)
+
+
+def add_(x: F32, y: F32) -> None:
+    """x += y; float32 arrays of one shape."""
+    _impl.add_(x, y)
+
+
+def embed(ids: npt.NDArray[np.int32], weight: PackedWeight, out: F32, *, scale: float = 1.0) -> None:
+    """out[i] = scale * row ids[i] of ``weight``. ids : int32 [n]; out : float32 [n, cols]"""
+    _impl.embed(ids, weight, out, scale=scale)
+
+
+def kv_append(k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int, start: int) -> None:
+    """Store the keys and values of positions start, start + 1, … ; position p goes to slot p % capacity.
+
+    k, v : float32 [n_tokens, n_kv_heads * head_dim]; n_tokens ≤ capacity
+    k_buf, v_buf : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)]
+    fmt : f16, q8 or q4
+    """
+    _impl.kv_append(k, v, k_buf, v_buf, fmt, capacity, start)
+
+
+def attention(
+    q: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    out: F32,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    n_past: int,
+    n_tokens: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    scratch: U8,
+) -> None:
+    """Causal attention over the store: query i sits at position n_past + i and sees the positions up to its own.
+
+    q, out : float32 [n_tokens, n_heads * head_dim], not the same array
+    k_buf, v_buf : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)], already holding these tokens
+    window : how many positions a query sees, its own included; 0 = all. The store must hold every position that a
+        query sees: min(n_past + n_tokens, window - 1 + n_tokens) ≤ capacity.
+    scale : factor of the scores; softcap : c > 0 puts them through c * tanh(score / c) before the softmax
+    scratch : uint8, at least ``attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim)``
+    """
+    _impl.attention(
+        q,
+        k_buf,
+        v_buf,
+        fmt,
+        out,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        n_past=n_past,
+        n_tokens=n_tokens,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        scratch=scratch,
+    )
+
+
+def argmax(logits: F32) -> int:
+    """The index of the largest of float32 [n]; the first one on a tie, and the first NaN if there is any."""
+    return int(_impl.argmax(logits))
+
+
+def read_at(fd: int, offset: int, array: U8) -> None:
+    """Fill ``array`` (contiguous uint8) from byte ``offset`` of the open file ``fd``, without holding the GIL.
+
+    Works on files opened with O_DIRECT when offset, address and length are aligned. OSError if the file is shorter.
+    """
+    _impl.read_at(fd, offset, array)
+
+
+def populate(array: U8) -> None:
+    """Make every page of ``array`` (contiguous uint8, writable) resident now; its contents stay."""
+    _impl.populate(array)
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that this build and this processor have, slowest first; ``("numpy",)`` without kernels."""
+    return ("numpy",) if _native is None else tuple(_native.available_isas())
+
+
+def isa() -> str:
+    """The instruction set in use: numpy, portable, avx2, avx512, avx512-vnni or neon."""
+    return "numpy" if _native is None else str(_native.isa())
+
+
+def set_isa(name: str) -> None:
+    """Use another of ``available_isas()``; BackendMissing if this machine or build lacks it."""
+    known = ("numpy", "portable", "avx2", "avx512", "avx512-vnni", "neon")
+    if name not in known:
+        raise unknown_name("instruction set", name, known)
+    if name not in available_isas():
+        raise BackendMissing(f"no {name} kernels here", cure=f"choose one of {', '.join(available_isas())}")
+    if _native is not None:
+        _native.set_isa(name)
+
+
+def backend() -> str:
+    """What computes: ``"native:avx512-vnni"``, or ``"reference:numpy"`` when the compiled kernels are missing."""
+    return f"{'reference' if _native is None else 'native'}:{isa()}"
+
+
+if _native is not None:
+    on_change(_native.set_threads)
+if os.environ.get("BAREFOOT_ISA"):
+    set_isa(os.environ["BAREFOOT_ISA"])

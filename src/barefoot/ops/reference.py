@@ -1,0 +1,207 @@
+"""The ops in numpy: the specification that the compiled kernels are tested against. Sums are taken in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from barefoot.ops import blocks, kvrows
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+GROUP = 32  # activations that share a scale
+SMALLEST = np.float32(2.0**-100)  # groups of smaller magnitude count as zero
+ROWS_AT_A_TIME = 512
+
+
+class PackedWeight:
+    """A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's buffer."""
+
+    __slots__ = ("buffer", "cols", "format", "rows")
+
+    def __init__(self, format: str, rows: int, cols: int, buffer: U8 | None = None) -> None:
+        blocks.row_bytes(format, cols)
+        self.format, self.rows, self.cols = format, rows, cols
+        self.buffer: U8 | None = None
+        if buffer is not None:
+            self.bind(buffer)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.rows * blocks.row_bytes(self.format, self.cols)
+
+    def bind(self, buffer: U8) -> None:
+        if buffer.dtype != np.uint8 or not buffer.flags.c_contiguous or buffer.size != self.n_bytes:
+            raise ValueError(
+                f"a {self.format} [{self.rows}, {self.cols}] weight needs {self.n_bytes} contiguous uint8, "
+                f"got {buffer.size} of {buffer.dtype}"
+            )
+        self.buffer = buffer
+
+
+def decode_rows(weight: Any, rows: npt.ArrayLike | slice) -> F32:
+    """The weights float32 (n, cols) of the chosen rows."""
+    if weight.buffer is None:
+        raise ValueError(f"the {weight.format} [{weight.rows}, {weight.cols}] weight is not bound to a buffer")
+    packed = weight.buffer.reshape(weight.rows, -1)[rows]
+    return blocks.decode(weight.format, packed, weight.cols)
+
+
+def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
+    """Codes int8 (n_tokens, cols) and scales float32 (n_tokens, cols / 32): symmetric, largest magnitude = 127.
+
+    Codes are rint(x * (127 / largest)), to the nearest even. A token that holds NaN or infinity gets NaN scales.
+    """
+    grouped = x.reshape(len(x), -1, GROUP)
+    finite = np.logical_and.reduce(np.isfinite(x), axis=1, keepdims=True)
+    grouped = np.where(finite[..., None], grouped, np.float32(0))
+    largest = np.abs(grouped).max(axis=2)
+    used = largest >= SMALLEST
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=used)
+    codes = np.rint(grouped * inverse[..., None]).astype(np.int8).reshape(x.shape)
+    scales = np.where(used, largest / np.float32(127), np.float32(0))
+    scales[~finite[:, 0]] = np.nan
+    return codes, scales
+
+
+def matmul(
+    x: F32,
+    weights: Sequence[Any],
+    outs: Sequence[F32],
+    *,
+    activations: str = "int8",
+    add: bool = False,
+    scratch: U8 | None = None,
+) -> None:
+    exact = x.astype(np.float64)
+    rounded = exact
+    if activations == "int8" and any(blocks.block_elements(w.format) > 1 for w in weights):
+        codes, scales = quantize_activations(x)
+        rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), GROUP, axis=1)
+    for weight, out in zip(weights, outs, strict=True):
+        inputs = exact if blocks.block_elements(weight.format) == 1 else rounded
+        for start in range(0, weight.rows, ROWS_AT_A_TIME):
+            chunk = slice(start, min(start + ROWS_AT_A_TIME, weight.rows))
+            with np.errstate(invalid="ignore", over="ignore"):
+                product = (inputs @ decode_rows(weight, chunk).astype(np.float64).T).astype(np.float32)
+            if add:
+                out[:, chunk] += product
+            else:
+                out[:, chunk] = product
+
+
+def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
+    wide = x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        factor = 1.0 / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)
+        out[...] = wide * factor * (weight.astype(np.float64) + (1.0 if plus_one else 0.0))
+
+
+def head_rmsnorm(x: F32, n_heads: int, head_dim: int, weight: F32, eps: float, *, plus_one: bool = False) -> None:
+    heads = x.reshape(len(x) * n_heads, head_dim)
+    rmsnorm(heads, weight, eps, heads, plus_one=plus_one)
+
+
+def rope(x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved: bool) -> None:
+    half = cos.shape[1]
+    heads = x.reshape(len(x), n_heads, head_dim)
+    first = heads[..., 0 : 2 * half : 2] if interleaved else heads[..., :half]
+    second = heads[..., 1 : 2 * half : 2] if interleaved else heads[..., half : 2 * half]
+    c, s = cos[:, None, :], sin[:, None, :]
+    a, b = first * c - second * s, first * s + second * c
+    first[...], second[...] = a, b
+
+
+def glu(gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
+    x = gate.astype(np.float64)
+    if activation not in ("silu", "gelu_tanh"):
+        raise ValueError(f"activation must be silu or gelu_tanh, got {activation!r}")
+    inner = x if activation == "silu" else 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out[...] = x / (1.0 + np.exp(-inner)) * up
+
+
+def add_(x: F32, y: F32) -> None:
+    x += y
+
+
+def embed(ids: npt.NDArray[np.int32], weight: Any, out: F32, *, scale: float = 1.0) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= weight.rows):
+        raise ValueError(f"token ids must be 0 to {weight.rows - 1}, got {ids.min()} to {ids.max()}")
+    np.multiply(decode_rows(weight, ids), np.float32(scale), out=out)
+
+
+def kv_append(k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int, start: int) -> None:
+    n_kv_heads, _, n_bytes = k_buf.shape
+    slots = (start + np.arange(len(k))) % capacity
+    for rows, buffer in ((k, k_buf), (v, v_buf)):
+        heads = rows.reshape(len(rows), n_kv_heads, -1)
+        encoded = kvrows.encode(fmt, heads)
+        assert encoded.shape[-1] == n_bytes
+        buffer[:, slots] = encoded.transpose(1, 0, 2)
+
+
+def attention(
+    q: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    out: F32,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    n_past: int,
+    n_tokens: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    scratch: U8 | None = None,
+) -> None:
+    first = max(0, n_past - window + 1) if window else 0
+    positions = np.arange(first, n_past + n_tokens)
+    if len(positions) > capacity:
+        raise ValueError(f"{len(positions)} positions are needed at once, and the store keeps {capacity}")
+    keys, values = (
+        kvrows.decode(fmt, buffer[:, positions % capacity], head_dim).astype(np.float64) for buffer in (k_buf, v_buf)
+    )
+    queries = n_past + np.arange(n_tokens)
+    visible = positions[None, :] <= queries[:, None]
+    if window:
+        visible &= positions[None, :] > queries[:, None] - window
+    heads = q.reshape(n_tokens, n_kv_heads, n_heads // n_kv_heads, head_dim).astype(np.float64)
+    scores = np.einsum("tgrd,gpd->tgrp", heads, keys) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(visible[:, None, None, :], scores, -np.inf)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+    out[...] = np.einsum("tgrp,gpd->tgrd", weights, values).reshape(n_tokens, -1)
+
+
+def argmax(logits: F32) -> int:
+    return int(np.argmax(logits))
+
+
+def read_at(fd: int, offset: int, array: U8) -> None:
+    view = array.reshape(-1).data
+    done = 0
+    while done < len(view):
+        os.lseek(fd, offset + done, os.SEEK_SET)
+        piece = os.read(fd, len(view) - done)
+        if not piece:
+            raise OSError(f"the file ends after {done} of {len(view)} bytes at offset {offset}")
+        view[done : done + len(piece)] = piece
+        done += len(piece)
+
+
+def populate(array: U8) -> None:
+    flat = array.reshape(-1).view(np.uint8)
+    flat[::4096] |= 0

@@ -1,0 +1,51 @@
+"""Scratch bytes of the ops: closed forms that the planner, the callers and the kernels share.
+
+The kernels lay out exactly these regions and refuse a shorter array; the numpy reference needs none.
+"""
+
+from __future__ import annotations
+
+from barefoot.core.units import round_up
+from barefoot.ops import threads
+
+ALIGN = 64  # bytes; each region starts on a cache line
+COLUMN_BLOCK = 1024  # columns of a weight tile that are unpacked at a time
+ROW_TILE = 32  # rows of an unpacked int8 tile
+FLOAT_ROW_TILE = 8  # rows of an unpacked float tile
+KEY_TILE = 64  # keys of one step of the online softmax
+QUERY_TILE = 32  # queries (tokens × heads that share a key head) of one attention task
+MAX_SPLITS = 16  # ranges of keys that a single token's attention is split into
+
+
+def matmul_scratch_bytes(n_tokens: int, n_cols: int, activations: str = "int8", *, n_threads: int | None = None) -> int:
+    """Bytes that ``matmul`` needs for ``n_tokens`` inputs of ``n_cols``; ``n_threads`` None means the current number.
+
+    int8: the quantized input (a byte each, one scale and one sum per 32, one sum per 16, float32), and for each thread
+    a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). float32: for each thread
+    8 rows × up to 1,024 columns of float32.
+    """
+    n_threads = threads.get() if n_threads is None else n_threads
+    block = min(round_up(n_cols, 32), COLUMN_BLOCK)
+    if activations == "float32":
+        return ALIGN + n_threads * FLOAT_ROW_TILE * block * 4
+    groups = -(-n_cols // 32)
+    quantized = round_up(n_tokens * n_cols, ALIGN) + 2 * round_up(n_tokens * groups * 4, ALIGN)
+    quantized += round_up(n_tokens * groups * 8, ALIGN)
+    return ALIGN + quantized + n_threads * ROW_TILE * (block + block // 16 * 8)
+
+
+def attention_scratch_bytes(
+    n_tokens: int, n_heads: int, n_kv_heads: int, head_dim: int, *, n_threads: int | None = None
+) -> int:
+    """Bytes that ``attention`` needs for ``n_tokens`` queries, whatever the number of keys.
+
+    For each thread, float32: its queries and their outputs (up to 32, or the heads of one token that share a key head),
+    one tile of 64 keys or values, scores, maxima and sums. A single token also holds up to 16 partial outputs per head.
+    """
+    n_threads = threads.get() if n_threads is None else n_threads
+    sharing = n_heads // n_kv_heads
+    n_queries = min(max(1, QUERY_TILE // sharing), n_tokens) * sharing
+    width = round_up(head_dim, 16)
+    each = round_up(4 * (2 * n_queries * width + KEY_TILE * width + n_queries * KEY_TILE + 2 * n_queries), ALIGN)
+    partial = round_up(4 * MAX_SPLITS * n_heads * (width + 2), ALIGN) if n_tokens == 1 else 0
+    return ALIGN + n_threads * each + partial
