@@ -1,4 +1,4 @@
-"""The promise that a technique is one file: the example of the how-to is dropped into a folder, and everything finds it."""
+"""A technique is one file: the example of the how-to is dropped into a folder, and everything finds it."""
 
 import json
 import os

