@@ -64,6 +64,7 @@ class JsonStream:
     def string(self) -> str:
         if self.peek() != '"':
             raise self._wrong("a string")
+        value: str
         while True:
             try:
                 value, end = scanstring(self._text, self._at + 1)

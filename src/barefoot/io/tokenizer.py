@@ -93,13 +93,11 @@ class Tokenizer:
             ids.extend(next(encoded) if isinstance(piece, str) else [piece])
         return ids
 
-    def find_control(self, text: str, position: int = 0) -> tuple[int, int] | None:
-        """Start and end of the first control token's text at or after ``position``."""
-        texts = [
-            self._vocabulary.text(i) for i in self._vocabulary.added_occurring(text.encode()) if self._is_control(i)
-        ]
-        match = re.compile("|".join(map(re.escape, texts))).search(text, position) if texts else None
-        return match.span() if match else None
+    def control_starts(self, text: str) -> list[int]:
+        """Every position in ``text`` at which a control token's text begins, overlapping ones too."""
+        entries = [i for i in self._vocabulary.added_occurring(text.encode("utf-8", "replace")) if self._is_control(i)]
+        any_of = "|".join(re.escape(self._vocabulary.text(i)) for i in entries)
+        return [match.start() for match in re.finditer(f"(?={any_of})", text)] if entries else []
 
     def _is_control(self, entry: int) -> bool:
         return self._vocabulary.kinds[entry] in (CONTROL, UNKNOWN)
@@ -232,14 +230,14 @@ class StreamDecoder:
 
 
 def _pipeline(parts: TokenizerParts, first: bool) -> LibraryTokenizer:
-    """A library tokenizer with the normalizer and pre-tokenizer, and no model yet; ``first`` at the text's beginning."""
+    """A library tokenizer with normalizer and pre-tokenizer, and no model yet; ``first``: where the text begins."""
     import json
 
     from tokenizers import Tokenizer as LibraryTokenizer
 
     cut = parts.pre_tokenizer if first else _not_first(parts.pre_tokenizer)
     empty = {"type": "BPE", "vocab": {}, "merges": []}
-    sections = {"version": "1.0", "added_tokens": [], "model": empty}
+    sections: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": empty}
     sections |= {"normalizer": parts.normalizer, "pre_tokenizer": cut, "post_processor": None, "decoder": None}
     try:
         return LibraryTokenizer.from_str(json.dumps(sections))

@@ -116,7 +116,7 @@ def read_gguf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
         pre_tokenizer = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": True}
         options = {"byte_fallback": bool((vocabulary.kinds == BYTE).any())}
 
-    ends = {data.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    ends = (_id(data.get(f"tokenizer.ggml.{name}_token_id"), vocabulary) for name in ("eos", "eot", "eom"))
     return TokenizerParts(
         vocabulary=vocabulary,
         merges=merges,
@@ -127,7 +127,7 @@ def read_gguf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
         options=options,
         unk_id=_id(data.get("tokenizer.ggml.unknown_token_id"), vocabulary) if model != "gpt2" else None,
         bos_id=_id(data.get("tokenizer.ggml.bos_token_id"), vocabulary),
-        eos_ids=frozenset(_id(i, vocabulary) for i in ends) | _turn_ends(vocabulary),  # type: ignore[operator]
+        eos_ids=frozenset(i for i in ends if i is not None) | _turn_ends(vocabulary),
         add_bos=bool(data.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in ("llama-bpe", "llama3"))),
         add_space_prefix=prefix and model != "gpt2",
     )
@@ -303,7 +303,7 @@ def _assemble(
     return TokenizerParts(
         vocabulary=vocabulary,
         merges=merges,
-        model=model,
+        model="Unigram" if model == "Unigram" else "BPE",
         alphabet=alphabet,
         normalizer=sections.get("normalizer"),
         pre_tokenizer=sections.get("pre_tokenizer"),
