@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -75,7 +76,8 @@ def _fail(error: Exception, json_target: str | None) -> int:
     from barefoot.cli.report import error_json
 
     if json_target:
-        console.write_json(error_json(error), json_target)
+        with contextlib.suppress(OSError):  # the file that can't be written may be what went wrong
+            console.write_json(error_json(error), json_target)
     if isinstance(error, BarefootError):
         console.print_error(str(error), error.cure)
         return error.exit_code
