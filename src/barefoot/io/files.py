@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +26,7 @@ class BinaryFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file: IO[bytes] = open(self.path, "rb", buffering=0)
+            self._file = FileIO(self.path)
         except OSError as error:
             raise SourceNotFound(f"can't open {self.path}: {error.strerror}") from None
         self._lock = threading.Lock()
@@ -72,20 +73,20 @@ class BinaryFile:
             return os.preadv(self._file.fileno(), [out], offset)
         with self._lock:
             self._file.seek(offset)
-            return self._file.readinto(out)  # type: ignore[attr-defined]
+            return self._file.readinto(out) or 0
 
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only when the block ends well: written beside it, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

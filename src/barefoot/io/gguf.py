@@ -275,7 +275,7 @@ def read_strings(file: BinaryFile, array: GGUFArray) -> tuple[np.ndarray, np.nda
     unpack = _U64.unpack_from
     position, i, filled = array.offset, 0, 0
     while i < array.count:
-        window = memoryview(file.window(position))
+        window = bytes(file.window(position))
         last, at, parts, first = len(window) - 8, 0, [], i
         sizes: list[int] = []
         while i < array.count and at <= last:
@@ -288,7 +288,7 @@ def read_strings(file: BinaryFile, array: GGUFArray) -> tuple[np.ndarray, np.nda
             i += 1
         if not parts:  # one string longer than a window
             (n,) = unpack(window, 0)
-            parts, sizes, at, i = [memoryview(file.read_at(position + 8, n))], [n], 8 + n, i + 1
+            parts, sizes, at, i = [bytes(file.read_at(position + 8, n))], [n], 8 + n, i + 1
         joined = b"".join(parts)
         blob[filled : filled + len(joined)] = np.frombuffer(joined, np.uint8)
         lengths[first:i] = sizes
@@ -301,7 +301,7 @@ def read_strings(file: BinaryFile, array: GGUFArray) -> tuple[np.ndarray, np.nda
 
 def read_numbers(file: BinaryFile, array: GGUFArray) -> np.ndarray:
     """An array of numbers as a numpy array of its own type, ``(count,)``."""
-    forms = {name: form for name, form in _SCALARS.values()}
+    forms = dict(_SCALARS.values())
     if array.element not in forms:
         raise UnsupportedFormat(f"{file.path.name}: expected an array of numbers, got {array}")
     return np.frombuffer(file.read_at(array.offset, array.n_bytes), np.dtype(forms[array.element]))

@@ -120,7 +120,7 @@ class Checkpoint:
             raise InvalidInput(
                 f"tensor {name!r}: expected {n_bytes} contiguous uint8, got {out.nbytes} bytes of {out.dtype}"
             )
-        self._files[info.shard].read_into(info.offset + row_start * info.row_bytes, memoryview(out.reshape(-1)))
+        self._files[info.shard].read_into(info.offset + row_start * info.row_bytes, out.reshape(-1).data)
 
 
 def _has_safetensors(folder: Path) -> bool:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from barefoot.core.errors import CorruptFile, InvalidInput, SourceNotFound, UnsupportedFormat
-from barefoot.core.units import format_bytes
 from barefoot.io.files import HEADER_ALLOWANCE_BYTES, BinaryFile, atomic_writer
 from barefoot.io.strict_json import parse_object, read_object
 from barefoot.io.types import FILE_TYPES, TensorInfo, refuse_overlap
@@ -68,7 +67,7 @@ def read_safetensors(path: str | os.PathLike[str], *, shard: int = 0) -> Safeten
         n_marks = sum(raw.count(mark) for mark in b"{[,:")
         if text_bytes + n_marks * MARK_BYTES > 2 * file.n_bytes + HEADER_ALLOWANCE_BYTES:
             raise CorruptFile(
-                f"{name}: a header of {n_marks} values would take more than twice the file's {format_bytes(file.n_bytes)}"
+                f"{name}: a header of {n_marks} values would take more than twice the file's {file.n_bytes} bytes"
             )
         header = parse_object(raw, f"{name}: header")
         del raw
@@ -171,4 +170,4 @@ def array_entry(name: str, array: np.ndarray) -> tuple[str, str, tuple[int, ...]
     if type_id is None:
         raise InvalidInput(f"tensor {name!r}: no safetensors type for numpy {array.dtype}")
     flat = np.ascontiguousarray(array)
-    return name, type_id, array.shape, (memoryview(flat.reshape(-1).view(np.uint8)),)
+    return name, type_id, array.shape, (flat.reshape(-1).view(np.uint8).data,)
