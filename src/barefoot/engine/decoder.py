@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from barefoot.core.errors import CorruptFile, UnsupportedFormat
 from barefoot.core.model import LayerSpec, ModelSpec, WeightGroup, WeightSpec
+from barefoot.ops import blocks
 
 _GROUPS: dict[str, WeightGroup] = {
     "embed": "embed",
@@ -30,13 +31,13 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
 
 
 class Tensor(Protocol):
-    """What is read of a file's tensor: its stored type and its shape, (rows, cols)."""
+    """What is read of a file's tensor: its stored type and its shape, the last axis contiguous."""
 
     @property
-    def format(self) -> str: ...
+    def type(self) -> str: ...
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, ...]: ...
 
 
 Tensors = Mapping[str, Tensor]
@@ -137,14 +138,20 @@ def need(values: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _tensor(tensors: Tensors, name: str) -> Tensor:
+def _matrix(tensors: Tensors, name: str) -> tuple[str, tuple[int, int]]:
+    """The stored type and (rows, cols) of a tensor."""
     if name not in tensors:
         raise CorruptFile(f"the file lacks the tensor {name!r}")
-    return tensors[name]
+    tensor = tensors[name]
+    if tensor.type not in blocks.names():
+        raise UnsupportedFormat(f"tensor {name!r} is stored as {tensor.type}; known: {', '.join(blocks.names())}")
+    if len(tensor.shape) not in (1, 2) or not all(tensor.shape):
+        raise CorruptFile(f"tensor {name!r} has shape {tensor.shape}; a matrix or a vector is expected")
+    return tensor.type, ((1,) + tuple(tensor.shape))[-2:]  # type: ignore[return-value]
 
 
 def _first_layer(tensors: Tensors, names: Roles, role: str) -> tuple[int, int]:
-    return _tensor(tensors, names[role].template.format(i=0)).shape
+    return _matrix(tensors, names[role].template.format(i=0))[1]
 
 
 def _sizes(
@@ -266,11 +273,10 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
         tensor_name = source.template.format(i=layer)
         stored = default_format
         if tensors is not None:
-            tensor = _tensor(tensors, tensor_name)
-            stored = tensor.format
-            if tuple(tensor.shape) != (fused[source.template], cols):
+            stored, shape = _matrix(tensors, tensor_name)
+            if shape != (fused[source.template], cols):
                 raise CorruptFile(
-                    f"tensor {tensor_name!r} is {tuple(tensor.shape)}, the header implies {(fused[source.template], cols)}"
+                    f"tensor {tensor_name!r} is {shape}, the header implies {(fused[source.template], cols)}"
                 )
         return WeightSpec(
             name=role if layer is None else f"layers.{layer}.{role}",
