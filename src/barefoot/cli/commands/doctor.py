@@ -54,8 +54,8 @@ def _machine() -> dict[str, Any]:
     versions = {"barefoot": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*LIBRARIES, *OPTIONAL_LIBRARIES)}
     speeds = {
-        "memory": (this.read_gb_s["host"], "GB/s", this.source("read_gb_s.host")),
-        "disk": (this.read_gb_s["disk"], "GB/s", this.source("read_gb_s.disk")),
+        "memory reads": (this.read_gb_s["host"], "GB/s", this.source("read_gb_s.host")),
+        "disk reads": (this.read_gb_s["disk"], "GB/s", this.source("read_gb_s.disk")),
         "arithmetic, f32": (this.peaks["f32"] / 1e9, "Gop/s", this.source("peaks")),
     }
     return {
