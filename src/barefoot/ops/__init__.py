@@ -86,8 +86,8 @@ def matmul(
     weights : each [rows_i, cols], any formats
     outs : float32 [n_tokens, rows_i] each
     activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric; a token that holds
-        NaN or infinity gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights block by block and sums in
-        float32. Dense weights (f32, f16, bf16) always take float32.
+        NaN or infinity gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights block by block and
+        sums in float32. Dense weights (f32, f16, bf16) always take float32.
     scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``
     """
     _impl.matmul(x, weights, outs, activations=activations, add=add, scratch=scratch)

@@ -58,7 +58,7 @@ def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
     Codes are rint(x * (127 / largest)), to the nearest even. A token that holds NaN or infinity gets NaN scales.
     """
     grouped = x.reshape(len(x), -1, GROUP)
-    finite: npt.NDArray[np.bool_] = np.isfinite(x).all(axis=1, keepdims=True)
+    finite = np.logical_and.reduce(np.isfinite(x), axis=1, keepdims=True)
     grouped = np.where(finite[..., None], grouped, np.float32(0))
     largest = np.abs(grouped).max(axis=2)
     used = largest >= SMALLEST

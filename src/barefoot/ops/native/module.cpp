@@ -1,3 +1,377 @@
+// Python bindings: every shape, dtype and size is checked here, so the kernels can trust their arguments.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-NB_MODULE(_native, m) { m.attr("__doc__") = "Compiled kernels of barefoot."; }
+#include <cerrno>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+#include "system.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace barefoot {
+
+#define BAREFOOT_DECLARE(isa) \
+  namespace isa {             \
+  extern const Kernels kernels; \
+  }
+BAREFOOT_DECLARE(portable)
+#if defined(BAREFOOT_X86)
+BAREFOOT_DECLARE(avx2)
+BAREFOOT_DECLARE(avx512)
+BAREFOOT_DECLARE(avx512_vnni)
+#endif
+#if defined(BAREFOOT_NEON)
+BAREFOOT_DECLARE(neon)
+#endif
+
+namespace {
+
+template <class T, class... Shape>
+using Array = nb::ndarray<T, Shape..., nb::c_contig, nb::device::cpu>;
+using Vector = Array<const float, nb::ndim<1>>;
+using Matrix = Array<const float, nb::ndim<2>>;
+using MatrixOut = Array<float, nb::ndim<2>>;
+using Bytes = Array<const uint8_t>;
+using BytesOut = Array<uint8_t>;
+using KvBytes = Array<const uint8_t, nb::ndim<3>>;
+using KvBytesOut = Array<uint8_t, nb::ndim<3>>;
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+};
+
+std::vector<Isa> usable_isas() {  // slowest first
+  std::vector<Isa> found{{"portable", &portable::kernels}};
+#if defined(BAREFOOT_X86) || defined(BAREFOOT_NEON)
+  const CpuFeatures cpu = cpu_features();
+#endif
+#if defined(BAREFOOT_X86)
+  if (cpu.avx2) found.push_back({"avx2", &avx2::kernels});
+  if (cpu.avx512) found.push_back({"avx512", &avx512::kernels});
+  if (cpu.avx512_vnni) found.push_back({"avx512-vnni", &avx512_vnni::kernels});
+#endif
+#if defined(BAREFOOT_NEON)
+  if (cpu.neon_dotprod) found.push_back({"neon", &neon::kernels});
+#endif
+  return found;
+}
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> found = usable_isas();
+  return found;
+}
+
+Isa& chosen() {
+  static Isa isa = isas().back();
+  return isa;
+}
+
+const Kernels& kernels() { return *chosen().kernels; }
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+std::string text(int64_t n) { return std::to_string(n); }
+
+void expect(bool condition, const char* what, int64_t expected, int64_t got) {
+  if (!condition) refuse(std::string(what) + ": expected " + text(expected) + ", got " + text(got));
+}
+
+void expect_size(const char* what, int64_t expected, int64_t got) { expect(expected == got, what, expected, got); }
+
+template <class A>
+int64_t dim(const A& array, size_t i) {
+  return static_cast<int64_t>(array.shape(i));
+}
+
+template <class A, class B>
+void expect_same_shape(const char* what, const A& a, const B& b) {
+  bool same = a.ndim() == b.ndim();
+  for (size_t i = 0; same && i < a.ndim(); ++i) same = a.shape(i) == b.shape(i);
+  if (!same) refuse(std::string(what) + " must have the same shape");
+}
+
+// --- weights ---
+
+class PackedWeight {
+ public:
+  PackedWeight(const std::string& format, int64_t rows, int64_t cols, nb::object buffer) : rows_(rows), cols_(cols) {
+    const Kernels& table = portable::kernels;
+    while (format_ < table.n_formats && format != table.formats[format_].name) ++format_;
+    if (format_ == table.n_formats) refuse("unknown weight format '" + format + "'");
+    if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX)
+      refuse("a weight needs 1 to 2^31 - 1 rows and columns, got [" + text(rows) + ", " + text(cols) + "]");
+    if (cols % info().block_elements)
+      refuse(format + " stores blocks of " + text(info().block_elements) + " columns, got " + text(cols) + " columns");
+    if (!buffer.is_none()) bind(nb::cast<Bytes>(buffer, false));
+  }
+
+  void bind(Bytes buffer) {
+    expect_size("bytes of the weight's buffer", n_bytes(), static_cast<int64_t>(buffer.size()));
+    buffer_ = std::move(buffer);
+  }
+
+  const FormatInfo& info() const { return portable::kernels.formats[format_]; }
+  int format() const { return format_; }
+  const char* format_name() const { return info().name; }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  int64_t n_bytes() const { return rows_ * info().row_bytes(cols_); }
+  Bytes buffer() const { return buffer_; }
+
+  // The bound array; the copy keeps it alive while kernels read it.
+  Bytes bound() const {
+    if (!buffer_.is_valid())
+      refuse(std::string("the ") + format_name() + " [" + text(rows_) + ", " + text(cols_) + "] weight has no buffer");
+    return buffer_;
+  }
+
+ private:
+  int format_ = 0;
+  int64_t rows_, cols_;
+  Bytes buffer_;
+};
+
+void matmul(Matrix x, nb::sequence weights, nb::sequence outs, const std::string& activations, bool add,
+            BytesOut scratch) {
+  const bool int8 = activations == "int8";
+  if (!int8 && activations != "float32") refuse("activations must be int8 or float32, got '" + activations + "'");
+  const size_t n = nb::len(weights);
+  expect_size("number of outs", static_cast<int64_t>(n), static_cast<int64_t>(nb::len(outs)));
+  std::vector<Weight> views(n);
+  std::vector<Bytes> kept(n);
+  for (size_t i = 0; i < n; ++i) {
+    const auto& weight = nb::cast<const PackedWeight&>(weights[i]);
+    MatrixOut out;
+    if (!nb::try_cast(outs[i], out, false))
+      throw nb::type_error("outs must be writable, C-contiguous float32 arrays [n_tokens, rows]");
+    expect_size("columns of the weight", dim(x, 1), weight.cols());
+    expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+    expect_size("columns of the output", weight.rows(), dim(out, 1));
+    kept[i] = weight.bound();
+    views[i] = {weight.format(), weight.rows(), kept[i].data(), out.data()};
+  }
+  if (x.size() == 0 || n == 0) return;
+  const MatmulArgs args{x.data(),           dim(x, 0), dim(x, 1), views.data(),   static_cast<int>(n),
+                        int8, add, scratch.data(), n_threads()};
+  const int64_t needed = kernels().matmul_scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  nb::gil_scoped_release release;
+  kernels().matmul(args);
+}
+
+void embed(Array<const int32_t, nb::ndim<1>> ids, const PackedWeight& weight, MatrixOut out, float scale) {
+  expect_size("rows of out", dim(ids, 0), dim(out, 0));
+  expect_size("columns of out", weight.cols(), dim(out, 1));
+  const Bytes kept = weight.bound();
+  const int64_t n = dim(ids, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (ids.data()[i] < 0 || ids.data()[i] >= weight.rows())
+      refuse("token ids must be 0 to " + text(weight.rows() - 1) + ", got " + text(ids.data()[i]));
+  }
+  nb::gil_scoped_release release;
+  kernels().embed(ids.data(), n, weight.format(), kept.data(), weight.cols(), scale, out.data());
+}
+
+// --- fused ---
+
+void rmsnorm(Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
+  expect_same_shape("x and out", x, out);
+  expect_size("length of the norm's weight", dim(x, 1), dim(weight, 0));
+  nb::gil_scoped_release release;
+  kernels().rmsnorm(x.data(), weight.data(), eps, plus_one, dim(x, 0), dim(x, 1), out.data());
+}
+
+void head_rmsnorm(MatrixOut x, int64_t n_heads, int64_t head_dim, Vector weight, float eps, bool plus_one) {
+  expect(n_heads > 0 && head_dim > 0, "n_heads and head_dim", 1, n_heads < head_dim ? n_heads : head_dim);
+  expect_size("columns of x", n_heads * head_dim, dim(x, 1));
+  expect_size("length of the norm's weight", head_dim, dim(weight, 0));
+  nb::gil_scoped_release release;
+  kernels().rmsnorm(x.data(), weight.data(), eps, plus_one, dim(x, 0) * n_heads, head_dim, x.data());
+}
+
+void rope(MatrixOut x, int64_t n_heads, int64_t head_dim, Matrix cos, Matrix sin, bool interleaved) {
+  expect(n_heads > 0 && head_dim > 0, "n_heads and head_dim", 1, n_heads < head_dim ? n_heads : head_dim);
+  expect_size("columns of x", n_heads * head_dim, dim(x, 1));
+  expect_same_shape("cos and sin", cos, sin);
+  expect_size("rows of cos", dim(x, 0), dim(cos, 0));
+  expect(2 * dim(cos, 1) <= head_dim, "columns of cos, at most", head_dim / 2, dim(cos, 1));
+  nb::gil_scoped_release release;
+  kernels().rope(x.data(), dim(x, 0), n_heads, head_dim, cos.data(), sin.data(), dim(cos, 1), interleaved);
+}
+
+void glu(Array<const float> gate, Array<const float> up, Array<float> out, const std::string& activation) {
+  expect_same_shape("gate and up", gate, up);
+  expect_same_shape("gate and out", gate, out);
+  const bool silu = activation == "silu";
+  if (!silu && activation != "gelu_tanh") refuse("activation must be silu or gelu_tanh, got '" + activation + "'");
+  nb::gil_scoped_release release;
+  kernels().glu(gate.data(), up.data(), out.data(), static_cast<int64_t>(gate.size()),
+                silu ? Activation::silu : Activation::gelu_tanh);
+}
+
+void add_(Array<float> x, Array<const float> y) {
+  expect_same_shape("x and y", x, y);
+  nb::gil_scoped_release release;
+  kernels().add(x.data(), y.data(), static_cast<int64_t>(x.size()));
+}
+
+int64_t argmax(Vector logits) {
+  if (logits.size() == 0) refuse("argmax of an empty array");
+  nb::gil_scoped_release release;
+  return kernels().argmax(logits.data(), dim(logits, 0));
+}
+
+// --- KV ---
+
+KvFormat kv_format(const std::string& name) {
+  if (name == "f16") return KvFormat::f16;
+  if (name == "q8") return KvFormat::q8;
+  if (name == "q4") return KvFormat::q4;
+  refuse("unknown KV format '" + name + "'; known: f16, q4, q8");
+}
+
+KvShape kv_shape(const std::string& format, int64_t n_kv_heads, int64_t head_dim, int64_t capacity) {
+  if (n_kv_heads < 1 || capacity < 1) refuse("n_kv_heads and capacity must be positive");
+  if (head_dim < 2 || head_dim % 2) refuse("head_dim must be a positive even number, got " + text(head_dim));
+  return {kv_format(format), n_kv_heads, head_dim, capacity};
+}
+
+template <class A>
+void expect_store(const A& buffer, const KvShape& kv) {
+  expect_size("key heads of the KV buffer", kv.n_kv_heads, dim(buffer, 0));
+  expect_size("slots of the KV buffer", kv.capacity, dim(buffer, 1));
+  expect_size("bytes of a KV row", kv.row_bytes(), dim(buffer, 2));
+}
+
+void kv_append(Matrix k, Matrix v, KvBytesOut k_buf, KvBytesOut v_buf, const std::string& fmt, int64_t capacity,
+               int64_t start) {
+  expect_same_shape("k and v", k, v);
+  const int64_t n_kv_heads = dim(k_buf, 0);
+  expect(n_kv_heads > 0 && dim(k, 1) % n_kv_heads == 0, "columns of k, a multiple of", n_kv_heads, dim(k, 1));
+  const KvShape kv = kv_shape(fmt, n_kv_heads, dim(k, 1) / n_kv_heads, capacity);
+  expect_store(k_buf, kv);
+  expect_store(v_buf, kv);
+  expect(dim(k, 0) <= capacity, "tokens, at most the capacity", capacity, dim(k, 0));
+  expect(start >= 0, "start", 0, start);
+  nb::gil_scoped_release release;
+  kernels().kv_append(k.data(), dim(k, 0), kv, start, k_buf.data());
+  kernels().kv_append(v.data(), dim(k, 0), kv, start, v_buf.data());
+}
+
+void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out, int64_t n_heads,
+               int64_t n_kv_heads, int64_t head_dim, int64_t capacity, int64_t n_past, int64_t n_tokens, float scale,
+               int64_t window, float softcap, BytesOut scratch) {
+  const KvShape kv = kv_shape(fmt, n_kv_heads, head_dim, capacity);
+  expect_store(k_buf, kv);
+  expect_store(v_buf, kv);
+  expect(n_heads > 0 && n_heads % n_kv_heads == 0, "n_heads, a multiple of", n_kv_heads, n_heads);
+  expect_same_shape("q and out", q, out);
+  expect_size("tokens of q", n_tokens, dim(q, 0));
+  expect_size("columns of q", n_heads * head_dim, dim(q, 1));
+  if (n_past < 0 || window < 0) refuse("n_past and window must not be negative");
+  if (q.data() == out.data() && q.size()) refuse("q and out must not be the same array");
+  const int64_t reach = n_past + n_tokens, needed_keys = window > 0 && window - 1 + n_tokens < reach ? window - 1 + n_tokens : reach;
+  expect(needed_keys <= capacity, "positions needed at once, at most the capacity", capacity, needed_keys);
+  if (n_tokens == 0) return;
+  const AttentionArgs args{q.data(), k_buf.data(), v_buf.data(), kv,      out.data(),     n_heads,
+                           n_past,   n_tokens,     window,       scale, softcap, scratch.data(), n_threads()};
+  const int64_t needed = kernels().attention_scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  nb::gil_scoped_release release;
+  kernels().attention(args);
+}
+
+// --- system ---
+
+void read_at(int fd, int64_t offset, BytesOut array) {
+  const auto size = static_cast<int64_t>(array.size());
+  expect(offset >= 0, "offset", 0, offset);
+  int64_t got;
+  {
+    nb::gil_scoped_release release;
+    got = read_fully(fd, offset, array.data(), size);
+  }
+  if (got < 0) {
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+  }
+  if (got < size) {
+    const auto message = "the file ends after " + text(got) + " of " + text(size) + " bytes at offset " + text(offset);
+    PyErr_SetString(PyExc_OSError, message.c_str());
+    throw nb::python_error();
+  }
+}
+
+void populate(BytesOut array) {
+  nb::gil_scoped_release release;
+  populate_pages(array.data(), array.size());
+}
+
+}  // namespace
+}  // namespace barefoot
+
+NB_MODULE(_native, m) {
+  using namespace barefoot;
+  m.doc() = "Compiled kernels of barefoot; barefoot.ops describes them.";
+
+  nb::class_<PackedWeight>(m, "PackedWeight")
+      .def(nb::init<const std::string&, int64_t, int64_t, nb::object>(), "format"_a, "rows"_a, "cols"_a,
+           "buffer"_a = nb::none())
+      .def("bind", &PackedWeight::bind, "buffer"_a.noconvert())
+      .def_prop_ro("format", &PackedWeight::format_name)
+      .def_prop_ro("rows", &PackedWeight::rows)
+      .def_prop_ro("cols", &PackedWeight::cols)
+      .def_prop_ro("n_bytes", &PackedWeight::n_bytes)
+      .def_prop_ro("buffer", &PackedWeight::buffer);
+
+  m.def("matmul", &barefoot::matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
+        "add"_a = false, "scratch"_a.noconvert());
+  m.def("embed", &barefoot::embed, "ids"_a.noconvert(), "weight"_a, "out"_a.noconvert(), nb::kw_only(),
+        "scale"_a = 1.0f);
+  m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
+        nb::kw_only(), "plus_one"_a = false);
+  m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
+        "eps"_a, nb::kw_only(), "plus_one"_a = false);
+  m.def("rope", &barefoot::rope, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "cos"_a.noconvert(), "sin"_a.noconvert(),
+        nb::kw_only(), "interleaved"_a);
+  m.def("glu", &barefoot::glu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(), nb::kw_only(),
+        "activation"_a = "silu");
+  m.def("add_", &barefoot::add_, "x"_a.noconvert(), "y"_a.noconvert());
+  m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
+  m.def("kv_append", &barefoot::kv_append, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
+        "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "start"_a);
+  m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
+        "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "n_past"_a,
+        "n_tokens"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert());
+  m.def("read_at", &barefoot::read_at, "fd"_a, "offset"_a, "array"_a.noconvert());
+  m.def("populate", &barefoot::populate, "array"_a.noconvert());
+
+  m.def("set_threads", &set_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas()) names.emplace_back(isa.name);
+    return names;
+  });
+  m.def("isa", [] { return chosen().name; });
+  m.def("set_isa", [](const std::string& name) {
+    for (const Isa& isa : isas())
+      if (name == isa.name) return void(chosen() = isa);
+    refuse("no " + name + " kernels here");
+  });
+  m.def("formats", [] {
+    std::vector<std::string> lines;  // name, block elements, block bytes: compared with blocks.py by a test
+    for (int i = 0; i < portable::kernels.n_formats; ++i) {
+      const FormatInfo& f = portable::kernels.formats[i];
+      lines.push_back(std::string(f.name) + " " + text(f.block_elements) + " " + text(f.block_bytes));
+    }
+    return lines;
+  });
+}

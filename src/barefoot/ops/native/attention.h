@@ -1,0 +1,273 @@
+// KV rows (layouts in kvrows.py) and causal attention over them by tiles of keys with a running softmax.
+#pragma once
+
+inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64_t width) {
+  const int64_t n = kv.head_dim;
+  if (kv.format == KvFormat::f16) {
+    F16::to_float(p, n, out);
+  } else {
+    for (int64_t at = 0; at < n; at += kGroup) {
+      const int64_t size = n - at < kGroup ? n - at : kGroup;
+      const float scale = half_at(p);
+      if (kv.format == KvFormat::q8) {
+        for (int64_t i = 0; i < size; ++i) out[at + i] = scale * static_cast<float>(static_cast<int8_t>(p[2 + i]));
+        p += 2 + size;
+      } else {
+        const float low = half_at(p + 2);
+        for (int64_t i = 0; i < size / 2; ++i) {
+          out[at + i] = scale * static_cast<float>(p[4 + i] & 15) + low;
+          out[at + size / 2 + i] = scale * static_cast<float>(p[4 + i] >> 4) + low;
+        }
+        p += 4 + size / 2;
+      }
+    }
+  }
+  for (int64_t i = n; i < width; ++i) out[i] = 0.0f;
+}
+
+inline void encode_kv_group(KvFormat format, const float* x, int64_t n, uint8_t* p) {
+  const bool q8 = format == KvFormat::q8;
+  float low = x[0], high = x[0];
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    finite = finite && std::fabs(x[i]) <= 3.4028234663852886e38f;
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  const float span = q8 ? (high > -low ? high : -low) / 127.0f : (high - low) / 15.0f;
+  uint16_t scale16 = float_to_half(span), low16 = q8 ? 0 : float_to_half(low);
+  finite = finite && (scale16 & 0x7c00) != 0x7c00 && (low16 & 0x7c00) != 0x7c00;
+  if (!finite) scale16 = 0x7e00, low16 = 0;  // NaN
+  const float scale = half_to_float(scale16), base = half_to_float(low16);
+  const float inverse = finite && scale != 0.0f ? 1.0f / scale : 0.0f;
+  const auto code = [&](int64_t i) {
+    if (!finite) return 0;
+    const float steps = (x[i] - base) * inverse;
+    const float bottom = q8 ? -127.0f : 0.0f, top = q8 ? 127.0f : 15.0f;
+    return static_cast<int>(std::nearbyint(steps < bottom ? bottom : steps > top ? top : steps));
+  };
+  std::memcpy(p, &scale16, 2);
+  if (q8) {
+    for (int64_t i = 0; i < n; ++i) p[2 + i] = static_cast<uint8_t>(code(i));
+  } else {
+    std::memcpy(p + 2, &low16, 2);
+    for (int64_t i = 0; i < n / 2; ++i) p[4 + i] = static_cast<uint8_t>(code(i) | code(n / 2 + i) << 4);
+  }
+}
+
+inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer) {
+  const int64_t row_bytes = kv.row_bytes(), n = kv.head_dim;
+  const auto one_token = [&](int64_t token, int) {
+    const int64_t slot = (start + token) % kv.capacity;
+    for (int64_t h = 0; h < kv.n_kv_heads; ++h) {
+      const float* x = rows + (token * kv.n_kv_heads + h) * n;
+      uint8_t* p = buffer + (h * kv.capacity + slot) * row_bytes;
+      if (kv.format == KvFormat::f16) {
+        for (int64_t i = 0; i < n; ++i) {
+          const uint16_t half = float_to_half(x[i]);
+          std::memcpy(p + 2 * i, &half, 2);
+        }
+        continue;
+      }
+      for (int64_t at = 0; at < n; at += kGroup) {
+        const int64_t size = n - at < kGroup ? n - at : kGroup;
+        encode_kv_group(kv.format, x + at, size, p);
+        p += kv.format == KvFormat::q8 ? 2 + size : 4 + size / 2;
+      }
+    }
+  };
+  parallel_for(n_tokens, n_tokens * kv.n_kv_heads * n < kParallel ? 1 : n_threads(), one_token);
+}
+
+struct AttentionScratch {  // of one thread
+  float *q, *sum, *tile, *score, *top, *total;
+};
+struct AttentionLayout {
+  int64_t sharing;        // query heads per key head
+  int64_t tile_tokens;    // tokens of one task
+  int64_t width;          // head_dim rounded up to whole vectors
+  int64_t thread_floats;  // scratch of one thread
+  int64_t bytes;
+  float* base;
+  float* partial;  // [n_heads][kMaxSplits][width + 2]: weighted sum, maximum, total
+};
+
+inline AttentionLayout lay_out(const AttentionArgs& a) {
+  AttentionLayout l{};
+  l.sharing = a.n_heads / a.kv.n_kv_heads;
+  const int64_t tokens = kQueryTile / l.sharing > 1 ? kQueryTile / l.sharing : 1;
+  l.tile_tokens = tokens < a.n_tokens ? tokens : a.n_tokens;
+  l.width = round_up(a.kv.head_dim, 16);
+  const int64_t queries = l.tile_tokens * l.sharing;
+  const int64_t floats = 2 * queries * l.width + kKeyTile * l.width + queries * kKeyTile + 2 * queries;
+  l.thread_floats = round_up(4 * floats, kAlign) / 4;
+  const int64_t partial = a.n_tokens == 1 ? round_up(4 * kMaxSplits * a.n_heads * (l.width + 2), kAlign) : 0;
+  l.bytes = kAlign + 4 * a.n_threads * l.thread_floats + partial;
+  l.base = reinterpret_cast<float*>(a.scratch + (kAlign - reinterpret_cast<uintptr_t>(a.scratch) % kAlign) % kAlign);
+  l.partial = l.base + a.n_threads * l.thread_floats;
+  return l;
+}
+
+inline int64_t attention_scratch(const AttentionArgs& a) { return lay_out(a).bytes; }
+
+// sum[i] += score[i][0, n_keys) · values, for `Queries` queries and `Vectors` vectors of the width from column d.
+template <int Queries, int Vectors>
+inline void mix_block(const float* score, const float* values, int64_t width, int64_t n_keys, int64_t d, float* sum) {
+  F part[Queries][Vectors];
+  for (int i = 0; i < Queries; ++i)
+    for (int v = 0; v < Vectors; ++v) part[i][v] = load(sum + i * width + d + v * kLanes);
+  for (int64_t j = 0; j < n_keys; ++j) {
+    F value[Vectors];
+    for (int v = 0; v < Vectors; ++v) value[v] = load(values + j * width + d + v * kLanes);
+    for (int i = 0; i < Queries; ++i) {
+      const F weight = set1(score[i * kKeyTile + j]);
+      for (int v = 0; v < Vectors; ++v) part[i][v] = fma(weight, value[v], part[i][v]);
+    }
+  }
+  for (int i = 0; i < Queries; ++i)
+    for (int v = 0; v < Vectors; ++v) store(sum + i * width + d + v * kLanes, part[i][v]);
+}
+
+template <int Queries>
+inline void mix_queries(const float* score, const float* values, int64_t width, int64_t n_keys, float* sum) {
+  int64_t d = 0;
+  for (; d + kMixVectors * kLanes <= width; d += kMixVectors * kLanes)
+    mix_block<Queries, kMixVectors>(score, values, width, n_keys, d, sum);
+  for (; d < width; d += kLanes) mix_block<Queries, 1>(score, values, width, n_keys, d, sum);
+}
+
+// One step of the running softmax of one query over scores [first, last) of a tile of n keys; the others become 0.
+inline void soften(float* score, int64_t first, int64_t last, int64_t n, float softcap, float* top, float* total,
+                   float* sum, int64_t width) {
+  for (int64_t j = 0; j < first; ++j) score[j] = 0.0f;
+  for (int64_t j = last > first ? last : first; j < n; ++j) score[j] = 0.0f;
+  if (last <= first) return;
+  float* s = score + first;
+  const int64_t m = last - first;
+  if (softcap > 0.0f) {
+    const F cap = set1(softcap), inverse = set1(1.0f / softcap);
+    map(s, s, s, m, [&](F x, F) { return cap * tanh(x * inverse); });
+  }
+  float highest = *top;
+  for (int64_t j = 0; j < m; ++j) highest = s[j] > highest ? s[j] : highest;
+  const F shift = set1(highest);
+  map(s, s, s, m, [&](F x, F) { return exp(x - shift); });
+  float added = 0.0f;
+  for (int64_t j = 0; j < m; ++j) added += s[j];
+  float factor[kLanes];
+  store(factor, exp(set1(*top) - shift));
+  *total = *total * factor[0] + added;
+  *top = highest;
+  const F scale = set1(factor[0]);
+  for (int64_t d = 0; d < width; d += kLanes) store(sum + d, load(sum + d) * scale);
+}
+
+// The queries of tokens [t0, t0 + n_tokens) that share key head `head`, over positions [first, last).
+inline void attend(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
+                   int64_t t0, int64_t n_tokens, int64_t first, int64_t last) {
+  const int64_t dim = a.kv.head_dim, width = l.width, n_queries = n_tokens * l.sharing, row_bytes = a.kv.row_bytes();
+  for (int64_t i = 0; i < n_queries; ++i) {
+    const float* q = a.q + ((t0 + i / l.sharing) * a.n_heads + head * l.sharing + i % l.sharing) * dim;
+    for (int64_t d = 0; d < width; ++d) s.q[i * width + d] = d < dim ? q[d] * a.scale : 0.0f;
+    for (int64_t d = 0; d < width; ++d) s.sum[i * width + d] = 0.0f;
+    s.top[i] = -INFINITY;
+    s.total[i] = 0.0f;
+  }
+  const auto decode_tile = [&](const uint8_t* buffer, int64_t base, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t slot = (base + j) % a.kv.capacity;
+      decode_kv_row(a.kv, buffer + (head * a.kv.capacity + slot) * row_bytes, s.tile + j * width, width);
+    }
+  };
+  for (int64_t base = first; base < last; base += kKeyTile) {
+    const int64_t n = last - base < kKeyTile ? last - base : kKeyTile;
+    decode_tile(a.k, base, n);
+    for (int64_t j = n; j % kRows; ++j) std::memset(s.tile + j * width, 0, width * sizeof(float));
+    for (int64_t j = 0; j < n; j += kRows)
+      dot_tokens(s.tile + j * width, width, s.q, width, n_queries, width, s.score + j, kKeyTile);
+    for (int64_t i = 0; i < n_queries; ++i) {
+      const int64_t position = a.n_past + t0 + i / l.sharing;
+      const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
+      const int64_t begin = oldest > base ? oldest - base : 0;
+      const int64_t end = position + 1 - base < n ? position + 1 - base : n;
+      soften(s.score + i * kKeyTile, begin < n ? begin : n, end, n, a.softcap, s.top + i, s.total + i,
+             s.sum + i * width, width);
+    }
+    decode_tile(a.v, base, n);
+    int64_t i = 0;
+    for (; i + 4 <= n_queries; i += 4)
+      mix_queries<4>(s.score + i * kKeyTile, s.tile, width, n, s.sum + i * width);
+    for (; i < n_queries; ++i) mix_queries<1>(s.score + i * kKeyTile, s.tile, width, n, s.sum + i * width);
+  }
+}
+
+inline AttentionScratch scratch_of(const AttentionLayout& l, int thread) {
+  const int64_t queries = l.tile_tokens * l.sharing;
+  AttentionScratch s{};
+  s.q = l.base + thread * l.thread_floats;
+  s.sum = s.q + queries * l.width;
+  s.tile = s.sum + queries * l.width;
+  s.score = s.tile + kKeyTile * l.width;
+  s.top = s.score + queries * kKeyTile;
+  s.total = s.top + queries;
+  return s;
+}
+
+inline void write_output(const float* sum, float total, int64_t n, float* out) {
+  for (int64_t d = 0; d < n; ++d) out[d] = sum[d] / total;
+}
+
+// Many tokens: a task is a key head and a tile of tokens, the longest first.
+inline void attend_tiles(const AttentionArgs& a, const AttentionLayout& l) {
+  const int64_t n_tiles = (a.n_tokens + l.tile_tokens - 1) / l.tile_tokens, dim = a.kv.head_dim;
+  parallel_for(n_tiles * a.kv.n_kv_heads, a.n_threads, [&](int64_t task, int thread) {
+    const int64_t head = task % a.kv.n_kv_heads, t0 = (n_tiles - 1 - task / a.kv.n_kv_heads) * l.tile_tokens;
+    const int64_t n = a.n_tokens - t0 < l.tile_tokens ? a.n_tokens - t0 : l.tile_tokens;
+    const int64_t oldest = a.n_past + t0 - a.window + 1;
+    const AttentionScratch s = scratch_of(l, thread);
+    attend(a, l, s, head, t0, n, a.window > 0 && oldest > 0 ? oldest : 0, a.n_past + t0 + n);
+    for (int64_t i = 0; i < n * l.sharing; ++i) {
+      float* out = a.out + ((t0 + i / l.sharing) * a.n_heads + head * l.sharing + i % l.sharing) * dim;
+      write_output(s.sum + i * l.width, s.total[i], dim, out);
+    }
+  });
+}
+
+// One token: a task is a key head and a range of keys; the ranges are then put together in order. How the keys are
+// split depends on their number only, so the result is the same for any number of threads.
+inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
+  const int64_t last = a.n_past + 1, oldest = last - a.window, first = a.window > 0 && oldest > 0 ? oldest : 0;
+  const int64_t fair = round_up((last - first + kMaxSplits - 1) / kMaxSplits, kKeyTile);
+  const int64_t range = fair > 4 * kKeyTile ? fair : 4 * kKeyTile, n_splits = (last - first + range - 1) / range;
+  const int64_t stride = l.width + 2, dim = a.kv.head_dim;
+  const int threads = (last - first) * a.n_heads * dim < kParallel ? 1 : a.n_threads;
+  parallel_for(n_splits * a.kv.n_kv_heads, threads, [&](int64_t task, int thread) {
+    const int64_t head = task / n_splits, split = task % n_splits, begin = first + split * range;
+    const AttentionScratch s = scratch_of(l, thread);
+    attend(a, l, s, head, 0, 1, begin, begin + range < last ? begin + range : last);
+    for (int64_t i = 0; i < l.sharing; ++i) {
+      float* part = l.partial + ((head * l.sharing + i) * kMaxSplits + split) * stride;
+      std::memcpy(part, s.sum + i * l.width, l.width * sizeof(float));
+      part[l.width] = s.top[i];
+      part[l.width + 1] = s.total[i];
+    }
+  });
+  for (int64_t h = 0; h < a.n_heads; ++h) {
+    float* into = l.partial + h * kMaxSplits * stride;
+    for (int64_t split = 1; split < n_splits; ++split) {
+      const float* part = into + split * stride;
+      const float top = part[l.width] > into[l.width] ? part[l.width] : into[l.width];
+      const float keep = std::exp(into[l.width] - top), take = std::exp(part[l.width] - top);
+      for (int64_t d = 0; d < dim; ++d) into[d] = into[d] * keep + part[d] * take;
+      into[l.width + 1] = into[l.width + 1] * keep + part[l.width + 1] * take;
+      into[l.width] = top;
+    }
+    write_output(into, into[l.width + 1], dim, a.out + h * dim);
+  }
+}
+
+inline void attention(const AttentionArgs& a) {
+  const AttentionLayout l = lay_out(a);
+  if (a.n_tokens == 1) attend_splits(a, l);
+  else attend_tiles(a, l);
+}

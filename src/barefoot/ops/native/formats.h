@@ -1,0 +1,267 @@
+// The weight formats of blocks.py, one struct each. A block of `elements` weights in `bytes` bytes unpacks into codes,
+// 32 at a time, and one scale (and offset) per `group` weights: w = scale * (code - zero) + offset.
+//
+// Names, sizes and layouts are described in blocks.py, and a test compares the two.
+#pragma once
+
+template <class T>
+inline T read(const uint8_t* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+inline float half_at(const uint8_t* p) { return half_to_float(read<uint16_t>(p)); }
+
+// --- dense: one weight a block ---
+
+struct F32 {
+  static constexpr char name[] = "f32";
+  static constexpr int elements = 1, bytes = 4;
+  static void to_float(const uint8_t* p, int64_t n, float* out) { std::memcpy(out, p, n * sizeof(float)); }
+};
+struct F16 {
+  static constexpr char name[] = "f16";
+  static constexpr int elements = 1, bytes = 2;
+  static void to_float(const uint8_t* p, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load_half(p + 2 * i));
+    for (; i < n; ++i) out[i] = half_at(p + 2 * i);
+  }
+};
+struct BF16 {
+  static constexpr char name[] = "bf16";
+  static constexpr int elements = 1, bytes = 2;
+  static void to_float(const uint8_t* p, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t word = static_cast<uint32_t>(read<uint16_t>(p + 2 * i)) << 16;
+      std::memcpy(out + i, &word, 4);
+    }
+  }
+};
+
+// --- quantized ---
+
+struct Quantized {
+  static constexpr int elements = 32, group = 32, zero = 0;
+  static constexpr bool wide = false;        // codes of 8 bits
+  static constexpr bool has_offset = false;
+};
+// 8-bit codes are signed or unsigned as the multiplier wants them: `zero` moves by 128.
+struct Signed8 : Quantized {
+  static constexpr bool wide = true;
+  static constexpr int zero = kUnsignedBytes ? 128 : 0, flip = kUnsignedBytes ? 0x80 : 0;
+};
+
+struct Q4_0 : Quantized {
+  static constexpr char name[] = "q4_0";
+  static constexpr int bytes = 18, zero = 8;
+  static Codes codes(const uint8_t* b, int) { return nibbles(b + 2); }
+  static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
+};
+struct Q4_1 : Quantized {
+  static constexpr char name[] = "q4_1";
+  static constexpr int bytes = 20;
+  static constexpr bool has_offset = true;
+  static Codes codes(const uint8_t* b, int) { return nibbles(b + 4); }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    scale[0] = half_at(b);
+    offset[0] = half_at(b + 2);
+  }
+};
+struct Q5_0 : Quantized {
+  static constexpr char name[] = "q5_0";
+  static constexpr int bytes = 22, zero = 16;
+  static Codes codes(const uint8_t* b, int) { return nibbles(b + 6) | bits(b + 2, 16); }
+  static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
+};
+struct Q5_1 : Quantized {
+  static constexpr char name[] = "q5_1";
+  static constexpr int bytes = 24;
+  static constexpr bool has_offset = true;
+  static Codes codes(const uint8_t* b, int) { return nibbles(b + 8) | bits(b + 4, 16); }
+  static void scales(const uint8_t* b, float* scale, float* offset) { Q4_1::scales(b, scale, offset); }
+};
+struct Q8_0 : Signed8 {
+  static constexpr char name[] = "q8_0";
+  static constexpr int bytes = 34;
+  static Codes codes(const uint8_t* b, int) { return plain_bytes(b + 2, flip); }
+  static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
+};
+
+// Super-blocks of 256.
+struct K : Quantized {
+  static constexpr int elements = 256;
+};
+
+inline void split_halves(const uint8_t* packed, uint32_t* low, uint32_t* high) {
+  const uint32_t a = read<uint32_t>(packed);
+  *low = a & 0x0f0f0f0fu;
+  *high = a >> 4 & 0x0f0f0f0fu;
+}
+
+struct Q2_K : K {
+  static constexpr char name[] = "q2_k";
+  static constexpr int bytes = 84, group = 16;
+  static constexpr bool has_offset = true;
+  static Codes codes(const uint8_t* b, int c) { return field(b + 16 + 32 * (c / 4), 2 * (c % 4), 3); }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    const float d = half_at(b + 80), dmin = half_at(b + 82);
+    for (int i = 0; i < 16; ++i) {
+      scale[i] = d * static_cast<float>(b[i] & 15);
+      offset[i] = -(dmin * static_cast<float>(b[i] >> 4));
+    }
+  }
+};
+struct Q3_K : K {
+  static constexpr char name[] = "q3_k";
+  static constexpr int bytes = 110, group = 16, zero = 4;
+  static Codes codes(const uint8_t* b, int c) {
+    return field(b + 32 + 32 * (c / 4), 2 * (c % 4), 3) | raise(field(b, c, 1), 2);
+  }
+  static void scales(const uint8_t* b, float* scale, float*) {
+    const uint32_t high = read<uint32_t>(b + 104);
+    uint32_t six[4];
+    split_halves(b + 96, &six[0], &six[2]);
+    split_halves(b + 100, &six[1], &six[3]);
+    for (int i = 0; i < 4; ++i) six[i] |= (high >> (2 * i) & 0x03030303u) << 4;
+    const float d = half_at(b + 108);
+    uint8_t each[16];
+    std::memcpy(each, six, 16);
+    for (int i = 0; i < 16; ++i) scale[i] = d * static_cast<float>(each[i] - 32);
+  }
+};
+inline void six_bit_pairs(const uint8_t* b, float* scale, float* offset) {
+  const float d = half_at(b), dmin = half_at(b + 2);
+  const uint32_t first = read<uint32_t>(b + 4), second = read<uint32_t>(b + 8), third = read<uint32_t>(b + 12);
+  const uint32_t six[4] = {first & 0x3f3f3f3fu, (third & 0x0f0f0f0fu) | (first >> 2 & 0x30303030u),
+                           second & 0x3f3f3f3fu, (third >> 4 & 0x0f0f0f0fu) | (second >> 2 & 0x30303030u)};
+  uint8_t each[16];
+  std::memcpy(each, six, 16);
+  for (int i = 0; i < 8; ++i) {
+    scale[i] = d * static_cast<float>(each[i]);
+    offset[i] = -(dmin * static_cast<float>(each[8 + i]));
+  }
+}
+struct Q4_K : K {
+  static constexpr char name[] = "q4_k";
+  static constexpr int bytes = 144;
+  static constexpr bool has_offset = true;
+  static Codes codes(const uint8_t* b, int c) { return field(b + 16 + 32 * (c / 2), 4 * (c % 2), 15); }
+  static void scales(const uint8_t* b, float* scale, float* offset) { six_bit_pairs(b, scale, offset); }
+};
+struct Q5_K : K {
+  static constexpr char name[] = "q5_k";
+  static constexpr int bytes = 176;
+  static constexpr bool has_offset = true;
+  static Codes codes(const uint8_t* b, int c) {
+    return field(b + 48 + 32 * (c / 2), 4 * (c % 2), 15) | raise(field(b + 16, c, 1), 4);
+  }
+  static void scales(const uint8_t* b, float* scale, float* offset) { six_bit_pairs(b, scale, offset); }
+};
+struct Q6_K : K {
+  static constexpr char name[] = "q6_k";
+  static constexpr int bytes = 210, group = 16, zero = 32;
+  static Codes codes(const uint8_t* b, int c) {
+    const int half = c / 4, j = c % 4;
+    return field(b + 64 * half + 32 * (j % 2), 4 * (j / 2), 15) | raise(field(b + 128 + 32 * half, 2 * j, 3), 4);
+  }
+  static void scales(const uint8_t* b, float* scale, float*) {
+    const float d = half_at(b + 208);
+    for (int i = 0; i < 16; ++i) scale[i] = d * static_cast<float>(static_cast<int8_t>(b[192 + i]));
+  }
+};
+
+// Own integer groups. The scale of a group of 64 or 128 counts for each of its chunks of 32.
+struct GroupName {
+  char text[20] = {};
+};
+constexpr GroupName group_name(int bits, int group, bool symmetric) {
+  GroupName name;
+  int n = 0;
+  const auto add = [&](const char* s) {
+    while (*s) name.text[n++] = *s++;
+  };
+  add("int");
+  name.text[n++] = static_cast<char>('0' + bits);
+  add(group == 32 ? "_g32" : group == 64 ? "_g64" : "_g128");
+  add(symmetric ? "_sym" : "_asym");
+  return name;
+}
+
+template <int Bits, int Group, bool Symmetric>
+struct Integer : Quantized {
+  static constexpr GroupName full_name = group_name(Bits, Group, Symmetric);
+  static constexpr const char* name = full_name.text;
+  static constexpr int elements = Group, header = Symmetric ? 2 : 4, bytes = header + Group * Bits / 8;
+  static constexpr bool wide = Bits == 8, has_offset = !Symmetric;
+  static constexpr int flip = wide && !kUnsignedBytes ? 0x80 : 0;
+  static constexpr int zero = (Symmetric ? 1 << (Bits - 1) : 0) - flip;
+  static Codes codes(const uint8_t* b, int c) {
+    const uint8_t* chunk = b + header + 4 * Bits * c;
+    if constexpr (Bits == 8) return plain_bytes(chunk, flip);
+    else if constexpr (Bits == 4) return nibbles(chunk);
+    else if constexpr (Bits == 3) return pairs(chunk) | bits(chunk + 8, 4);
+    else return pairs(chunk);
+  }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    for (int i = 0; i < Group / 32; ++i) {
+      scale[i] = half_at(b);
+      if constexpr (!Symmetric) offset[i] = half_at(b + 2);
+    }
+  }
+};
+
+template <class... Format>
+struct FormatList {
+  static constexpr int size = sizeof...(Format);
+};
+using Formats =
+    FormatList<F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,  //
+               Integer<8, 32, true>, Integer<8, 32, false>, Integer<8, 64, true>, Integer<8, 64, false>,
+               Integer<8, 128, true>, Integer<8, 128, false>,  //
+               Integer<4, 32, true>, Integer<4, 32, false>, Integer<4, 64, true>, Integer<4, 64, false>,
+               Integer<4, 128, true>, Integer<4, 128, false>,  //
+               Integer<3, 32, true>, Integer<3, 32, false>, Integer<3, 64, true>, Integer<3, 64, false>,
+               Integer<3, 128, true>, Integer<3, 128, false>,  //
+               Integer<2, 32, true>, Integer<2, 32, false>, Integer<2, 64, true>, Integer<2, 64, false>,
+               Integer<2, 128, true>, Integer<2, 128, false>>;
+
+// --- what the kernels use ---
+
+template <class Format>
+constexpr bool is_dense = Format::elements == 1;
+
+// Scales and offsets of one block with the zero point folded in: w = scale * code + offset.
+template <class Format>
+inline void folded_scales(const uint8_t* block, float* scale, float* offset) {
+  Format::scales(block, scale, offset);
+  for (int i = 0; i < Format::elements / Format::group; ++i) {
+    if constexpr (!Format::has_offset) offset[i] = 0.0f - scale[i] * static_cast<float>(Format::zero);
+    else if constexpr (Format::zero != 0) offset[i] -= scale[i] * static_cast<float>(Format::zero);
+  }
+}
+
+// n weights of a row from column k0 on, in float32, rounded exactly as blocks.decode does; k0 and n are whole blocks.
+template <class Format>
+inline void dequantize(const uint8_t* row, int64_t k0, int64_t n, float* out) {
+  const uint8_t* block = row + k0 / Format::elements * Format::bytes;
+  if constexpr (is_dense<Format>) {
+    Format::to_float(block, n, out);
+  } else {
+    float scale[Format::elements / Format::group], offset[Format::elements / Format::group];
+    for (; n > 0; n -= Format::elements, block += Format::bytes) {
+      Format::scales(block, scale, offset);
+      for (int c = 0; c < Format::elements / 32; ++c, out += 32) {
+        uint8_t code[32];
+        store(code, Format::codes(block, c));
+        for (int i = 0; i < 32; ++i) {
+          const int whole = Format::wide && !kUnsignedBytes ? static_cast<int8_t>(code[i]) : code[i];
+          const int g = (32 * c + i) / Format::group;
+          const float product = scale[g] * static_cast<float>(whole - Format::zero);
+          if constexpr (Format::has_offset) out[i] = product + offset[g];
+          else out[i] = product;
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,48 @@
+// All kernels for one instruction set. Compiled once per set: BAREFOOT_ISA names the set's namespace and BAREFOOT_VEC
+// the header with its vectors. Everything but the table has internal linkage, so that no code for a newer processor can
+// be picked by the linker for an older one.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "pool.h"
+
+namespace barefoot::BAREFOOT_ISA {
+namespace {
+
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+
+#include BAREFOOT_VEC
+// In this order: each uses the ones before it.
+#include "formats.h"
+//
+#include "int8_matmul.h"
+//
+#include "float_matmul.h"
+//
+#include "matmul.h"
+//
+#include "fused.h"
+//
+#include "attention.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &rmsnorm,   &rope,
+    &glu,      &add,          &argmax, &kv_append,      &attention, &attention_scratch,
+};
+
+}  // namespace barefoot::BAREFOOT_ISA

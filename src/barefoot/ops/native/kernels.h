@@ -1,0 +1,87 @@
+// What a set of compiled kernels offers. kernels.cpp is compiled once per instruction set and fills one table each.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace barefoot {
+
+// Regions of the scratch arrays; the same numbers stand in scratch.py, which states the closed forms.
+constexpr int64_t kAlign = 64;
+constexpr int64_t kColumnBlock = 1024;
+constexpr int64_t kRowTile = 32;
+constexpr int64_t kFloatRowTile = 8;
+constexpr int64_t kKeyTile = 64;
+constexpr int64_t kQueryTile = 32;
+constexpr int64_t kMaxSplits = 16;
+constexpr int64_t kGroup = 32;  // activations that share a scale
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct FormatInfo {
+  const char* name;
+  int64_t block_elements;
+  int64_t block_bytes;
+  int64_t row_bytes(int64_t n_cols) const { return n_cols / block_elements * block_bytes; }
+};
+
+struct Weight {
+  int format;  // index into Kernels::formats
+  int64_t rows;
+  const uint8_t* data;
+  float* out;  // [n_tokens, rows]
+};
+
+struct MatmulArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols;
+  const Weight* weights;
+  int n_weights;
+  bool int8, add;
+  uint8_t* scratch;
+  int n_threads;
+};
+
+enum class KvFormat { f16, q8, q4 };
+
+struct KvShape {
+  KvFormat format;
+  int64_t n_kv_heads, head_dim, capacity;
+  int64_t row_bytes() const {
+    const int64_t groups = (head_dim + kGroup - 1) / kGroup;
+    if (format == KvFormat::f16) return 2 * head_dim;
+    return format == KvFormat::q8 ? head_dim + 2 * groups : head_dim / 2 + 4 * groups;
+  }
+};
+
+struct AttentionArgs {
+  const float* q;  // [n_tokens, n_heads * head_dim]
+  const uint8_t *k, *v;
+  KvShape kv;
+  float* out;
+  int64_t n_heads, n_past, n_tokens, window;
+  float scale, softcap;
+  uint8_t* scratch;
+  int n_threads;
+};
+
+enum class Activation { silu, gelu_tanh };
+
+struct Kernels {
+  const FormatInfo* formats;
+  int n_formats;
+  void (*matmul)(const MatmulArgs&);
+  int64_t (*matmul_scratch)(const MatmulArgs&);
+  void (*embed)(const int32_t* ids, int64_t n, int format, const uint8_t* data, int64_t cols, float scale, float* out);
+  void (*rmsnorm)(const float* x, const float* weight, float eps, bool plus_one, int64_t n_rows, int64_t n, float* out);
+  void (*rope)(float* x, int64_t n_tokens, int64_t n_heads, int64_t head_dim, const float* cos, const float* sin,
+               int64_t half, bool interleaved);
+  void (*glu)(const float* gate, const float* up, float* out, int64_t n, Activation activation);
+  void (*add)(float* x, const float* y, int64_t n);
+  int64_t (*argmax)(const float* x, int64_t n);
+  void (*kv_append)(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer);
+  void (*attention)(const AttentionArgs&);
+  int64_t (*attention_scratch)(const AttentionArgs&);
+};
+
+}  // namespace barefoot

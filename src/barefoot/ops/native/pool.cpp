@@ -1,0 +1,140 @@
+#include "pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace barefoot {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  asm volatile("yield");
+#endif
+}
+
+// Return when value differs from old: spin for a while, because the next region is often microseconds away, then sleep.
+template <class T>
+void wait_while(const std::atomic<T>& value, T old) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+class Pool {
+ public:
+  void resize(int n) {
+    std::lock_guard lock(busy_);
+    set_workers(n - 1);
+  }
+
+  void run(int64_t n_tasks, int n, int max_threads, void (*body)(void*, int64_t, int), void* context) {
+    std::lock_guard lock(busy_);
+    set_workers(n - 1);
+    body_ = body;
+    context_ = context;
+    n_tasks_ = n_tasks;
+    max_threads_ = max_threads;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    take_tasks(0);
+    for (int32_t left; (left = running_.load(std::memory_order_acquire)) != 0;) wait_while(running_, left);
+  }
+
+ private:
+  void take_tasks(int thread) {
+    if (thread >= max_threads_) return;
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;) body_(context_, task, thread);
+  }
+
+  void work(int thread, uint32_t seen) {
+    for (;;) {
+      wait_while(generation_, seen);
+      ++seen;
+      if (stop_) return;
+      take_tasks(thread);
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    }
+  }
+
+  void set_workers(int n) {
+    if (static_cast<int>(workers_.size()) == n) return;
+    stop_ = true;
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    for (auto& worker : workers_) worker.join();
+    workers_.clear();
+    stop_ = false;
+    const uint32_t seen = generation_.load(std::memory_order_relaxed);
+    for (int i = 0; i < n; ++i) workers_.emplace_back(&Pool::work, this, i + 1, seen);
+  }
+
+  std::mutex busy_;
+  std::vector<std::thread> workers_;
+  bool stop_ = false;
+  void (*body_)(void*, int64_t, int) = nullptr;
+  void* context_ = nullptr;
+  int64_t n_tasks_ = 0;
+  int max_threads_ = 1;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<int32_t> running_{0};
+};
+
+std::atomic<int> wanted_threads{1};
+// Never freed: its threads sleep until the process ends. A forked child has no such threads and starts a new pool.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+  Pool* found = current.load(std::memory_order_acquire);
+  if (found) return *found;
+#if !defined(_WIN32)
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
+  (void)registered;
+#endif
+  auto* fresh = new Pool;
+  if (current.compare_exchange_strong(found, fresh)) return *fresh;
+  delete fresh;
+  return *found;
+}
+
+}  // namespace
+
+int n_threads() { return wanted_threads.load(std::memory_order_relaxed); }
+
+void set_threads(int n) {
+  wanted_threads.store(n, std::memory_order_relaxed);
+  if (Pool* existing = current.load(std::memory_order_acquire)) existing->resize(n);
+}
+
+void run_tasks(int64_t n_tasks, int max_threads, void (*body)(void*, int64_t, int), void* context) {
+  const int n = n_threads();
+  if (n == 1 || max_threads == 1 || n_tasks <= 1) {
+    for (int64_t task = 0; task < n_tasks; ++task) body(context, task, 0);
+    return;
+  }
+  pool().run(n_tasks, n, max_threads, body, context);
+}
+
+}  // namespace barefoot

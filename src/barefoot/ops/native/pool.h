@@ -1,0 +1,22 @@
+// A persistent pool of threads for short parallel regions.
+#pragma once
+
+#include <cstdint>
+
+namespace barefoot {
+
+// Threads in use, the caller's included.
+int n_threads();
+void set_threads(int n);
+
+// Run body(context, task, thread) for every task in [0, n_tasks); thread < min(n_threads(), max_threads). Tasks are
+// handed out one at a time, so their results must not depend on which thread runs them. One region runs at a time.
+void run_tasks(int64_t n_tasks, int max_threads, void (*body)(void*, int64_t, int), void* context);
+
+template <class Body>
+void parallel_for(int64_t n_tasks, int max_threads, Body body) {
+  auto call = [](void* context, int64_t task, int thread) { (*static_cast<Body*>(context))(task, thread); };
+  run_tasks(n_tasks, max_threads, call, &body);
+}
+
+}  // namespace barefoot

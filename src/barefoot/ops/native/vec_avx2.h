@@ -1,0 +1,63 @@
+// 256-bit vectors: AVX2, FMA, F16C. The names are explained in vec_portable.h.
+#pragma once
+
+#include "vec_x86_codes.h"
+
+constexpr int kLanes = 8;
+constexpr int kTileTokens = 4, kTileVectors = 1;
+constexpr int kDotTokens = 2;
+constexpr int kMixVectors = 2;
+
+struct F {
+  __m256 v;
+};
+struct I {
+  __m256i v;
+};
+
+inline F load(const void* p) { return {_mm256_loadu_ps(static_cast<const float*>(p))}; }
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline F set1(float a) { return {_mm256_set1_ps(a)}; }
+inline F load_half(const void* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+inline void store_half(void* p, F a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F where_less(F a, F b, F yes, F no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline F round_nearest(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F power_of_two(F a) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+inline float reduce_add(F a) { return reduce_add_256(a.v); }
+inline float reduce_add(Lanes8 a) { return reduce_add_256(a); }
+inline float reduce_max(F a) {
+  __m128 r = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+  r = _mm_max_ss(r, _mm_movehdup_ps(r));
+  return _mm_cvtss_f32(r);
+}
+inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+using Quads = __m256i;
+inline I zero_int() { return {_mm256_setzero_si256()}; }
+inline Quads load_quads(const uint8_t* p) { return load_256(p); }
+inline Quads repeat_quad(const int8_t* p) {
+  int quad;
+  std::memcpy(&quad, p, 4);
+  return _mm256_set1_epi32(quad);
+}
+template <bool Wide>
+inline I dot_quads(I sum, Quads w, Quads x) {
+  const __m256i pairs16 = Wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+                               : _mm256_maddubs_epi16(w, x);
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs16, _mm256_set1_epi16(1)))};
+}

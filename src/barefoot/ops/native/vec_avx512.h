@@ -1,0 +1,64 @@
+// 512-bit vectors: AVX-512 F, BW, DQ, VL, and VNNI where BAREFOOT_VNNI says so. Names: see vec_portable.h.
+#pragma once
+
+#include "vec_x86_codes.h"
+
+constexpr int kLanes = 16;
+constexpr int kTileTokens = 6, kTileVectors = 2;
+constexpr int kDotTokens = 4;
+constexpr int kMixVectors = 4;
+
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+
+inline F load(const void* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline F set1(float a) { return {_mm512_set1_ps(a)}; }
+inline F load_half(const void* p) { return {_mm512_cvtph_ps(load_256(p))}; }
+inline void store_half(void* p, F a) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F where_less(F a, F b, F yes, F no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+inline F round_nearest(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F power_of_two(F a) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+inline float reduce_add(F a) {
+  return reduce_add_256(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+inline float reduce_add(Lanes8 a) { return reduce_add_256(a); }
+inline float reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+using Quads = __m512i;
+inline I zero_int() { return {_mm512_setzero_si512()}; }
+inline Quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Quads repeat_quad(const int8_t* p) {
+  int quad;
+  std::memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
+template <bool Wide>
+inline I dot_quads(I sum, Quads w, Quads x) {
+#if defined(BAREFOOT_VNNI)
+  return {_mm512_dpbusd_epi32(sum.v, w, x)};
+#else
+  if (Wide) x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+  const __m512i pairs16 = _mm512_maddubs_epi16(Wide ? _mm512_abs_epi8(w) : w, x);
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs16, _mm512_set1_epi16(1)))};
+#endif
+}

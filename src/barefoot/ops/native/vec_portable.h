@@ -1,0 +1,246 @@
+// Vectors in plain C++, written so that compilers turn the loops into what the target has (SSE2, NEON).
+// The other vec_*.h offer the same names; kernels are written once against them.
+//
+//   F, I      kLanes float32 or int32            Codes   32 codes of 8 bits
+//   Lanes8    the partial sums of one dot product of 32 elements; the lower half belongs to elements 0..15
+//
+// kUnsignedBytes: 8-bit codes are multiplied as unsigned (true) or signed (false) numbers.
+#pragma once
+
+constexpr int kLanes = 8;
+constexpr int kTileTokens = 4, kTileVectors = 1;  // register block of the int8 tile product
+constexpr int kDotTokens = 2;                     // of the float product: 4 rows by this many tokens
+constexpr int kMixVectors = 2;                    // of the weighted sum of values
+constexpr bool kUnsignedBytes = false;
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  uint32_t bits = magnitude << 13;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value *= 5.192296858534828e33f;  // 2^112 moves the exponent's bias; subnormals come out right
+  std::memcpy(&bits, &value, 4);
+  if (magnitude >= 0x7c00u) bits = 0x7f800000u | magnitude << 13;
+  bits |= (half & 0x8000u) << 16;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_half(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds at 2^-24
+    float small;
+    std::memcpy(&small, &magnitude, 4);
+    small += 0.5f;
+    std::memcpy(&magnitude, &small, 4);
+    return static_cast<uint16_t>(sign | (magnitude - 0x3f000000u));
+  }
+  magnitude += 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | (magnitude - 0x38000000u) >> 13);
+}
+
+struct F {
+  float v[kLanes];
+};
+struct I {
+  int32_t v[kLanes];
+};
+
+#define BAREFOOT_EACH for (int i = 0; i < kLanes; ++i)
+
+inline F load(const void* p) {
+  F r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+inline F set1(float a) {
+  F r;
+  BAREFOOT_EACH r.v[i] = a;
+  return r;
+}
+inline F load_half(const void* p) {
+  uint16_t half[kLanes];
+  std::memcpy(half, p, sizeof half);
+  F r;
+  BAREFOOT_EACH r.v[i] = half_to_float(half[i]);
+  return r;
+}
+inline void store_half(void* p, F a) {
+  uint16_t half[kLanes];
+  BAREFOOT_EACH half[i] = float_to_half(a.v[i]);
+  std::memcpy(p, half, sizeof half);
+}
+inline F operator+(F a, F b) {
+  BAREFOOT_EACH a.v[i] += b.v[i];
+  return a;
+}
+inline F operator-(F a, F b) {
+  BAREFOOT_EACH a.v[i] -= b.v[i];
+  return a;
+}
+inline F operator*(F a, F b) {
+  BAREFOOT_EACH a.v[i] *= b.v[i];
+  return a;
+}
+inline F operator/(F a, F b) {
+  BAREFOOT_EACH a.v[i] /= b.v[i];
+  return a;
+}
+inline F fma(F a, F b, F c) {
+  BAREFOOT_EACH c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+// The second operand wins when either is NaN.
+inline F max(F a, F b) {
+  BAREFOOT_EACH b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+inline F min(F a, F b) {
+  BAREFOOT_EACH b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+inline F where_less(F a, F b, F yes, F no) {
+  BAREFOOT_EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i];
+  return no;
+}
+// To the nearest integer, ties to even, for |a| < 2^22.
+inline F round_nearest(F a) {
+  BAREFOOT_EACH {
+    const float shifted = a.v[i] + 12582912.0f;
+    a.v[i] = shifted - 12582912.0f;
+  }
+  return a;
+}
+// 2^a for integers a in -126..127; any bits for NaN.
+inline F power_of_two(F a) {
+  BAREFOOT_EACH {
+    const float shifted = a.v[i] + 12582912.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits + 127u) << 23;
+    std::memcpy(&a.v[i], &bits, 4);
+  }
+  return a;
+}
+inline float reduce_add(F a) {
+  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+}
+inline float reduce_max(F a) {
+  float r = a.v[0];
+  BAREFOOT_EACH r = a.v[i] > r ? a.v[i] : r;
+  return r;
+}
+inline F to_float(I a) {
+  F r;
+  BAREFOOT_EACH r.v[i] = static_cast<float>(a.v[i]);
+  return r;
+}
+
+// --- int8 tiles: lane i is row i, 4 consecutive columns each ---
+
+struct Quads {
+  int8_t v[4 * kLanes];
+};
+inline I zero_int() { return I{}; }
+inline Quads load_quads(const uint8_t* p) {
+  Quads r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline Quads repeat_quad(const int8_t* p) {
+  Quads r;
+  for (int i = 0; i < kLanes; ++i) std::memcpy(r.v + 4 * i, p, 4);
+  return r;
+}
+template <bool Wide>
+inline I dot_quads(I sum, Quads w, Quads x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  for (int h = 0; h < 2; ++h)
+    vst1q_s32(sum.v + 4 * h, vdotq_s32(vld1q_s32(sum.v + 4 * h), vld1q_s8(w.v + 16 * h), vld1q_s8(x.v + 16 * h)));
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) sum.v[i] += w.v[4 * i + j] * x.v[4 * i + j];
+#endif
+  return sum;
+}
+
+// --- codes ---
+
+struct Codes {
+  uint8_t v[32];
+};
+inline Codes nibbles(const uint8_t* p) {
+  Codes r;
+  for (int i = 0; i < 16; ++i) {
+    r.v[i] = p[i] & 15;
+    r.v[16 + i] = p[i] >> 4;
+  }
+  return r;
+}
+inline Codes pairs(const uint8_t* p) {
+  Codes r;
+  for (int k = 0; k < 4; ++k)
+    for (int j = 0; j < 8; ++j) r.v[8 * k + j] = p[j] >> (2 * k) & 3;
+  return r;
+}
+inline Codes bits(const uint8_t* p, int value) {
+  Codes r;
+  for (int i = 0; i < 32; ++i) r.v[i] = static_cast<uint8_t>((p[i / 8] >> (i % 8) & 1) * value);
+  return r;
+}
+inline Codes field(const uint8_t* p, int shift, int mask) {
+  Codes r;
+  for (int i = 0; i < 32; ++i) r.v[i] = static_cast<uint8_t>(p[i] >> shift & mask);
+  return r;
+}
+inline Codes raise(Codes a, int shift) {
+  for (int i = 0; i < 32; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] << shift);
+  return a;
+}
+inline Codes operator|(Codes a, Codes b) {
+  for (int i = 0; i < 32; ++i) a.v[i] |= b.v[i];
+  return a;
+}
+inline Codes plain_bytes(const uint8_t* p, int flip) {  // flip: 0, or 0x80 to turn signed into unsigned and back
+  Codes r;
+  for (int i = 0; i < 32; ++i) r.v[i] = static_cast<uint8_t>(p[i] ^ flip);
+  return r;
+}
+inline void store(uint8_t* p, Codes a) { std::memcpy(p, a.v, 32); }
+
+struct Lanes8 {
+  float v[8];
+};
+struct Sums8 {
+  int32_t v[8];
+};
+template <bool Wide>
+inline Sums8 dot_codes(Codes w, const int8_t* x) {
+  Sums8 r{};
+#if defined(__ARM_FEATURE_DOTPROD)
+  for (int h = 0; h < 2; ++h)
+    vst1q_s32(r.v + 4 * h, vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(vld1q_u8(w.v + 16 * h)), vld1q_s8(x + 16 * h)));
+#else
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 4; ++j) r.v[i] += static_cast<int8_t>(w.v[4 * i + j]) * x[4 * i + j];
+#endif
+  return r;
+}
+inline Lanes8 zero_lanes() { return Lanes8{}; }
+inline Lanes8 accumulate(Lanes8 sum, Sums8 a, float low, float high) {
+  for (int i = 0; i < 4; ++i) sum.v[i] += static_cast<float>(a.v[i]) * low;
+  for (int i = 4; i < 8; ++i) sum.v[i] += static_cast<float>(a.v[i]) * high;
+  return sum;
+}
+inline Lanes8 accumulate(Lanes8 sum, Sums8 a, float scale) { return accumulate(sum, a, scale, scale); }
+inline float reduce_add(Lanes8 a) {
+  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+}
+
+#undef BAREFOOT_EACH
