@@ -21,7 +21,13 @@ def tensor(name: str, axes: tuple[int, ...], code: int, offset: int) -> bytes:
 
 
 def gguf_file(
-    pairs: list[bytes], tensors: list[bytes], data: bytes, *, version: int = 3, alignment: int = 32, magic: bytes = b"GGUF"
+    pairs: list[bytes],
+    tensors: list[bytes],
+    data: bytes,
+    *,
+    version: int = 3,
+    alignment: int = 32,
+    magic: bytes = b"GGUF",
 ) -> bytes:
     head = magic + struct.pack("<IQQ", version, len(tensors), len(pairs)) + b"".join(pairs) + b"".join(tensors)
     return head + b"\0" * (-len(head) % alignment) + data
