@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from barefoot.plan.solve import Choice, Option, best, pace
+from barefoot.plan.solve import Choice, Option, best, by_bytes, by_speed, pace
 
 
 def everything(slots):
@@ -34,6 +34,10 @@ def random_slots(rng, n_places):
     ]
 
 
+def key_of(choice, key):
+    return key(choice.bytes[0], choice.seconds, choice.kl)
+
+
 @pytest.mark.parametrize("seed", range(300))
 def test_the_search_finds_the_best_of_all(seed):
     rng = random.Random(seed)
@@ -51,12 +55,13 @@ def test_the_search_finds_the_best_of_all(seed):
         for c in everything(slots)
         if all(b <= m for b, m in zip(c.bytes, capacities, strict=True)) and c.kl <= max_kl and accept(c)
     ]
-    found = best(slots, capacities, max_kl=max_kl, accept=accept)
+    key = rng.choice([by_speed, by_bytes])
+    found = best(slots, capacities, max_kl=max_kl, key=key, accept=accept)
     if not fitting:
         assert found is None
     else:
         assert found is not None
-        assert found.key == min(c.key for c in fitting)
+        assert key_of(found, key) == min(key_of(c, key) for c in fitting)
         assert found in fitting
 
 

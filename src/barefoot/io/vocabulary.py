@@ -186,7 +186,7 @@ def merges_by_score(vocabulary: Vocabulary, entries: Iterable[int]) -> list[tupl
 
 def hash_segments(blob: np.ndarray, starts: np.ndarray, ends: np.ndarray, dtype: type) -> np.ndarray:
     """The hash of each ``blob[starts[i]:ends[i]]``, for segments in rising order; chunks keep it from taking memory."""
-    hashes = np.empty(len(starts), dtype)
+    hashes: np.ndarray = np.empty(len(starts), dtype)
     for begin in range(0, len(starts), _CHUNK // 8):
         some = slice(begin, begin + _CHUNK // 8)
         base = int(starts[begin])
@@ -200,13 +200,13 @@ def _prefix_sums(data: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]
     """``Σ_(j<i) (b_j + 1) P^j`` and ``P^-i`` for i from 0 to len(data), both modulo the width of ``dtype``."""
     base, bits = (_P32, 32) if dtype is np.uint32 else (_P64, 64)
     n = len(data)
-    sums = np.zeros(n + 1, dtype)
+    sums: np.ndarray = np.zeros(n + 1, dtype)
     np.cumsum((data.astype(dtype) + dtype(1)) * _powers(base, n, dtype)[:n], dtype=dtype, out=sums[1:])
     return sums, _powers(pow(base, -1, 1 << bits), n, dtype)
 
 
 def _powers(base: int, n: int, dtype: type) -> np.ndarray:
-    powers = np.full(n + 1, base, dtype)
+    powers: np.ndarray = np.full(n + 1, base, dtype)
     powers[0] = 1
     return np.multiply.accumulate(powers, dtype=dtype)  # otherwise numpy widens it
 

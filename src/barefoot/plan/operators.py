@@ -90,8 +90,8 @@ def layout_of(weight: WeightSpec, config: EngineConfig, at: Place) -> str:
     return weight.format if at == "disk" or chosen is None else chosen.layout(weight.format)
 
 
-def matrix_op(weight: WeightSpec, config: EngineConfig, site: Site, tokens: int, at: Place, kv_row: int = 0) -> Op:
-    """y = W x for ``tokens`` inputs; keys and values store ``kv_row`` bytes a token in place of activations."""
+def matrix_op(weight: WeightSpec, config: EngineConfig, site: Site, tokens: int, at: Place) -> Op:
+    """y = W x for ``tokens`` inputs."""
     layout = layout_of(weight, config, at)
     act = site.activation_bytes
     return Op(
@@ -100,8 +100,7 @@ def matrix_op(weight: WeightSpec, config: EngineConfig, site: Site, tokens: int,
         ops=2 * weight.rows * weight.cols * tokens,
         load_weight=weight.rows * blocks.row_bytes(layout, weight.cols),
         load_act=weight.cols * tokens * act,
-        store_act=0 if kv_row else weight.rows * tokens * act,
-        store_kv=tokens * kv_row,
+        store_act=weight.rows * tokens * act,
         at=at,
     )
 
@@ -125,18 +124,23 @@ def n_pairs(n: int, past: int, window: int | None) -> int:
 
 
 def attention_op(spec: ModelSpec, kv: KVStore, site: Site, stage: Stage, *, n: int, past: int, batch: int = 1) -> Op:
-    """Scores, softmax and weighted values of ``n`` new positions, in one pass over the keys and values."""
+    """New keys and values stored; scores, softmax and weighted values in one pass over all of them.
+
+    Storing counts here, not with the projections as in the paper, so that no operator depends on two techniques.
+    """
     window = stage.window
     pairs = batch * spec.n_heads * n_pairs(n, past, window)
     seen = past + n if window is None else min(past + n, window - 1 + n)
     width = batch * n * spec.n_heads * spec.head_dim * site.activation_bytes
+    position = 2 * batch * spec.n_kv_heads * kv.row_bytes(spec.head_dim)  # bytes of one position's keys and values
     return Op(
         name="attention",
         compute=site.floating,
         ops=pairs * (4 * spec.head_dim + SOFTMAX_OPS),
         load_act=width,
         store_act=width,
-        load_kv=2 * batch * seen * spec.n_kv_heads * kv.row_bytes(spec.head_dim),
+        load_kv=seen * position,
+        store_kv=n * position,
         at=stage.kv_at,
     )
 
@@ -154,9 +158,7 @@ def weight_op(spec: ModelSpec, weight: WeightSpec, config: EngineConfig, site: S
     """The operator of one weight of a layer."""
     if weight.rows == 1:
         return vector_op(spec, weight, site, tokens, at)
-    stores = weight.name.endswith((".k", ".v"))
-    kv_row = spec.n_kv_heads * config.kv.row_bytes(spec.head_dim) if stores else 0
-    return matrix_op(weight, config, site, tokens, at, kv_row)
+    return matrix_op(weight, config, site, tokens, at)
 
 
 def layer_place(spec: ModelSpec, layer: int, config: EngineConfig, site: Site) -> Place:

@@ -62,7 +62,7 @@ def rates(device: Device, *, n_threads: int | None = None, n_host_layers: int = 
             n_split=split,
             peer=device.peer_gb_s * GB,
         )
-    used = min(1.0, (n_threads or device.n_threads) / device.n_threads)
+    used = min(1.0, (n_threads or device.n_cores) / device.n_cores)
     return Rates(
         site=Site("host"),
         peaks={kind: used * peak for kind, peak in device.peaks.items()},

@@ -1,12 +1,12 @@
 """solve — an exact multiple-choice knapsack: one option from each slot, within capacities.
 
 Options carry bytes in each place, seconds and KL divergence, all of which add up over the slots. Among the combinations
-that fit, whose KL is at most a limit, the best has the least key
+that fit, whose KL is at most a limit, the best has the least key: for speed
 
     (pace, KL, bytes)          pace = log(seconds) in steps of 1 %
 
-so that a gain of speed below 1 % never costs quality or memory. Depth-first search with bounds: what remains can't be
-cheaper than the sum of each slot's cheapest.
+so that a gain of speed below 1 % never costs quality or memory; for size, bytes. Depth-first search with bounds: what
+remains can't be cheaper than the sum of each slot's cheapest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 PACE_STEP = 0.01
-Key = tuple[int, float, int]
+ROUNDING = 1e-12  # sums of a few floats in another order differ by less
+Key = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,20 @@ class Choice(Generic[T]):
     seconds: float
     kl: float
 
-    @property
-    def key(self) -> Key:
-        """What choices are compared by, smaller is better."""
-        return (pace(self.seconds), self.kl, self.bytes[0])
-
 
 def pace(seconds: float) -> int:
     """Seconds on a logarithmic scale, in steps of 1 %; non-decreasing."""
     return math.floor(math.log(max(seconds, 1e-12)) / math.log1p(PACE_STEP))
+
+
+def by_speed(n_bytes: int, seconds: float, kl: float) -> Key:
+    """Faster first, then closer to the original, then smaller."""
+    return (pace(seconds), kl, n_bytes)
+
+
+def by_bytes(n_bytes: int, seconds: float, kl: float) -> Key:
+    """Smaller first, then faster, then closer to the original."""
+    return (n_bytes, pace(seconds), kl)
 
 
 def _least(slots: Sequence[Sequence[Option[T]]], n_places: int) -> list[tuple[tuple[int, ...], float, float]]:
@@ -66,6 +72,7 @@ def best(
     capacities: Sequence[int],
     *,
     max_kl: float = math.inf,
+    key: Callable[[int, float, float], Key] = by_speed,
     below: Key | None = None,
     accept: Callable[[Choice[T]], bool] = lambda choice: True,
 ) -> Choice[T] | None:
@@ -76,6 +83,7 @@ def best(
     slots : the options of each slot; none may be empty.
     capacities : bytes of each place.
     max_kl : limit of the summed KL.
+    key : of the bytes in the first place, seconds and KL; must not decrease when one of them grows.
     below : only choices with a smaller key count.
     accept : a last test of whole choices, asked only of those that would be the best so far.
     """
@@ -88,14 +96,18 @@ def best(
     def search(depth: int, values: tuple[T, ...], size: tuple[int, ...], seconds: float, kl: float) -> None:
         nonlocal found, limit
         more_bytes, more_seconds, more_kl = bounds[depth]
-        if any(s + m > c for s, m, c in zip(size, more_bytes, capacities, strict=True)) or kl + more_kl > max_kl:
-            return
-        if limit is not None and (pace(seconds + more_seconds), kl + more_kl, size[0] + more_bytes[0]) >= limit:
+        if any(s + m > c for s, m, c in zip(size, more_bytes, capacities, strict=True)):
             return
         if depth == len(ordered):
             choice = Choice(values, size, seconds, kl)
-            if accept(choice):
-                found, limit = choice, choice.key
+            this = key(size[0], seconds, kl)
+            if kl <= max_kl and (limit is None or this < limit) and accept(choice):
+                found, limit = choice, this
+            return
+        least_seconds, least_kl = (seconds + more_seconds) * (1 - ROUNDING), kl + more_kl - ROUNDING
+        if least_kl > max_kl:
+            return
+        if limit is not None and key(size[0] + more_bytes[0], least_seconds, least_kl) >= limit:
             return
         for option in ordered[depth]:
             total = tuple(a + b for a, b in zip(size, option.bytes, strict=True))
