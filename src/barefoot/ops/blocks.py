@@ -337,7 +337,7 @@ def _unpack_chunks(payload: U8, bits: int) -> U8:
         return payload
     if bits == 4:
         return _nibbles(payload)
-    fields = (payload[..., None, :8] >> SHIFTS_OF_2) & 3
+    fields = (payload[..., None, :8] >> SHIFTS_OF_2) & np.uint8(3)
     codes = fields.reshape(*payload.shape[:-1], 32)
     return codes if bits == 2 else codes | (_bits(payload[..., 8:]) << np.uint8(2))
 
