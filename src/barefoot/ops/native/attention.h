@@ -34,7 +34,7 @@ inline void encode_kv_group(KvFormat format, const float* x, int64_t n, uint8_t*
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
   }
-  const float span = q8 ? (high > -low ? high : -low) / 127.0f : (high - low) / 15.0f;
+  const float span = q8 ? (high > -low ? high : 0.0f - low) / 127.0f : (high - low) / 15.0f;
   uint16_t scale16 = float_to_half(span), low16 = q8 ? 0 : float_to_half(low);
   finite = finite && (scale16 & 0x7c00) != 0x7c00 && (low16 & 0x7c00) != 0x7c00;
   if (!finite) scale16 = 0x7e00, low16 = 0;  // NaN
