@@ -41,7 +41,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + _staging(placement)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
-        + entry("logits", "logits", [Term("logits", config.n_logits * round_up(spec.vocab_size, 16), 4)], phases=RUNNING)
+        + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
         + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
     )
@@ -127,6 +127,11 @@ def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
     return [*terms, padding]
 
 
+def _logits(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+    n = config.n_logits * spec.vocab_size
+    return [Term("logits", n, 4), _padding([n * 4])]
+
+
 def activations(spec: ModelSpec, config: EngineConfig) -> Arrangement:
     """Where the arrays of a pass lie in one block, by their lifetimes within a layer."""
     return arrange([b for b, _ in activation_buffers(spec, config)])
@@ -157,13 +162,13 @@ def activation_buffers(spec: ModelSpec, config: EngineConfig) -> list[tuple[Buff
     ]
     buffers = [(Buffer(name, n * width * 4, start, end), width) for name, width, start, end in arrays]
     buffers.append((Buffer("ids", n * 4, 0, 0), 0))
-    placement_embed = _embed_rows(spec, config)
-    if placement_embed:
-        buffers.append((Buffer("embed_rows", n * placement_embed, 0, 0), 0))
+    row = _streamed_embed_row_bytes(spec, config)
+    if row:
+        buffers.append((Buffer("embed_rows", n * row, 0, 0), 0))
     return buffers
 
 
-def _embed_rows(spec: ModelSpec, config: EngineConfig) -> int:
+def _streamed_embed_row_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Bytes of one embedding row that is read from disk; 0 when the matrix is resident."""
     if not (config.stream_head and spec.tied):
         return 0
