@@ -70,16 +70,10 @@ def add_job(parser: argparse.ArgumentParser) -> None:
 
 def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
     """The job of the arguments: what is left out follows from the model's own context length."""
-    from barefoot.core.errors import InvalidInput
     from barefoot.plan.job import RunJob
 
     longest = spec.context_length
     context = args.context if args.context is not None else min(DEFAULT_CONTEXT, longest)
-    if context > longest:
-        raise InvalidInput(
-            f"{spec.name} was made for a context of up to {longest:,} tokens, got --context {context:,}",
-            cure=f"use --context {longest} or less",
-        )
     max_tokens = args.max_tokens if args.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, context // 2))
     return RunJob(context=context, max_tokens=max_tokens, batch=getattr(args, "batch", 1))
 

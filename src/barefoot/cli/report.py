@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from barefoot.cli import console
-from barefoot.core.ledger import KINDS
+from barefoot.core.ledger import KINDS, Footprint
 from barefoot.core.units import format_bytes
 
 if TYPE_CHECKING:
-    from barefoot.core.ledger import Footprint, Place
+    from barefoot.core.ledger import Place
     from barefoot.core.model import ModelSpec
     from barefoot.plan.result import PhaseTime, Plan
 
@@ -28,8 +28,12 @@ def model_line(name: str, spec: ModelSpec) -> str:
 
 
 def bytes_table(footprint: Footprint, place: Place) -> str:
-    """Bytes by kind and phase in one place, with the sum of each phase; the peak phase is marked."""
-    phases = footprint.select(place=place).phases
+    """Bytes by kind and phase in one place, with the sum of each phase; the peak phase is marked.
+
+    The process itself is there in every phase; only those of the job are shown.
+    """
+    job = Footprint(tuple(e for e in footprint if e.kind != "reserved"))
+    phases = job.select(place=place).phases
     peak_phase, _ = footprint.peak(place)
     by_phase = {phase: footprint.by_kind(place, phase) for phase in phases}
     rows = [
@@ -52,6 +56,13 @@ def _streamed(plan: Plan) -> str:
     return " + ".join(parts)
 
 
+def _by_source(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for group, source in sources.items():
+        groups.setdefault(source, []).append(group)
+    return groups
+
+
 def choices_table(plan: Plan) -> str:
     """What was chosen, and what it is predicted to give."""
     from barefoot.plan.job import format_weights
@@ -66,7 +77,7 @@ def choices_table(plan: Plan) -> str:
         ("on host", f"{plan.n_host_layers} layers" if plan.n_host_layers else ""),
         ("compute", f"{config.n_threads} threads, {config.activations} activations" if plan.place == "host" else ""),
         ("quality", f"{quality.tier}: KL {quality.kl:.4f} nats a token from the stored weights, {kind}"),
-        *(("", f"{group}: {source}") for group, source in quality.sources.items()),
+        *(("", f"{', '.join(groups)}: {source}") for source, groups in _by_source(quality.sources).items()),
         ("speed", f"decode {_speed(plan.decode)}; prefill {_speed(plan.prefill)}"),
     ]
     rows += [("note", note) for note in plan.notes]

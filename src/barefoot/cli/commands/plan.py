@@ -45,14 +45,17 @@ def execute(args: argparse.Namespace) -> int:
     from barefoot.cli import report
     from barefoot.cli.models import load_shapes
     from barefoot.core.device import parse_device
-    from barefoot.plan.planner import candidates
+    from barefoot.plan.planner import candidates, refuse
 
     device = parse_device(args.device)
     shapes = load_shapes(args.model)
     spec = shapes.spec
     job = arguments.job(args, spec)
     budget, said_by = arguments.budget(args, device)
-    plans = candidates(spec, job, budget, device, arguments.stated(args), extra=shapes.tokenizer, model=args.model)
+    case = (spec, job, budget, device, arguments.stated(args))
+    plans = candidates(*case, extra=shapes.tokenizer, model=args.model)
+    if not plans:
+        raise refuse(*case, extra=shapes.tokenizer, model=args.model).error()
     best = plans[0]
     if args.save:
         Path(args.save).write_text(best.to_toml(), encoding="utf-8")
