@@ -99,6 +99,14 @@ class Tokenizer:
         any_of = "|".join(re.escape(self._vocabulary.text(i)) for i in entries)
         return [match.start() for match in re.finditer(f"(?={any_of})", text)] if entries else []
 
+    def control_edges(self, text: str) -> tuple[bool, bool]:
+        """Whether ``text`` begins with the end of a control token's text, and whether it ends with the beginning."""
+        controls = np.flatnonzero(np.isin(self._vocabulary.kinds, (CONTROL, UNKNOWN)))
+        texts = [self._vocabulary.text(int(i)) for i in controls] if text else []
+        begins = any(text.startswith(t[k:]) for t in texts for k in range(1, len(t)) if t[k] == text[0])
+        ends = any(text.endswith(t[:k]) for t in texts for k in range(1, len(t)) if t[k - 1] == text[-1])
+        return begins, ends
+
     def _is_control(self, entry: int) -> bool:
         return self._vocabulary.kinds[entry] in (CONTROL, UNKNOWN)
 

@@ -11,6 +11,7 @@ both are then reported, and a reported entry that does not occur is harmless, si
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from barefoot.core.errors import CorruptFile
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of entries, numbered as in GGUF
 
 _P32, _P64 = 0x9E3779B1, 0x9E3779B97F4A7C15  # odd, so that powers can be undone
+_BYTE_TEXT = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _CHUNK = 1 << 16  # text positions, and entries, hashed at a time
 _MAX_ENTRIES = 1 << 24
 
@@ -40,8 +42,15 @@ class Vocabulary:
         if not 0 < n <= _MAX_ENTRIES or len(kinds) != n or (scores is not None and len(scores) != n):
             n_scores = "no" if scores is None else len(scores)
             raise CorruptFile(f"vocabulary of {n} entries with {len(kinds)} kinds and {n_scores} scores")
+        if kinds.dtype.kind not in "iu" or kinds.min() < 0 or kinds.max() > 255:
+            raise CorruptFile(f"kinds of entries must be small counts, got {kinds.dtype}")
+        if scores is not None and (scores.dtype.kind != "f" or not np.isfinite(scores).all()):
+            raise CorruptFile(f"scores of entries must be finite fractions, got {scores.dtype}")
         self.blob, self.offsets, self.scores = blob, offsets, scores
         self.kinds = kinds.astype(np.uint8)
+        wrong = next((i for i in np.flatnonzero(self.kinds == BYTE) if not _BYTE_TEXT.fullmatch(self.raw(i))), None)
+        if wrong is not None:
+            raise CorruptFile(f"entry {wrong} stands for a byte, but is {self.raw(wrong)!r}, not of the form <0x0A>")
         lengths = np.diff(offsets)
         hashes = hash_segments(blob, offsets[:-1], offsets[1:], np.uint32)
         order = np.lexsort((hashes, lengths))

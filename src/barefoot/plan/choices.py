@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from barefoot.core.device import Device
 from barefoot.core.errors import Incompatible
@@ -71,7 +72,7 @@ class Problem:
     device: Device
     stated: Stated
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[WeightGroup, ...]:
         present = {w.group for w in self.spec.weights if w.rows > 1}
         return tuple(g for g in MATRIX_GROUPS if g in present)
@@ -128,41 +129,53 @@ class Problem:
         return [Frame(c, n, h) for c, h, n in itertools.product(sorted(chunks), heads, layers)]
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """One option's running sums over the layers: index i holds the sum over layers below i."""
+class _Running(NamedTuple):
+    """Sums over the layers: index i holds the sum over layers below i. ``slow`` is the time as a slow layer."""
 
-    bytes: tuple[int, ...]
-    fast: tuple[float, ...]  # seconds where the computation is
-    slow: tuple[float, ...]  # seconds as a slow layer
-    kl: tuple[float, ...]
-
-
-def _running(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(itertools.accumulate(values, initial=0.0))
+    bytes: list[int]
+    fast: list[float]
+    slow: list[float]
+    kl: list[float]
 
 
 class Tables:
-    """Costs of every option of a problem, each computed once, when a frame first asks for it."""
+    """Costs of every option of a problem, each computed once, when a frame first asks for it.
 
-    def __init__(self, problem: Problem) -> None:
+    Layers of equal shapes, types and window are one kind and are computed once. With ``timed`` false all times are 0,
+    for searches that only ask for bytes.
+    """
+
+    def __init__(self, problem: Problem, *, timed: bool = True) -> None:
         self.problem = problem
-        n_host = 1 if problem.device.n_accelerators else 0  # only marks the site; frames count the layers
+        self._timed = timed
+        n_host = 1 if problem.device.n_accelerators else 0  # only says that there is a host beside; frames count layers
         self._machine = rates(problem.device, n_threads=problem.n_threads, n_host_layers=n_host)
-        self._layers = layers_of(problem.spec)
+        spec = problem.spec
+        kinds: dict[object, int] = {}
+        self._kind_layers: list[int] = []  # the first layer of each kind
+        self._kinds: list[int] = []  # the kind of each layer
+        self._layers = layers_of(spec)
+        for i, weights in enumerate(self._layers):
+            key = (spec.layers[i].window, tuple((w.group, w.rows, w.cols, w.format) for w in weights))
+            if key not in kinds:
+                kinds[key] = len(kinds)
+                self._kind_layers.append(i)
+            self._kinds.append(kinds[key])
+        self._matrices = {g: [w for w in spec.weights if w.group == g and w.rows > 1] for g in problem.groups}
         self._formats = {g: self._open_formats(g) for g in problem.groups}
         self._stores = self._open_stores()
+        self._weight_kl = functools.cache(lambda *choice: quality.weight_loss(spec, *choice).kl)
+        self._kv_kl = functools.cache(lambda store: quality.kv_loss(spec, store).kl)
         self._group_costs = functools.cache(self._compute_group_costs)
         self._kv_costs = functools.cache(self._compute_kv_costs)
-        self._matrix_seconds = functools.cache(self._compute_matrix_seconds)
-        self._outer_seconds = functools.cache(self._compute_outer_seconds)
+        self._outer_option = functools.cache(self._compute_outer_option)
         self._exchange_seconds = functools.cache(self._compute_exchange_seconds)
 
     # What may be chosen.
 
     def _open_formats(self, group: WeightGroup) -> tuple[WeightFormat, ...]:
         """The stated format, else all candidates that save bytes on every matrix of the group and can hold it."""
-        matrices = {(w.cols, w.format) for w in self.problem.spec.weights if w.group == group and w.rows > 1}
+        matrices = {(w.cols, w.format) for w in self._matrices[group]}
         chosen = self.problem.stated.weights.get(group)
         if chosen is not None:
             for cols, stored in matrices:
@@ -183,55 +196,60 @@ class Tables:
         return tuple(fmt for fmt in quality.candidate_formats(group) if usable(fmt))
 
     def _open_stores(self) -> tuple[KVStore, ...]:
+        head_dim = self.problem.spec.head_dim
         if self.problem.stated.kv is not None:
-            self.problem.stated.kv.row_bytes(self.problem.spec.head_dim)  # raises Incompatible with the reason
+            self.problem.stated.kv.row_bytes(head_dim)  # raises Incompatible with the reason
             return (self.problem.stated.kv,)
 
         def usable(store: KVStore) -> bool:
             try:
-                return store.row_bytes(self.problem.spec.head_dim) > 0
+                return store.row_bytes(head_dim) > 0
             except Incompatible:
                 return False
 
         return tuple(s for s in quality.candidate_stores() if usable(s))
 
-    # Costs, by layer.
+    # Costs, kind by kind of layer.
 
     def _sweeps(self, chunk: int) -> tuple[Sweep, ...]:
-        return (*prefill_sweeps(self.problem.job, chunk), decode_sweep(self.problem.job))
+        return (*prefill_sweeps(self.problem.job, chunk), decode_sweep(self.problem.job)) if self._timed else ()
 
     def _plain_config(self, kv: KVStore, weights: dict[WeightGroup, WeightFormat]) -> EngineConfig:
-        job = self.problem.job
-        return EngineConfig(job.context, kv, weights, activations=self.problem.activations)
-
-    def _op_seconds(self, op_of: Iterable[tuple[Op, Sweep]]) -> float:
-        return sum(op_time(op, self._machine)[0] * sweep.count * sweep.repeats for op, sweep in op_of)
-
-    def _compute_matrix_seconds(self, shape: WeightSpec, fmt: WeightFormat, chunk: int, at: Place) -> float:
-        config = self._plain_config(self._stores[0], {shape.group: fmt})
-        site = self._machine.site
-        return self._op_seconds(
-            (matrix_op(shape, config, site, sweep.tokens, at), sweep) for sweep in self._sweeps(chunk)
-        )
+        return EngineConfig(self.problem.job.context, kv, weights, activations=self.problem.activations)
 
     def _loss(self, group: WeightGroup, fmt: WeightFormat, matrices: Sequence[WeightSpec], total: int) -> float:
         """KL of these matrices of a group of ``total`` weights, each in proportion to its size."""
-        spec = self.problem.spec
-        return sum(quality.weight_loss(spec, group, fmt, w.format).kl * w.n_elements / total for w in matrices)
+        return sum(self._weight_kl(group, fmt, w.format) * w.n_elements / total for w in matrices)
 
-    def _compute_group_costs(self, group: WeightGroup, fmt: WeightFormat, chunk: int) -> _Costs:
+    def _over_layers(self, by_kind: Sequence[tuple[int, float, float, float]]) -> _Running:
+        sizes, fast, slow, kl = zip(*(by_kind[kind] for kind in self._kinds), strict=True)
+        return _Running(
+            list(itertools.accumulate(sizes, initial=0)),
+            list(itertools.accumulate(fast, initial=0.0)),
+            list(itertools.accumulate(slow, initial=0.0)),
+            list(itertools.accumulate(kl, initial=0.0)),
+        )
+
+    def _compute_group_costs(self, group: WeightGroup, fmt: WeightFormat, chunk: int) -> _Running:
         main, slow = self._machine.site.place, self.problem.slow_place
-        matrices = [[w for w in layer if w.group == group] for layer in self._layers]
-        total = sum(w.n_elements for layer in matrices for w in layer)
-        sizes, fast, late, losses = [], [], [], []
-        for layer in matrices:
-            shapes = [replace(w, name="layers.0.w", source="", row_start=0) for w in layer]
-            sizes.append(sum(w.rows * blocks.row_bytes(fmt.layout(w.format), w.cols) for w in layer))
-            fast.append(sum(self._matrix_seconds(s, fmt, chunk, main) for s in shapes))
-            late.append(sum(self._matrix_seconds(s, fmt, chunk, slow) for s in shapes) if slow == "host" else 0.0)
-            losses.append(self._loss(group, fmt, layer, total))
-        running = tuple(itertools.accumulate(sizes, initial=0))
-        return _Costs(running, _running(fast), _running(late), _running(losses))
+        total = sum(w.n_elements for w in self._matrices[group])
+        config = self._plain_config(self._stores[0], {group: fmt})
+        by_kind = []
+        for layer in self._kind_layers:
+            matrices = [w for w in self._layers[layer] if w.group == group]
+
+            def seconds(at: Place, matrices: Sequence[WeightSpec] = matrices) -> float:
+                return sum(
+                    op_time(matrix_op(w, config, self._machine.site, s.tokens, at), self._machine)[0]
+                    * (s.count * s.repeats)
+                    for w in matrices
+                    for s in self._sweeps(chunk)
+                )
+
+            size = sum(w.rows * blocks.row_bytes(fmt.layout(w.format), w.cols) for w in matrices)
+            late = seconds(slow) if slow == "host" else 0.0  # from disk, the whole layer is one cost: see _rest_seconds
+            by_kind.append((size, seconds(main), late, self._loss(group, fmt, matrices, total)))
+        return self._over_layers(by_kind)
 
     def _rest_seconds(self, layer: int, kv: KVStore, chunk: int, at: Place) -> float:
         """Attention and all that is no matrix; for a layer from disk everything, since reading hides or is hidden."""
@@ -241,7 +259,7 @@ class Tables:
         total = 0.0
         for sweep in self._sweeps(chunk):
             ops = [weight_op(spec, w, config, site, sweep.tokens, at) for w in weights]
-            slow_bytes = sum(op.load_weight for op in ops) if at == "disk" else 0
+            slow_bytes = sum(op.load_weight for op in ops if op.at == "disk")
             kv_at: Place = "host" if at == "host" else site.place
             ops.append(elementwise_op(spec, site, sweep.tokens))
             stage = Stage("rest", tuple(ops), True, spec.layers[layer].window, kv_at, slow_bytes)
@@ -254,77 +272,39 @@ class Tables:
             total += sweep.repeats * sum(times.values())
         return total
 
-    def _compute_kv_costs(self, kv: KVStore, chunk: int) -> _Costs:
-        problem = self.problem
-        spec, job = problem.spec, problem.job
+    def _compute_kv_costs(self, kv: KVStore, chunk: int) -> _Running:
+        spec, main, slow = self.problem.spec, self._machine.site.place, self.problem.slow_place
         config = replace(self._plain_config(kv, {}), chunk=chunk)
-        known: dict[object, tuple[int, float, float]] = {}
-        rows = []
-        for i, weights in enumerate(self._layers):
-            key = (spec.layers[i].window, tuple((w.rows, w.cols, w.format) for w in weights))
-            if key not in known:
-                known[key] = (
-                    layer_kv_bytes(spec, config, i, job.batch),
-                    self._rest_seconds(i, kv, chunk, self._machine.site.place),
-                    self._rest_seconds(i, kv, chunk, problem.slow_place),
+        return self._over_layers(
+            [
+                (
+                    layer_kv_bytes(spec, config, layer, self.problem.job.batch),
+                    self._rest_seconds(layer, kv, chunk, main),
+                    self._rest_seconds(layer, kv, chunk, slow),
+                    0.0,
                 )
-            rows.append(known[key])
-        sizes, fast, slow = zip(*rows, strict=True)
-        running = tuple(itertools.accumulate(sizes, initial=0))
-        return _Costs(running, _running(fast), _running(slow), (0.0,) * (len(rows) + 1))
+                for layer in self._kind_layers
+            ]
+        )
 
-    # Options of a frame.
-
-    def slots(self, frame: Frame) -> list[list[Option[Value]]]:
-        """One list of options for each group of matrices, then one for the KV store."""
-        return [*(self._group_slot(g, frame) for g in self.problem.groups), self._kv_slot(frame)]
-
-    def _split(self, total: tuple[int, ...], n_fast: int) -> tuple[int, int]:
-        """Bytes in the place that computes, and on the host beside it; what stays on disk counts nowhere."""
-        slow = total[-1] - total[n_fast] if self.problem.slow_place == "host" else 0
-        return total[n_fast], slow
-
-    def _group_slot(self, group: WeightGroup, frame: Frame) -> list[Option[Value]]:
-        if group in ("embed", "head"):
-            return self._outer_slot(group, frame)
-        n_fast = self.problem.spec.n_layers - frame.n_slow
-        on_host = self.problem.slow_place == "host"
-        options: list[Option[Value]] = []
-        for fmt in self._formats[group]:
-            costs = self._group_costs(group, fmt, frame.chunk)
-            seconds = costs.fast[n_fast] + costs.slow[-1] - costs.slow[n_fast]
-            kl = costs.kl[-1] if on_host else costs.kl[n_fast]
-            options.append(Option(fmt, self._split(costs.bytes, n_fast), seconds, kl))
-        if not n_fast and not on_host:  # nothing of the group is in memory: the format makes no difference
-            return options[:1]
-        return options
-
-    def _outer_slot(self, group: WeightGroup, frame: Frame) -> list[Option[Value]]:
-        """The embedding or the head; a tied embedding is both."""
-        spec = self.problem.spec
-        (matrix,) = (w for w in spec.weights if w.group == group)
-        streamed = frame.stream_head and (group == "head" or spec.tied)
-        formats = (Stored(),) if streamed else self._formats[group]
-        options: list[Option[Value]] = []
-        for fmt in formats:
-            size = 0 if streamed else matrix.rows * blocks.row_bytes(fmt.layout(matrix.format), matrix.cols)
-            kl = 0.0 if streamed else self._loss(group, fmt, [matrix], matrix.n_elements)
-            options.append(Option(fmt, (size, 0), self._outer_seconds(group, fmt, frame.chunk, frame.stream_head), kl))
-        return options
-
-    def _compute_outer_seconds(self, group: WeightGroup, fmt: WeightFormat, chunk: int, stream_head: bool) -> float:
+    def _compute_outer_option(self, group: WeightGroup, fmt: WeightFormat, chunk: int, streamed: bool) -> Option:
+        """The embedding or the head in a format; a tied embedding is both. ``streamed``: it makes logits from disk."""
+        (matrix,) = self._matrices[group]
         spec, job, site = self.problem.spec, self.problem.job, self._machine.site
-        config = replace(self._plain_config(self._stores[0], {group: fmt}), stream_head=stream_head)
-        total = 0.0
+        config = replace(self._plain_config(self._stores[0], {group: fmt}), stream_head=streamed)
+        seconds = 0.0
         if group == "embed":
             for sweep in self._sweeps(chunk):
                 times = stage_times(embed_stage(spec, config, site, sweep.tokens), self._machine)
-                total += sum(times.values()) * sweep.count * sweep.repeats
-        if group == "head" or spec.tied:
+                seconds += sum(times.values()) * sweep.count * sweep.repeats
+        if (group == "head" or spec.tied) and self._timed:
             once = stage_times(head_stage(spec, config, site, 1), self._machine)
             step = stage_times(head_stage(spec, config, site, job.batch), self._machine)
-            total += job.batch * sum(once.values()) + job.max_tokens * sum(step.values())
-        return total
+            seconds += job.batch * sum(once.values()) + job.max_tokens * sum(step.values())
+        if streamed:
+            return Option(fmt, (0, 0), seconds, 0.0)
+        size = matrix.rows * blocks.row_bytes(fmt.layout(matrix.format), matrix.cols)
+        return Option(fmt, (size, 0), seconds, self._loss(group, fmt, [matrix], matrix.n_elements))
 
     def _compute_exchange_seconds(self, chunk: int) -> float:
         return sum(
@@ -332,14 +312,34 @@ class Tables:
             for s in self._sweeps(chunk)
         )
 
-    def _kv_slot(self, frame: Frame) -> list[Option[Value]]:
-        spec = self.problem.spec
-        n_fast = spec.n_layers - frame.n_slow
-        options: list[Option[Value]] = []
+    # Options of a frame.
+
+    def slots(self, frame: Frame) -> list[list[Option]]:
+        """One list of options for each group of matrices, then one for the KV store."""
+        return [*(self._group_slot(g, frame) for g in self.problem.groups), self._kv_slot(frame)]
+
+    def _group_slot(self, group: WeightGroup, frame: Frame) -> list[Option]:
+        if group in ("embed", "head"):
+            streamed = frame.stream_head and (group == "head" or self.problem.spec.tied)
+            formats = (Stored(),) if streamed else self._formats[group]
+            return [self._outer_option(group, fmt, frame.chunk, streamed) for fmt in formats]
+        n = self.problem.spec.n_layers - frame.n_slow
+        on_host = self.problem.slow_place == "host"
+        options = []
+        for fmt in self._formats[group]:
+            size, fast, slow, kl = self._group_costs(group, fmt, frame.chunk)
+            here = (size[n], size[-1] - size[n] if on_host else 0)
+            options.append(Option(fmt, here, fast[n] + slow[-1] - slow[n], kl[-1] if on_host else kl[n]))
+        # Where all layers are on disk, in the file's blocks, the format makes no difference.
+        return options if n or on_host else options[:1]
+
+    def _kv_slot(self, frame: Frame) -> list[Option]:
+        n = self.problem.spec.n_layers - frame.n_slow
+        on_host = self.problem.slow_place == "host"
+        exchange = self._exchange_seconds(frame.chunk)
+        options = []
         for kv in self._stores:
-            costs = self._kv_costs(kv, frame.chunk)
-            size = self._split(costs.bytes, n_fast) if self.problem.slow_place == "host" else (costs.bytes[-1], 0)
-            seconds = costs.fast[n_fast] + costs.slow[-1] - costs.slow[n_fast]
-            seconds += self._exchange_seconds(frame.chunk)
-            options.append(Option(kv, size, seconds, quality.kv_loss(spec, kv).kl))
+            size, fast, slow, _ = self._kv_costs(kv, frame.chunk)
+            here = (size[n], size[-1] - size[n]) if on_host else (size[-1], 0)
+            options.append(Option(kv, here, fast[n] + slow[-1] - slow[n] + exchange, self._kv_kl(kv)))
         return options

@@ -155,9 +155,9 @@ def elementwise_op(spec: ModelSpec, site: Site, tokens: int) -> Op:
 
 
 def weight_op(spec: ModelSpec, weight: WeightSpec, config: EngineConfig, site: Site, tokens: int, at: Place) -> Op:
-    """The operator of one weight of a layer."""
+    """The operator of one weight of a layer; vectors are always in memory."""
     if weight.rows == 1:
-        return vector_op(spec, weight, site, tokens, at)
+        return vector_op(spec, weight, site, tokens, site.place if at == "disk" else at)
     return matrix_op(weight, config, site, tokens, at)
 
 
@@ -187,7 +187,7 @@ def layer_stages(spec: ModelSpec, config: EngineConfig, site: Site, tokens: int)
         key = (at, window, tuple((w.rows, w.cols, w.format, w.group) for w in weights))
         if key not in known:
             ops = [weight_op(spec, w, config, site, tokens, at) for w in weights]
-            slow = sum(op.load_weight for op in ops) if at == "disk" else 0
+            slow = sum(op.load_weight for op in ops if op.at == "disk")
             name = "layer" if at == site.place else f"layer from {at}"
             kv_at: Place = "host" if at == "host" else site.place
             known[key] = Stage(name, (*ops, elementwise_op(spec, site, tokens)), True, window, kv_at, slow)
@@ -196,7 +196,7 @@ def layer_stages(spec: ModelSpec, config: EngineConfig, site: Site, tokens: int)
 
 
 def _outside_layers(spec: ModelSpec) -> list[WeightSpec]:
-    return [w for w in spec.weights if w.layer is None]
+    return [w for w in spec.weights if not w.name.startswith("layers.")]
 
 
 def embed_stage(spec: ModelSpec, config: EngineConfig, site: Site, tokens: int) -> Stage:

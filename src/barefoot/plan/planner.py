@@ -57,10 +57,10 @@ def plan(
     OverBudget : nothing fits; ``refusal`` says what would.
     Incompatible : a stated technique can't hold the model.
     """
-    found = candidates(spec, job, budget, device, stated, reserved=reserved, extra=extra, model=model)
-    if not found:
+    found = _Case(spec, job, budget, device, stated, reserved, extra, model).first()
+    if found is None:
         raise refuse(spec, job, budget, device, stated, reserved=reserved, extra=extra, model=model).error()
-    return found[0]
+    return found
 
 
 def candidates(
@@ -163,7 +163,17 @@ class _Case:
         self.extra = extra or Footprint()
         self.model = model or spec.name
         self.search = Search(Problem(spec, job, self.device, self.stated), self.reserved.footprint() + self.extra)
-        self.budget: dict[Place, int] = {**self.device.memory_bytes, **budget.bytes}
+        capacity = self.device.memory_bytes
+        self.budget: dict[Place, int] = {p: min(n, budget.bytes.get(p, n)) for p, n in capacity.items()}
+        self.clipped = {p: n for p, n in budget.bytes.items() if n > capacity.get(p, n)}
+
+    def first(self) -> Plan | None:
+        """The best plan of the best quality tier in which anything fits."""
+        for _, max_kl in quality.TIERS:
+            solution = self.search.fastest(self.budget, max_kl)
+            if solution is not None:
+                return self.finish(solution)
+        return None
 
     def finish(self, solution: Solution) -> Plan:
         """The plan of a solution: with its times, its quality and notes."""
@@ -201,6 +211,10 @@ class _Case:
         frame, device = solution.frame, self.device
         notes = [f"runtime's own {format_bytes(self.reserved.bytes)}: {self.reserved.source}"]
         notes.append(f"allocator slack of {format_bytes(SLACK_BYTES)} is part of the reserved bytes")
+        notes += [
+            f"{format_bytes(n)} of {p} memory were allowed, {device.title} has {format_bytes(self.budget[p])}"
+            for p, n in self.clipped.items()
+        ]
         if device.n_accelerators and frame.n_slow:
             notes.append(f"{frame.n_slow} of {self.spec.n_layers} layers stay in host memory, with their KV")
         elif frame.n_slow or frame.stream_head:
@@ -293,13 +307,9 @@ class _Case:
 
     def as_alternative(self, change: str) -> Alternative | None:
         """This case as something to do instead, if it can be planned."""
-        for _, max_kl in quality.TIERS:
-            solution = self.search.fastest(self.budget, max_kl)
-            if solution is not None:
-                break
-        else:
+        found = self.first()
+        if found is None:
             return None
-        found = self.finish(solution)
         main = self.budget[self.search.place]
         return Alternative(
             change=change,

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from barefoot.core.ledger import Footprint, Place
 from barefoot.engine.config import EngineConfig
-from barefoot.plan.choices import Frame, Problem, Tables, Value
+from barefoot.plan.choices import Frame, Problem, Tables
 from barefoot.plan.memory import accelerator_footprint, host_footprint
 from barefoot.plan.solve import Choice, best, by_bytes, by_speed, pace
+
+ANY_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Solution:
     """A frame, a value for each slot, and the bytes of the whole job with them."""
 
     frame: Frame
-    choice: Choice[Value]
+    choice: Choice
     config: EngineConfig
     footprint: Footprint
 
@@ -47,6 +49,7 @@ class Search:
         self.fixed = fixed
         self.place: Place = "accelerator" if problem.device.n_accelerators else "host"
         self._tables = Tables(problem)
+        self._sizes = Tables(problem, timed=False)
         self._overhead = functools.cache(self._compute_overhead)
 
     def footprint(self, frame: Frame, config: EngineConfig) -> Footprint:
@@ -60,13 +63,7 @@ class Search:
 
     @functools.cached_property
     def _frames(self) -> list[_Least]:
-        found = []
-        for frame in self.problem.frames():
-            slots = self._tables.slots(frame)
-            size = (sum(min(o.bytes[0] for o in s) for s in slots), sum(min(o.bytes[1] for o in s) for s in slots))
-            seconds, kl = sum(min(o.seconds for o in s) for s in slots), sum(min(o.kl for o in s) for s in slots)
-            found.append(_Least(frame, size, seconds, kl))
-        return found
+        return [_least(frame, self._tables) for frame in self.problem.frames()]
 
     def _compute_overhead(self, chunk: int, streams: bool, stream_head: bool) -> tuple[int, int]:
         """Bytes beyond those of the slots, in both places, while the model runs: a bound for all such frames."""
@@ -74,7 +71,7 @@ class Search:
         if streams:
             frame = min((f for f in self.problem.frames() if f.n_slow), key=lambda f: f.n_slow)
             frame = Frame(chunk, frame.n_slow, stream_head)
-        slots = self._tables.slots(frame)
+        slots = self._sizes.slots(frame)
         cheapest = [min(s, key=lambda o: o.kl) for s in slots]
         config = self.problem.config(frame, [o.value for o in cheapest])
         total = self.footprint(frame, config)
@@ -98,7 +95,7 @@ class Search:
         """The fastest choice within the budget whose predicted KL is at most ``max_kl``; None if nothing fits."""
         found: list[Solution] = []
 
-        def accept(frame: Frame, choice: Choice[Value]) -> bool:
+        def accept(frame: Frame, choice: Choice) -> bool:
             config = self.problem.config(frame, choice.values)
             total = self.footprint(frame, config)
             if not self.fits(total, budget):
@@ -130,23 +127,33 @@ class Search:
 
         None when the KL can't be reached, or when the host beside accelerators (``host`` bytes) is too small.
         """
-        least_bytes = {f.frame: f.bytes[0] + self._overhead_of(f.frame) for f in self._frames}
+        frames = self.problem.frames()
+        chunk = min(f.chunk for f in frames)  # a smaller chunk never takes more bytes
+        bounds = [(self._bound(f), f) for f in frames if f.chunk == chunk]
         found: Solution | None = None
         peak = math.inf
-        for least in sorted(self._frames, key=lambda f: least_bytes[f.frame]):
-            if least_bytes[least.frame] >= peak:
+        for bound, frame in sorted(bounds, key=lambda item: item[0]):
+            if bound >= peak:
                 break
-            capacities = (1 << 62, 1 << 62)
+            capacities = (ANY_BYTES, ANY_BYTES)
             if self.place == "accelerator" and host is not None:
-                capacities = self._room(least.frame, {self.place: 1 << 62, "host": host})
-            choice = best(self._tables.slots(least.frame), capacities, max_kl=max_kl, key=by_bytes)
+                capacities = self._room(frame, {self.place: ANY_BYTES, "host": host})
+            choice = best(self._sizes.slots(frame), capacities, max_kl=max_kl, key=by_bytes)
             if choice is None:
                 continue
-            config = self.problem.config(least.frame, choice.values)
-            total = self.footprint(least.frame, config)
+            config = self.problem.config(frame, choice.values)
+            total = self.footprint(frame, config)
             if total.peak(self.place)[1] < peak:
-                found, peak = Solution(least.frame, choice, config, total), total.peak(self.place)[1]
+                found, peak = Solution(frame, choice, config, total), total.peak(self.place)[1]
         return found
 
-    def _overhead_of(self, frame: Frame) -> int:
-        return self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
+    def _bound(self, frame: Frame) -> int:
+        """Bytes that any choice within the frame needs where the computation is."""
+        least = _least(frame, self._sizes)
+        return least.bytes[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
+
+
+def _least(frame: Frame, tables: Tables) -> _Least:
+    slots = tables.slots(frame)
+    size = (sum(min(o.bytes[0] for o in s) for s in slots), sum(min(o.bytes[1] for o in s) for s in slots))
+    return _Least(frame, size, sum(min(o.seconds for o in s) for s in slots), sum(min(o.kl for o in s) for s in slots))

@@ -13,30 +13,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, NamedTuple
 
-T = TypeVar("T")
 PACE_STEP = 0.01
 ROUNDING = 1e-12  # sums of a few floats in another order differ by less
 Key = tuple[float, float, float]
 
 
-@dataclass(frozen=True)
-class Option(Generic[T]):
+class Option(NamedTuple):
     """A choice for one slot and what it costs: bytes in each place, seconds, nats."""
 
-    value: T
+    value: Any
     bytes: tuple[int, ...]
     seconds: float
     kl: float
 
 
-@dataclass(frozen=True)
-class Choice(Generic[T]):
+class Choice(NamedTuple):
     """One value for each slot, and the sums."""
 
-    values: tuple[T, ...]
+    values: tuple[Any, ...]
     bytes: tuple[int, ...]
     seconds: float
     kl: float
@@ -57,7 +53,7 @@ def by_bytes(n_bytes: int, seconds: float, kl: float) -> Key:
     return (n_bytes, pace(seconds), kl)
 
 
-def _least(slots: Sequence[Sequence[Option[T]]], n_places: int) -> list[tuple[tuple[int, ...], float, float]]:
+def _least(slots: Sequence[Sequence[Option]], n_places: int) -> list[tuple[tuple[int, ...], float, float]]:
     """For each depth, the least bytes, seconds and KL that the slots from there on add."""
     bounds = [((0,) * n_places, 0.0, 0.0)]
     for options in reversed(slots):
@@ -68,14 +64,14 @@ def _least(slots: Sequence[Sequence[Option[T]]], n_places: int) -> list[tuple[tu
 
 
 def best(
-    slots: Sequence[Sequence[Option[T]]],
+    slots: Sequence[Sequence[Option]],
     capacities: Sequence[int],
     *,
     max_kl: float = math.inf,
     key: Callable[[int, float, float], Key] = by_speed,
     below: Key | None = None,
-    accept: Callable[[Choice[T]], bool] = lambda choice: True,
-) -> Choice[T] | None:
+    accept: Callable[[Choice], bool] = lambda choice: True,
+) -> Choice | None:
     """The choice with the least key that fits, or None.
 
     Parameters
@@ -90,10 +86,10 @@ def best(
     bounds = _least(slots, len(capacities))
     # Fast options first, so that a good choice is found early and bounds the rest.
     ordered = [sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)) for options in slots]
-    found: Choice[T] | None = None
+    found: Choice | None = None
     limit = below
 
-    def search(depth: int, values: tuple[T, ...], size: tuple[int, ...], seconds: float, kl: float) -> None:
+    def search(depth: int, values: tuple[Any, ...], size: tuple[int, ...], seconds: float, kl: float) -> None:
         nonlocal found, limit
         more_bytes, more_seconds, more_kl = bounds[depth]
         if any(s + m > c for s, m, c in zip(size, more_bytes, capacities, strict=True)):
