@@ -1,6 +1,7 @@
-"""The bytes of a run, in closed form: what the engine's arena will hand out, entry by entry, and nothing else.
+"""The bytes of a run, in closed form: what the engine's arena will hand out, entry by entry.
 
-Each entry is one region of the arena, under its owner's name; the engine takes from it exactly what is stated here.
+Each entry, but for those of ``PASSING``, is one region of the arena under its owner's name; the engine takes from it
+exactly what is stated here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
-# Bytes of passing numpy arrays per weight while a tile is encoded; the tests measure them.
+# Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
+PASSING = ("encoder", "sampling")
 ENCODE_BYTES_PER_WEIGHT = 24
+SAMPLE_BYTES_PER_TOKEN = 9  # of the vocabulary: a copy of the logits, one more array as long, a mask
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -42,6 +45,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
+        + entry("sampling", "workspace", [Term("arrays", spec.vocab_size, SAMPLE_BYTES_PER_TOKEN)], phases=("decode",))
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
         + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
     )
@@ -194,9 +198,7 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig) -> int:
         for n in (1, config.chunk)
         for size in (
             *(matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads) for cols in inputs),
-            attention_scratch_bytes(
-                n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads
-            ),
+            attention_scratch_bytes(n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads),
         )
     ]
     return max(sizes)

@@ -87,7 +87,9 @@ def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def from_gguf(metadata: Mapping[str, Any], head_dim: int, *, interleaved: bool = False, theta: float = 10_000.0) -> Rope:
+def from_gguf(
+    metadata: Mapping[str, Any], head_dim: int, *, interleaved: bool = False, theta: float = 10_000.0
+) -> Rope:
     """The rope of a GGUF file. Lists of factors are tensors there: see :func:`barefoot.engine.specs.model_spec`."""
     prefix = f"{metadata['general.architecture']}.rope."
     kind = metadata.get(prefix + "scaling.type", "none")

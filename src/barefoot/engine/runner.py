@@ -15,7 +15,7 @@ from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
-from barefoot.engine.footprint import RUNNING, footprint, kv_bytes, scratch_bytes
+from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
 from barefoot.engine.weights import Progress, load
@@ -80,7 +80,8 @@ class Engine:
         except BaseException:
             self._files.close()
             raise
-        planned = {e.owner: e.bytes for phase in RUNNING for e in self.footprint.select(phase=phase)}
+        running = (e for phase in RUNNING for e in self.footprint.select(phase=phase))
+        planned = {e.owner: e.bytes for e in running if e.owner not in PASSING}
         assert self.arena.used_by_owner() == planned
 
     def _allocate(self) -> None:
@@ -307,9 +308,7 @@ class Engine:
         ops.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
         self._project(views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
 
-    def _project(
-        self, inputs: F32, weight: list[PackedWeight], x: F32, between: F32 | None, norm: F32 | None
-    ) -> None:
+    def _project(self, inputs: F32, weight: list[PackedWeight], x: F32, between: F32 | None, norm: F32 | None) -> None:
         """Add a projection to the residual stream, through a norm where the model has one."""
         if norm is None or between is None:
             self._matmul(inputs, weight, [x], add=True)

@@ -41,7 +41,9 @@ class Item:
     spans: tuple[tuple[int, int], ...]
 
 
-def byte_range(weight: WeightSpec, tensor: TensorInfo, first_row: int = 0, n_rows: int | None = None) -> tuple[int, int]:
+def byte_range(
+    weight: WeightSpec, tensor: TensorInfo, first_row: int = 0, n_rows: int | None = None
+) -> tuple[int, int]:
     """(first byte, number of bytes) in the file of rows of a weight."""
     row = blocks.row_bytes(weight.format, weight.cols)
     n_rows = weight.rows - first_row if n_rows is None else n_rows

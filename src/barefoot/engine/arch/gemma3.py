@@ -21,18 +21,26 @@ GGUF_ARCHS = ("gemma3",)
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 GLOBAL_EVERY = 6
 
-_HF = decoder.HF | decoder.HF_QK_NORM | decoder.roles(
-    {
-        "post_attn_norm": "model.layers.{i}.post_attention_layernorm.weight",
-        "ffn_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
-        "post_ffn_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
-    }
+_HF = (
+    decoder.HF
+    | decoder.HF_QK_NORM
+    | decoder.roles(
+        {
+            "post_attn_norm": "model.layers.{i}.post_attention_layernorm.weight",
+            "ffn_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
+            "post_ffn_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
+        }
+    )
 )
-_GGUF = decoder.GGUF | decoder.GGUF_QK_NORM | decoder.roles(
-    {
-        "post_attn_norm": "blk.{i}.post_attention_norm.weight",
-        "post_ffn_norm": "blk.{i}.post_ffw_norm.weight",
-    }
+_GGUF = (
+    decoder.GGUF
+    | decoder.GGUF_QK_NORM
+    | decoder.roles(
+        {
+            "post_attn_norm": "blk.{i}.post_attention_norm.weight",
+            "post_ffn_norm": "blk.{i}.post_ffw_norm.weight",
+        }
+    )
 )
 
 # Configs of the larger models leave out whatever equals the defaults of their class.
