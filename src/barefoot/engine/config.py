@@ -28,6 +28,7 @@ class EngineConfig:
         keep the file's own blocks, whatever ``weights`` says.
     stream_head : the matrix that makes the logits is read from disk by tiles in each step, and, when it is tied,
         embedding rows are read singly.
+    n_logits : tokens whose logits are computed at once; more than 1 only pays where every token's logits are wanted.
     n_threads : compute threads.
     """
 
@@ -38,4 +39,5 @@ class EngineConfig:
     activations: Activations = "int8"
     n_streamed_layers: int = 0
     stream_head: bool = False
+    n_logits: int = 1
     n_threads: int = 1

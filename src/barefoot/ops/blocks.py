@@ -31,6 +31,7 @@ are equal bit for bit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,6 +107,23 @@ def row_bytes(format_id: str, n_cols: int) -> int:
             cure=f"use a format with groups of {' or '.join(fitting)}" if fitting else "use f32, f16 or bf16",
         )
     return n_cols // fmt.block_elements * fmt.block_bytes
+
+
+def n_blocks(format_id: str, n_cols: int) -> int:
+    """Blocks in one row of ``n_cols`` weights; Incompatible as for ``row_bytes``."""
+    return row_bytes(format_id, n_cols) // block_bytes(format_id)
+
+
+def parts(format_id: str) -> tuple[tuple[str, int], ...]:
+    """What a block is made of, (name, bytes) each: the terms in which the ledger counts it."""
+    fmt = lookup(format_id)
+    if fmt.block_elements == 1:
+        return (("values", fmt.block_bytes),)
+    integer = re.fullmatch(r"int\d_g\d+_(a?)sym", format_id)
+    if integer is None:
+        return (("blocks", fmt.block_bytes),)
+    scales = (("scales", 2), ("minimums", 2)) if integer[1] else (("scales", 2),)
+    return (("codes", fmt.block_bytes - sum(size for _, size in scales)), *scales)
 
 
 def encode(format_id: str, weights: F32) -> U8:
@@ -305,8 +323,8 @@ def _q5_k(blocks: U8) -> F32:
 def _q6_k(blocks: U8) -> F32:
     """0-127 low four bits; 128-191 high two bits; 192-207 signed scales of each 16; 208-209 d.
 
-    w = d * scale * (q - 32). Half h = c // 4, j = c % 4: chunk c takes half j // 2 of low bytes 64h + 32(j % 2) .. + 31,
-    and bits 2j.. of high bytes 32h .. 32h + 31.
+    w = d * scale * (q - 32). Half h = c // 4, j = c % 4: chunk c takes half j // 2 of low bytes 64h + 32(j % 2) ..
+    64h + 32(j % 2) + 31, and bits 2j.. of high bytes 32h .. 32h + 31.
     """
     low = _fields(blocks[:, :128], 64, 4, 2)
     high = _fields(blocks[:, 128:192], 32, 2, 4)
@@ -337,7 +355,7 @@ def _unpack_chunks(payload: U8, bits: int) -> U8:
         return payload
     if bits == 4:
         return _nibbles(payload)
-    fields = (payload[..., None, :8] >> SHIFTS_OF_2) & 3
+    fields = (payload[..., None, :8] >> SHIFTS_OF_2) & np.uint8(3)
     codes = fields.reshape(*payload.shape[:-1], 32)
     return codes if bits == 2 else codes | (_bits(payload[..., 8:]) << np.uint8(2))
 

@@ -3,7 +3,9 @@
 
 inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64_t width) {
   const int64_t n = kv.head_dim;
-  if (kv.format == KvFormat::f16) {
+  if (kv.format == KvFormat::f32) {
+    F32::to_float(p, n, out);
+  } else if (kv.format == KvFormat::f16) {
     F16::to_float(p, n, out);
   } else {
     for (int64_t at = 0; at < n; at += kGroup) {
@@ -34,7 +36,7 @@ inline void encode_kv_group(KvFormat format, const float* x, int64_t n, uint8_t*
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
   }
-  const float span = q8 ? (high > -low ? high : -low) / 127.0f : (high - low) / 15.0f;
+  const float span = q8 ? (high > -low ? high : 0.0f - low) / 127.0f : (high - low) / 15.0f;
   uint16_t scale16 = float_to_half(span), low16 = q8 ? 0 : float_to_half(low);
   finite = finite && (scale16 & 0x7c00) != 0x7c00 && (low16 & 0x7c00) != 0x7c00;
   if (!finite) scale16 = 0x7e00, low16 = 0;  // NaN
@@ -62,6 +64,10 @@ inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, in
     for (int64_t h = 0; h < kv.n_kv_heads; ++h) {
       const float* x = rows + (token * kv.n_kv_heads + h) * n;
       uint8_t* p = buffer + (h * kv.capacity + slot) * row_bytes;
+      if (kv.format == KvFormat::f32) {
+        std::memcpy(p, x, n * sizeof(float));
+        continue;
+      }
       if (kv.format == KvFormat::f16) {
         for (int64_t i = 0; i < n; ++i) {
           const uint16_t half = float_to_half(x[i]);
