@@ -50,14 +50,30 @@ class TokenizerParts:
     strips: Mapping[int, tuple[bool, bool]] = field(default_factory=dict)
 
 
+# While loading, beyond what stays: sorting and hashing an entry, splitting and finding a merge, windows of the file.
+LOAD_BYTES_PER_ENTRY, LOAD_BYTES_PER_MERGE, LOAD_BYTES = 20, 60, 1 << 20
+
+
 def footprint_bytes(metadata: Mapping[str, Any]) -> int:
     """Resident bytes of the tokenizer that this GGUF metadata describes, from the header's counts alone."""
-    tokens = _string_array(metadata, "tokenizer.ggml.tokens")
+    tokens, n_merges, scored = _counts(metadata)
+    vocabulary = Vocabulary.footprint_bytes(tokens.count, tokens.text_bytes, 4 if scored else 0)
+    return vocabulary + n_merges * Merges.BYTES_EACH
+
+
+def load_bytes(metadata: Mapping[str, Any]) -> int:
+    """The most that is held while that tokenizer loads, its resident bytes included."""
+    tokens, n_merges, _ = _counts(metadata)
+    loading = tokens.count * LOAD_BYTES_PER_ENTRY + n_merges * LOAD_BYTES_PER_MERGE + LOAD_BYTES
+    return footprint_bytes(metadata) + loading
+
+
+def _counts(metadata: Mapping[str, Any]) -> tuple[GGUFArray, int, bool]:
+    """(the array of entries, number of merges, whether entries have scores)."""
     scored = metadata.get("tokenizer.ggml.model") != "gpt2"
     merges = metadata.get("tokenizer.ggml.merges")
     n_merges = merges.count if isinstance(merges, GGUFArray) and not scored else 0
-    vocabulary = Vocabulary.footprint_bytes(tokens.count, tokens.text_bytes, 4 if scored else 0)
-    return vocabulary + n_merges * Merges.BYTES_EACH
+    return _string_array(metadata, "tokenizer.ggml.tokens"), n_merges, scored
 
 
 def _string_array(metadata: Mapping[str, Any], key: str) -> GGUFArray:
@@ -223,7 +239,7 @@ def read_json_tokenizer(folder: Path) -> TokenizerParts:
 def _read_vocab(stream: JsonStream, entries: _Entries) -> None:
     if stream.peek() == "{":
         for text in stream.members():
-            entries.add(text, int(stream.number()))
+            entries.add(text, stream.count())
         return
     for position, _ in enumerate(stream.items()):
         pair = stream.items()
@@ -262,6 +278,8 @@ def _assemble(
 
     n_model = len(entries.ids)
     added = sections.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise CorruptFile(f"added_tokens must be a list, got {type(added).__name__}")
     in_model: dict[int, dict[str, Any]] = {}
     for token in added:
         if (
@@ -284,7 +302,7 @@ def _assemble(
         kinds[token_id] = CONTROL if token.get("special") else USER_DEFINED
     vocabulary = Vocabulary(blob, offsets, kinds, scores)
     unk = options.get("unk_id") if model == "Unigram" else options.get("unk_token")
-    unk_id = vocabulary.find(unk) if isinstance(unk, str) else unk
+    unk_id = vocabulary.find(unk) if isinstance(unk, str) else _id(unk, vocabulary)
     if unk_id is not None and kinds[unk_id] == NORMAL:
         vocabulary.kinds[unk_id] = UNKNOWN
     if options.get("byte_fallback"):
@@ -297,7 +315,10 @@ def _assemble(
         merges = Merges(vocabulary, merge_blob, merge_offsets, np.array(splits, np.int64))
     config = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     bos_id = _named_id(config.get("bos_token"), vocabulary)
-    first = _first_special(sections.get("post_processor"))
+    try:
+        first = _id(_first_special(sections.get("post_processor")), vocabulary)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CorruptFile(f"{folder / 'tokenizer.json'}: post_processor can't be read: {error}") from None
     flat = str([sections.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")])
     alphabet: Alphabet = "bytes" if "ByteLevel" in flat else "sentencepiece" if SPACE in flat else "plain"
     return TokenizerParts(
@@ -308,7 +329,7 @@ def _assemble(
         normalizer=sections.get("normalizer"),
         pre_tokenizer=sections.get("pre_tokenizer"),
         options={k: options[k] for k in ("fuse_unk", "byte_fallback", "ignore_merges") if options.get(k)},
-        unk_id=_id(unk_id, vocabulary),
+        unk_id=unk_id,
         bos_id=bos_id if bos_id is not None else first,
         eos_ids=_folder_eos(folder, config, vocabulary) | _turn_ends(vocabulary),
         add_bos=bool(config.get("add_bos_token", first is not None)),
