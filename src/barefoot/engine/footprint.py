@@ -103,7 +103,7 @@ def tile_rows(weight: WeightSpec) -> int:
 
 
 def staging_sizes(placement: Placement) -> tuple[int, int, int]:
-    """Bytes of the tile as stored and of the tile as float32, and weights in the largest tile; zeros when not needed."""
+    """Bytes of the largest tile as stored and as float32, and the weights in it; zeros when nothing is converted."""
     tiles = [(w, tile_rows(w)) for w, _ in converted(placement)]
     raw = max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in tiles), default=0)
     elements = max((rows * w.cols for w, rows in tiles), default=0)

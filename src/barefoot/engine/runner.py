@@ -185,7 +185,7 @@ class Engine:
     ) -> F32:
         """Append ``ids``, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until the next call.
 
-        ``progress`` gets (tokens done, tokens in all); ``all_logits`` gets every token's logits, ``n_logits`` at a time.
+        ``progress`` gets (tokens done, tokens in all); ``all_logits`` every token's logits, ``n_logits`` at a time.
 
         Raises
         ------
@@ -202,12 +202,12 @@ class Engine:
                     all_logits(start + first, self._head(views, first, min(len(part), first + self.config.n_logits)))
             if progress is not None:
                 progress(start + len(part), len(ids))
-        return self._head(views, views.n - 1, views.n)[0]
+        return self._last(views, views.n - 1)
 
     def decode(self, token: int) -> F32:
         """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
         self._check((token,))
-        return self._head(self._forward((token,), logits_follow=True), 0, 1)[0]
+        return self._last(self._forward((token,), logits_follow=True), 0)
 
     def _check(self, ids: Sequence[int]) -> None:
         if not len(ids):
@@ -217,7 +217,7 @@ class Engine:
             raise InvalidInput(f"token ids must be 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}")
         if len(ids) > self.remaining:
             raise InvalidInput(
-                f"{len(ids)} tokens don't fit: {self.remaining} of the context's {self.config.context} positions are left",
+                f"{len(ids)} tokens don't fit: {self.remaining} of {self.config.context} positions are left",
                 cure="shorten the prompt, or use a larger context",
             )
 
@@ -316,6 +316,10 @@ class Engine:
         self._matmul(inputs, weight, [between])
         ops.rmsnorm(between, norm, self.spec.norm_eps, between)
         ops.add_(x, between)
+
+    def _last(self, views: Views, row: int) -> F32:
+        logits: F32 = self._head(views, row, row + 1)[0]
+        return logits
 
     def _head(self, views: Views, first: int, stop: int) -> F32:
         """Logits (stop - first, vocab) of tokens of the present chunk."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Segment = tuple[str, bool]  # a text, and whether control tokens in it are meant
 
-WORKSPACE_BYTES_PER_TEXT_BYTE = 768  # held by encode for each byte of its text: library strings, offsets and entries
+WORKSPACE_BYTES_PER_TEXT_BYTE = 256  # held by encode for each byte of its text: library strings, offsets and entries
 WORKSPACE_BYTES = 4 << 20  # and at any length
 
 
@@ -60,12 +60,12 @@ class Tokenizer:
         self.bos_id = parts.bos_id
         self.eos_ids = parts.eos_ids
         self.add_bos = parts.add_bos and parts.bos_id is not None
-        self._always = np.zeros(self.n_vocab, bool)  # entries that any text may need
-        self._always[self._vocabulary.kinds == BYTE] = True
+        always = set(self._vocabulary.of_kind(BYTE).tolist())
         if parts.unk_id is not None:
-            self._always[parts.unk_id] = True
+            always.add(parts.unk_id)
         if parts.model == "Unigram" and self._vocabulary.scores is not None:
-            self._always[int(np.argmin(self._vocabulary.scores))] = True  # the unknown's score hangs on the lowest one
+            always.add(int(np.argmin(self._vocabulary.scores)))  # the score of what is unknown hangs on the lowest one
+        self._always = frozenset(always)  # entries that any text may need
 
     def resident_bytes(self) -> int:
         """Bytes of the arrays held, to compare with ``tokenizer_files.footprint_bytes``."""
@@ -101,8 +101,7 @@ class Tokenizer:
 
     def control_edges(self, text: str) -> tuple[bool, bool]:
         """Whether ``text`` begins with the end of a control token's text, and whether it ends with the beginning."""
-        controls = np.flatnonzero(np.isin(self._vocabulary.kinds, (CONTROL, UNKNOWN)))
-        texts = [self._vocabulary.text(int(i)) for i in controls] if text else []
+        texts = [self._vocabulary.text(i) for i in self._vocabulary.of_kind(CONTROL, UNKNOWN).tolist()] if text else []
         begins = any(text.startswith(t[k:]) for t in texts for k in range(1, len(t)) if t[k] == text[0])
         ends = any(text.endswith(t[:k]) for t in texts for k in range(1, len(t)) if t[k - 1] == text[-1])
         return begins, ends
@@ -163,12 +162,9 @@ class Tokenizer:
         from tokenizers import models
 
         parts, vocabulary = self._parts, self._vocabulary
-        keep = np.zeros(self.n_vocab, bool)
-        keep[vocabulary.occurring(seen)] = True
-        keep &= np.isin(vocabulary.kinds, (NORMAL, USER_DEFINED, UNUSED))
-        words = keep.copy()  # what merges may make; the others are reached by their own rules
-        keep |= self._always
-        ids = np.flatnonzero(keep).tolist()
+        words = vocabulary.occurring(seen)
+        words = words[np.isin(vocabulary.kinds[words], (NORMAL, USER_DEFINED, UNUSED))]  # what merges may make
+        ids = sorted(self._always.union(words.tolist()))
         texts = [vocabulary.text(i) for i in ids]
         local = {text: i for i, text in enumerate(texts)}
         unk = None if parts.unk_id is None else vocabulary.text(parts.unk_id)
@@ -179,7 +175,7 @@ class Tokenizer:
                 unk_at = None if parts.unk_id is None else ids.index(parts.unk_id)
                 return models.Unigram(pairs, unk_at, bool(parts.options.get("byte_fallback"))), ids
             if parts.merges is None:
-                merges = merges_by_score(vocabulary, np.flatnonzero(words).tolist())
+                merges = merges_by_score(vocabulary, words.tolist())
             else:
                 merges = parts.merges.among(vocabulary, local, words)
             return models.BPE(local, merges, unk_token=unk, **parts.options), ids

@@ -50,14 +50,30 @@ class TokenizerParts:
     strips: Mapping[int, tuple[bool, bool]] = field(default_factory=dict)
 
 
+# While loading, beyond what stays: sorting and hashing an entry, splitting and finding a merge, windows of the file.
+LOAD_BYTES_PER_ENTRY, LOAD_BYTES_PER_MERGE, LOAD_BYTES = 20, 60, 1 << 20
+
+
 def footprint_bytes(metadata: Mapping[str, Any]) -> int:
     """Resident bytes of the tokenizer that this GGUF metadata describes, from the header's counts alone."""
-    tokens = _string_array(metadata, "tokenizer.ggml.tokens")
+    tokens, n_merges, scored = _counts(metadata)
+    vocabulary = Vocabulary.footprint_bytes(tokens.count, tokens.text_bytes, 4 if scored else 0)
+    return vocabulary + n_merges * Merges.BYTES_EACH
+
+
+def load_bytes(metadata: Mapping[str, Any]) -> int:
+    """The most that is held while that tokenizer loads, its resident bytes included."""
+    tokens, n_merges, _ = _counts(metadata)
+    loading = tokens.count * LOAD_BYTES_PER_ENTRY + n_merges * LOAD_BYTES_PER_MERGE + LOAD_BYTES
+    return footprint_bytes(metadata) + loading
+
+
+def _counts(metadata: Mapping[str, Any]) -> tuple[GGUFArray, int, bool]:
+    """(the array of entries, number of merges, whether entries have scores)."""
     scored = metadata.get("tokenizer.ggml.model") != "gpt2"
     merges = metadata.get("tokenizer.ggml.merges")
     n_merges = merges.count if isinstance(merges, GGUFArray) and not scored else 0
-    vocabulary = Vocabulary.footprint_bytes(tokens.count, tokens.text_bytes, 4 if scored else 0)
-    return vocabulary + n_merges * Merges.BYTES_EACH
+    return _string_array(metadata, "tokenizer.ggml.tokens"), n_merges, scored
 
 
 def _string_array(metadata: Mapping[str, Any], key: str) -> GGUFArray:
