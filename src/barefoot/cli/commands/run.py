@@ -124,7 +124,11 @@ def execute(args: argparse.Namespace) -> int:
         extra = models.tokenizer_footprint(checkpoint, n_text_bytes, is_chat=is_chat)
         plan, reserved = _plan(args, spec, job, extra)
         tokenizer = load_tokenizer(checkpoint)
-        template = None if args.raw else find_chat_template(checkpoint)
+        template = find_chat_template(checkpoint)
+        if args.raw or template is None or not template.from_model:
+            if not args.raw:
+                console.print_note(f"{args.model} brings no chat format: it continues the text as a base model does")
+            template = None
         ids = None
         if prompt is not None:  # a prompt that is too long is refused before weights are loaded
             ids = encode(tokenizer, template, [*opening(args.system), {"role": "user", "content": prompt}], job.context)
