@@ -15,7 +15,7 @@ import pkgutil
 import sys
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import barefoot
 from barefoot.core.errors import InvalidInput
@@ -50,7 +50,7 @@ def _extra_modules(family: str) -> list[ModuleType]:
     return modules
 
 
-def _is_technique(value: object, role: type[Technique]) -> TypeGuard[type[Technique]]:
+def _is_technique(value: Any, role: type[Technique]) -> TypeGuard[type[Technique]]:
     """Whether ``value`` is a final class of that role: abstract ones have no name of their own."""
     return isinstance(value, type) and issubclass(value, role) and "name" in vars(value)
 
@@ -69,14 +69,9 @@ def techniques(family: str) -> MappingProxyType[str, type[Technique]]:
     modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
     found: dict[str, type[Technique]] = {}
     for module in modules + _extra_modules(family):
-        for value in vars(module).values():
-            if not (
-                isinstance(value, type) and issubclass(value, package.ROLE) and value.__module__ == module.__name__
-            ):
-                continue
-            if "name" not in vars(value):  # abstract
-                continue
-            if found.setdefault(value.name, value) is not value:
-                raise InvalidInput(f"two techniques of {family} are named {value.name!r}")
-            value.family = family
+        for cls in vars(module).values():
+            if _is_technique(cls, package.ROLE) and cls.__module__ == module.__name__:
+                if found.setdefault(cls.name, cls) is not cls:
+                    raise InvalidInput(f"two techniques of {family} are named {cls.name!r}")
+                cls.family = family
     return MappingProxyType(dict(sorted(found.items())))

@@ -147,16 +147,14 @@ def _matrix(tensors: Tensors, name: str) -> tuple[str, tuple[int, int]]:
         raise UnsupportedFormat(f"tensor {name!r} is stored as {tensor.type}; known: {', '.join(blocks.names())}")
     if len(tensor.shape) not in (1, 2) or not all(tensor.shape):
         raise CorruptFile(f"tensor {name!r} has shape {tensor.shape}; a matrix or a vector is expected")
-    return tensor.type, ((1,) + tuple(tensor.shape))[-2:]  # type: ignore[return-value]
+    return tensor.type, (1 if len(tensor.shape) == 1 else tensor.shape[0], tensor.shape[-1])
 
 
 def _first_layer(tensors: Tensors, names: Roles, role: str) -> tuple[int, int]:
     return _matrix(tensors, names[role].template.format(i=0))[1]
 
 
-def _sizes(
-    stated: Mapping[str, int | None], eps: float, tensors: Tensors | None, names: Roles
-) -> Sizes:
+def _sizes(stated: Mapping[str, int | None], eps: float, tensors: Tensors | None, names: Roles) -> Sizes:
     """Sizes that can be read off tensors come from them; a header that states another number is refused."""
     values = dict(stated)
     if tensors is not None:
@@ -245,8 +243,10 @@ def hf_roles(names: Roles, *, tied: bool, tensors: Tensors | None = None) -> dic
     kept = {role: source for role, source in names.items() if not (tied and role == "head")}
     tail = "embed_tokens.weight"
     prefix = next((n.removesuffix(tail) for n in tensors or () if n.endswith(tail)), "model.")
-    return {r: replace(s, template=prefix + s.template[6:] if s.template.startswith("model.") else s.template)
-            for r, s in kept.items()}
+    return {
+        r: replace(s, template=prefix + s.template[6:] if s.template.startswith("model.") else s.template)
+        for r, s in kept.items()
+    }
 
 
 def gguf_roles(names: Roles, tensors: Tensors | None) -> dict[str, Source]:

@@ -30,6 +30,10 @@ class WeightFiles:
         self._plain = [os.open(path, os.O_RDONLY | binary) for path in self._paths]
         self._direct = [_open_direct(path) for path in self._paths]
 
+    @property
+    def n_shards(self) -> int:
+        return len(self._paths)
+
     def size(self, shard: int) -> int:
         return os.fstat(self._plain[shard]).st_size
 

@@ -1,6 +1,7 @@
-"""The bytes of a run, in closed form: what the engine's arena will hand out, entry by entry, and nothing else.
+"""The bytes of a run, in closed form: what the engine's arena will hand out, entry by entry.
 
-Each entry is one region of the arena, under its owner's name; the engine takes from it exactly what is stated here.
+Each entry, but for those of ``PASSING``, is one region of the arena under its owner's name; the engine takes from it
+exactly what is stated here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
-# Bytes of passing numpy arrays per weight while a tile is encoded; the tests measure them.
+# Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
+PASSING = ("encoder", "sampling")
 ENCODE_BYTES_PER_WEIGHT = 24
+SAMPLE_BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -41,7 +44,8 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + _staging(placement)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
-        + entry("logits", "logits", [Term("logits", config.n_logits * round_up(spec.vocab_size, 16), 4)], phases=RUNNING)
+        + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
+        + entry("sampling", "workspace", [Term("arrays", spec.vocab_size, SAMPLE_BYTES_PER_TOKEN)], phases=("decode",))
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
         + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
     )
@@ -99,7 +103,7 @@ def tile_rows(weight: WeightSpec) -> int:
 
 
 def staging_sizes(placement: Placement) -> tuple[int, int, int]:
-    """Bytes of the tile as stored and of the tile as float32, and weights in the largest tile; zeros when not needed."""
+    """Bytes of the largest tile as stored and as float32, and the weights in it; zeros when nothing is converted."""
     tiles = [(w, tile_rows(w)) for w, _ in converted(placement)]
     raw = max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in tiles), default=0)
     elements = max((rows * w.cols for w, rows in tiles), default=0)
@@ -125,6 +129,11 @@ def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
     terms = config.kv.terms(spec, config.context, config.chunk)
     padding = _padding(2 * [kv_bytes(spec, config, layer) for layer in range(spec.n_layers)])
     return [*terms, padding]
+
+
+def _logits(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+    n = config.n_logits * spec.vocab_size
+    return [Term("logits", n, 4), _padding([n * 4])]
 
 
 def activations(spec: ModelSpec, config: EngineConfig) -> Arrangement:
@@ -157,13 +166,13 @@ def activation_buffers(spec: ModelSpec, config: EngineConfig) -> list[tuple[Buff
     ]
     buffers = [(Buffer(name, n * width * 4, start, end), width) for name, width, start, end in arrays]
     buffers.append((Buffer("ids", n * 4, 0, 0), 0))
-    placement_embed = _embed_rows(spec, config)
-    if placement_embed:
-        buffers.append((Buffer("embed_rows", n * placement_embed, 0, 0), 0))
+    row = _streamed_embed_row_bytes(spec, config)
+    if row:
+        buffers.append((Buffer("embed_rows", n * row, 0, 0), 0))
     return buffers
 
 
-def _embed_rows(spec: ModelSpec, config: EngineConfig) -> int:
+def _streamed_embed_row_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Bytes of one embedding row that is read from disk; 0 when the matrix is resident."""
     if not (config.stream_head and spec.tied):
         return 0
@@ -189,9 +198,7 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig) -> int:
         for n in (1, config.chunk)
         for size in (
             *(matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads) for cols in inputs),
-            attention_scratch_bytes(
-                n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads
-            ),
+            attention_scratch_bytes(n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads),
         )
     ]
     return max(sizes)

@@ -1,7 +1,7 @@
 """Weights that stay on disk: read ahead into two buffers, one in use while the other fills.
 
-What is streamed is a list of items (a layer's matrices, or a tile of the head's rows), used in a cycle. An item is a few
-extents of a file, each read whole; in GGUF files a layer is normally one extent.
+What is streamed is a list of items (a layer's matrices, or a tile of the head's rows), used in a cycle. An item is a
+few extents of a file, each read whole; in GGUF files a layer is normally one extent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Extent:
-    """``n_bytes`` bytes from ``offset`` of a file, to ``at`` of the buffer; all on whole pages, but for a file's end."""
+    """``n_bytes`` bytes from ``offset`` of a file, to ``at`` of the buffer; whole pages, but at a file's end."""
 
     shard: int
     offset: int
@@ -41,7 +41,9 @@ class Item:
     spans: tuple[tuple[int, int], ...]
 
 
-def byte_range(weight: WeightSpec, tensor: TensorInfo, first_row: int = 0, n_rows: int | None = None) -> tuple[int, int]:
+def byte_range(
+    weight: WeightSpec, tensor: TensorInfo, first_row: int = 0, n_rows: int | None = None
+) -> tuple[int, int]:
     """(first byte, number of bytes) in the file of rows of a weight."""
     row = blocks.row_bytes(weight.format, weight.cols)
     n_rows = weight.rows - first_row if n_rows is None else n_rows

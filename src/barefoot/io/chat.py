@@ -3,7 +3,8 @@
 Before rendering, the first character of every control token's text in a message is wrapped in two noncharacters.
 The template handles the message as usual; afterwards the result is cut at the wraps into segments for
 ``Tokenizer.encode_segments``, where control tokens count only in what the template itself wrote. No control token
-survives in a message, not even across the bounds of two wraps, since each start of one is broken.
+survives in a message, since each start of one is broken; and where a message begins or ends with a part of one, a
+third noncharacter keeps the template's text from completing it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from barefoot.io.tokenizer import Segment, Tokenizer
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_STEPS = 1 << 20  # turns of range() in one rendering
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_OPEN, _CLOSE, _BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 _WRAPPED = re.compile(f"{_OPEN}(.){_CLOSE}", re.DOTALL)
-_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
+_MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_BREAK}]")
 
 # For models whose file leaves the template out; each is the model family's published turn format.
 _BY_ARCHITECTURE = {
@@ -125,7 +126,11 @@ def _break_control(text: str, tokenizer: Tokenizer) -> str:
     for start in tokenizer.control_starts(text):
         out.append(f"{text[done:start]}{_OPEN}{text[start]}{_CLOSE}")
         done = start + 1
-    return "".join(out) + text[done:]
+    guarded = "".join(out) + text[done:]
+    body = guarded.strip()  # a template may trim; the break must then still stand
+    begins, ends = tokenizer.control_edges(text.strip())
+    lead, tail = guarded[: guarded.find(body)], guarded[guarded.find(body) + len(body) :]
+    return f"{lead}{_BREAK * begins}{body}{_BREAK * ends}{tail}"
 
 
 def _segments(rendered: str) -> list[Segment]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterator
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 from barefoot.core.errors import CorruptFile
@@ -83,7 +84,17 @@ class JsonStream:
         if match is None:
             raise self._wrong("a number")
         self._at = match.end()
-        return float(match.group())
+        value = float(match.group())
+        if not math.isfinite(value):
+            raise self._wrong("a finite number")
+        return value
+
+    def count(self) -> int:
+        """A whole number from 0 to 2^31 - 1."""
+        value = self.number()
+        if not value.is_integer() or not 0 <= value < 1 << 31:
+            raise self._wrong(f"a count, not {value}")
+        return int(value)
 
     def value(self) -> Any:
         """Any value of at most ``MAX_VALUE_CHARS`` characters, whole."""

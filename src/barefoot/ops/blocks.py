@@ -323,8 +323,8 @@ def _q5_k(blocks: U8) -> F32:
 def _q6_k(blocks: U8) -> F32:
     """0-127 low four bits; 128-191 high two bits; 192-207 signed scales of each 16; 208-209 d.
 
-    w = d * scale * (q - 32). Half h = c // 4, j = c % 4: chunk c takes half j // 2 of low bytes 64h + 32(j % 2) .. + 31,
-    and bits 2j.. of high bytes 32h .. 32h + 31.
+    w = d * scale * (q - 32). Half h = c // 4, j = c % 4: chunk c takes half j // 2 of low bytes 64h + 32(j % 2) ..
+    64h + 32(j % 2) + 31, and bits 2j.. of high bytes 32h .. 32h + 31.
     """
     low = _fields(blocks[:, :128], 64, 4, 2)
     high = _fields(blocks[:, 128:192], 32, 2, 4)
@@ -355,7 +355,7 @@ def _unpack_chunks(payload: U8, bits: int) -> U8:
         return payload
     if bits == 4:
         return _nibbles(payload)
-    fields = (payload[..., None, :8] >> SHIFTS_OF_2) & 3
+    fields = (payload[..., None, :8] >> SHIFTS_OF_2) & np.uint8(3)
     codes = fields.reshape(*payload.shape[:-1], 32)
     return codes if bits == 2 else codes | (_bits(payload[..., 8:]) << np.uint8(2))
 

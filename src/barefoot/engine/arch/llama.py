@@ -39,6 +39,4 @@ def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> M
         rope.from_gguf(metadata, sizes.head_dim, interleaved=True),
         metadata.get("llama.attention.sliding_window"),
     )
-    return decoder.model(
-        "llama", sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16")
-    )
+    return decoder.model("llama", sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16"))

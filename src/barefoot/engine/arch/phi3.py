@@ -54,6 +54,4 @@ def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> M
     if tensors is not None and "rope_factors_long.weight" in tensors:
         turned = replace(turned, scaling="longrope")
     layer = LayerSpec(turned, metadata.get("phi3.attention.sliding_window") or None)
-    return decoder.model(
-        "phi3", sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16")
-    )
+    return decoder.model("phi3", sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16"))

@@ -16,7 +16,9 @@ def windows(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
     """Each layer's window: ``layer_types`` where the config lists them, else the layers from max_window_layers on."""
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
+    types = config.get("layer_types") or [
+        "full_attention" if i < first else "sliding_attention" for i in range(n_layers)
+    ]
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
@@ -28,9 +30,7 @@ def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> M
     return read_gguf("qwen2", decoder.GGUF | decoder.GGUF_ATTN_BIAS, metadata, tensors)
 
 
-def read_hf(
-    arch: str, names: decoder.Roles, config: Mapping[str, Any], tensors: decoder.Tensors | None
-) -> ModelSpec:
+def read_hf(arch: str, names: decoder.Roles, config: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:
     names = decoder.hf_roles(names, tied=config.get("tie_word_embeddings", False), tensors=tensors)
     sizes = decoder.hf_sizes(config, tensors, names)
     turned = rope.from_hf(config, sizes.head_dim)

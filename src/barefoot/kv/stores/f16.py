@@ -1,4 +1,4 @@
-"""f16 — keys and values in half precision: 2 × head_dim bytes a row. The reference for the other stores."""
+"""f16 — keys and values in half precision: 2 × head_dim bytes a row."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ void dot_rows(const uint8_t* const* rows, const Quantized8& x, int64_t token, fl
       const uint8_t* block = rows[r] + b * Format::bytes;
       float scale[groups_in_block], offset[groups_in_block];
       folded_scales<Format>(block, scale, offset);
+      BAREFOOT_UNROLL  // so that the shifts of each chunk's codes are constants
       for (int c = 0; c < Format::elements / 32; ++c) {
         const int64_t g = b * (Format::elements / 32) + c;
         const Sums8 products = dot_codes<Format::wide>(Format::codes(block, c), code + g * kGroup);
@@ -109,6 +110,7 @@ void unpack_tile(const uint8_t* const* rows, int n_rows, int64_t k0, int64_t n, 
         *scale_to = scale[g];
         *offset_to = offset[g];
       }
+      BAREFOOT_UNROLL
       for (int c = 0; c < Format::elements / 32; ++c) {
         uint8_t code[32];
         store(code, Format::codes(block, c));
@@ -159,11 +161,15 @@ void multiply_tile(const Tile& tile, const Quantized8& x, int64_t token, int64_t
     }
     for (int t = 0; t < Tokens; ++t) {
       for (int v = 0; v < kTileVectors; ++v) {
+        float* to = out + t * out_stride + r0 + v * kLanes;
+        const int left = n_rows - r0 - v * kLanes;
+        if (left >= kLanes) {
+          store(to, add ? load(to) + total[t][v] : total[t][v]);
+          continue;
+        }
         float each[kLanes];
         store(each, total[t][v]);
-        float* to = out + t * out_stride + r0 + v * kLanes;
-        const int64_t left = n_rows - r0 - v * kLanes;
-        for (int i = 0; i < (left < kLanes ? left : kLanes); ++i) to[i] = add ? to[i] + each[i] : each[i];
+        for (int i = 0; i < left; ++i) to[i] = add ? to[i] + each[i] : each[i];
       }
     }
   }

@@ -15,6 +15,12 @@
 
 #include "pool.h"
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#define BAREFOOT_UNROLL
+#else
+#define BAREFOOT_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace barefoot::BAREFOOT_ISA {
 namespace {
 

@@ -18,9 +18,9 @@ struct Codes {
 inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 inline Codes nibbles(const uint8_t* p) {
-  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_srli_epi16(low, 4), 1);
-  return {_mm256_and_si256(both, _mm256_set1_epi8(15))};
+  // The upper copy is shifted by a half byte; loads and shifts leave the shuffle port to the scales.
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_and_si256(_mm256_srlv_epi64(both, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15))};
 }
 inline Codes pairs(const uint8_t* p) {
   long long packed;
