@@ -26,7 +26,7 @@ CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing 
 # Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
 PASSING = ("encoder", "sampling")
 ENCODE_BYTES_PER_WEIGHT = 24
-SAMPLE_BYTES_PER_TOKEN = 9  # of the vocabulary: a copy of the logits, one more array as long, a mask
+SAMPLE_BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:

@@ -20,7 +20,13 @@ import numpy as np
 from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.pretokenize import SPACE, Section
-from barefoot.io.tokenizer_files import TokenizerParts, read_gguf_tokenizer, read_json_tokenizer
+from barefoot.io.tokenizer_files import (
+    TokenizerParts,
+    footprint_bytes,
+    load_bytes,
+    read_gguf_tokenizer,
+    read_json_tokenizer,
+)
 from barefoot.io.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, merges_by_score
 
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ Segment = tuple[str, bool]  # a text, and whether control tokens in it are meant
 
 WORKSPACE_BYTES_PER_TEXT_BYTE = 256  # held by encode for each byte of its text: library strings, offsets and entries
 WORKSPACE_BYTES = 4 << 20  # and at any length
+JSON_LOAD_BYTES = 4 << 20  # windows of tokenizer.json and the small sections, whatever its size
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -37,6 +44,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if checkpoint.kind == "gguf":
         return Tokenizer(read_gguf_tokenizer(checkpoint))
     return Tokenizer(read_json_tokenizer(checkpoint.path))
+
+
+def tokenizer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(bytes held, most bytes held while loading) of the tokenizer of an opened model, before it is loaded.
+
+    Exact and closely bounded for GGUF, whose header has the counts; for tokenizer.json, which states none, bounds from
+    the size of the file.
+    """
+    if checkpoint.kind == "gguf":
+        return footprint_bytes(checkpoint.config), load_bytes(checkpoint.config)
+    file = checkpoint.path / "tokenizer.json"
+    n_bytes = file.stat().st_size if file.is_file() else 0
+    return n_bytes, 2 * n_bytes + JSON_LOAD_BYTES
 
 
 def workspace_bytes(n_text_bytes: int) -> int:
@@ -152,10 +172,20 @@ class Tokenizer:
             return
         sections = [_pipeline(self._parts, position == 0) for _, position in stretches]
         seen = "".join(_as_seen(s, text) for s, (text, _) in zip(sections, stretches, strict=True))
-        model, ids = self._restricted(seen.encode())
+        model, ids = self._restricted(self._without_dropped(seen).encode())
         for pipeline, (text, _) in zip(sections, stretches, strict=True):
             pipeline.model = model
             yield [ids[i] for i in pipeline.encode(text, add_special_tokens=False).ids]
+
+    def _without_dropped(self, seen: str) -> str:
+        """Without the characters that the library leaves out for want of an entry: their neighbours may then merge."""
+        if self._parts.unk_id is not None or self._parts.options.get("byte_fallback"):
+            return seen
+        characters = set(seen)
+        found = self._vocabulary.occurring("".join(sorted(characters)).encode(), (1, 2, 3, 4))
+        return seen.translate(
+            dict.fromkeys(map(ord, characters.difference(map(self._vocabulary.text, found.tolist()))))
+        )
 
     def _restricted(self, seen: bytes) -> tuple[Any, list[int]]:
         """The library's model of the entries that occur in ``seen``, and the ids of its entries."""

@@ -118,7 +118,9 @@ class Vocabulary:
             starts = np.flatnonzero((head & 0xC0) != 0x80 if first is None else first[head])
             for n in wanted:
                 starts = starts[: np.searchsorted(starts, len(part) - n, "right")]
-                hashes = np.unique((prefix[starts + n] - prefix[starts]) * undo[starts])
+                hashes = np.sort(
+                    (prefix[starts + n] - prefix[starts]) * undo[starts]
+                )  # sorted ones are looked up faster
                 low, high = self._buckets[n]
                 bucket = self._hashes[low:high]
                 left, right = np.searchsorted(bucket, hashes), np.searchsorted(bucket, hashes, "right")
@@ -141,14 +143,17 @@ class Merges:
             raise CorruptFile(f"a merge has a left part of {int(splits.max())} bytes")
         known = hash_segments(vocabulary.blob, vocabulary.offsets[:-1], vocabulary.offsets[1:], np.uint64)
         order = np.argsort(known)
-        made = hash_segments(blob, offsets[:-1], offsets[1:], np.uint64)
-        at = np.minimum(np.searchsorted(known, made, sorter=order), len(order) - 1)
-        self.results = order[at].astype(np.uint32)
+        self.results = np.empty(len(splits), np.uint32)
         self.splits = splits.astype(np.uint16)
-        wrong = np.flatnonzero(known[self.results] != made)
-        if len(wrong):
-            text = blob[offsets[wrong[0]] : offsets[wrong[0] + 1]].tobytes().decode("utf-8", "replace")
-            raise CorruptFile(f"a merge makes {text!r}, which is not in the vocabulary ({len(wrong)} such merges)")
+        for begin in range(0, len(splits), _CHUNK):
+            some = offsets[begin : begin + _CHUNK + 1]
+            made = hash_segments(blob, some[:-1], some[1:], np.uint64)
+            at = np.minimum(np.searchsorted(known, made, sorter=order), len(order) - 1)
+            self.results[begin : begin + _CHUNK] = order[at]
+            wrong = np.flatnonzero(known[order[at]] != made)
+            if len(wrong):
+                text = blob[some[wrong[0]] : some[wrong[0] + 1]].tobytes().decode("utf-8", "replace")
+                raise CorruptFile(f"merge {begin + wrong[0]} makes {text!r}, which is not in the vocabulary")
 
     def resident_bytes(self) -> int:
         return self.results.nbytes + self.splits.nbytes

@@ -86,7 +86,7 @@ inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, in
 }
 
 struct AttentionScratch {  // of one thread
-  float *q, *sum, *tile, *score, *top, *total;
+  float *q, *sum, *tile, *turned, *score, *top, *total;
 };
 struct AttentionLayout {
   int64_t sharing;        // query heads per key head
@@ -105,7 +105,7 @@ inline AttentionLayout lay_out(const AttentionArgs& a) {
   l.tile_tokens = tokens < a.n_tokens ? tokens : a.n_tokens;
   l.width = round_up(a.kv.head_dim, 16);
   const int64_t queries = l.tile_tokens * l.sharing;
-  const int64_t floats = 2 * queries * l.width + kKeyTile * l.width + queries * kKeyTile + 2 * queries;
+  const int64_t floats = 2 * queries * l.width + 2 * kKeyTile * l.width + queries * kKeyTile + 2 * queries;
   l.thread_floats = round_up(4 * floats, kAlign) / 4;
   const int64_t partial = a.n_tokens == 1 ? round_up(4 * kMaxSplits * a.n_heads * (l.width + 2), kAlign) : 0;
   l.bytes = kAlign + 4 * a.n_threads * l.thread_floats + partial;
@@ -116,30 +116,54 @@ inline AttentionLayout lay_out(const AttentionArgs& a) {
 
 inline int64_t attention_scratch(const AttentionArgs& a) { return lay_out(a).bytes; }
 
-// sum[i] += score[i][0, n_keys) · values, for `Queries` queries and `Vectors` vectors of the width from column d.
+// A small matrix product: out[i][c] = (add ? out[i][c] : 0) + sum over j < n of weights[i][j] * rows[j][c]. It gives the
+// scores (weights = queries, rows = transposed keys) and their weighted sums (weights = scores, rows = values).
+struct Product {
+  const float* weights;
+  int64_t weights_stride;
+  const float* rows;
+  int64_t rows_stride;
+  int64_t n;
+  float* out;
+  int64_t out_stride;
+  bool add;
+};
+
 template <int Queries, int Vectors>
-inline void mix_block(const float* score, const float* values, int64_t width, int64_t n_keys, int64_t d, float* sum) {
-  F part[Queries][Vectors];
+inline void product_block(const Product& p, int64_t i0, int64_t c0) {
+  F sum[Queries][Vectors];
+  float* const out = p.out + i0 * p.out_stride + c0;
   for (int i = 0; i < Queries; ++i)
-    for (int v = 0; v < Vectors; ++v) part[i][v] = load(sum + i * width + d + v * kLanes);
-  for (int64_t j = 0; j < n_keys; ++j) {
-    F value[Vectors];
-    for (int v = 0; v < Vectors; ++v) value[v] = load(values + j * width + d + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = p.add ? load(out + i * p.out_stride + v * kLanes) : set1(0.0f);
+  const float *weights = p.weights + i0 * p.weights_stride, *row = p.rows + c0;
+  for (int64_t j = 0; j < p.n; ++j, row += p.rows_stride) {
+    F part[Vectors];
+    for (int v = 0; v < Vectors; ++v) part[v] = load(row + v * kLanes);
     for (int i = 0; i < Queries; ++i) {
-      const F weight = set1(score[i * kKeyTile + j]);
-      for (int v = 0; v < Vectors; ++v) part[i][v] = fma(weight, value[v], part[i][v]);
+      const F weight = set1(weights[i * p.weights_stride + j]);
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(weight, part[v], sum[i][v]);
     }
   }
   for (int i = 0; i < Queries; ++i)
-    for (int v = 0; v < Vectors; ++v) store(sum + i * width + d + v * kLanes, part[i][v]);
+    for (int v = 0; v < Vectors; ++v) store(out + i * p.out_stride + v * kLanes, sum[i][v]);
 }
 
 template <int Queries>
-inline void mix_queries(const float* score, const float* values, int64_t width, int64_t n_keys, float* sum) {
-  int64_t d = 0;
-  for (; d + kMixVectors * kLanes <= width; d += kMixVectors * kLanes)
-    mix_block<Queries, kMixVectors>(score, values, width, n_keys, d, sum);
-  for (; d < width; d += kLanes) mix_block<Queries, 1>(score, values, width, n_keys, d, sum);
+inline void product_rows(const Product& p, int64_t i0, int64_t n_columns) {
+  int64_t c = 0;
+  for (; c + kMixVectors * kLanes <= n_columns; c += kMixVectors * kLanes) product_block<Queries, kMixVectors>(p, i0, c);
+  for (; c < n_columns; c += kLanes) product_block<Queries, 1>(p, i0, c);
+}
+
+// n_columns: a multiple of kLanes.
+inline void multiply(const Product& p, int64_t n_queries, int64_t n_columns) {
+  int64_t i = 0;
+  for (; i + 4 <= n_queries; i += 4) product_rows<4>(p, i, n_columns);
+  switch (n_queries - i) {
+    case 3: return product_rows<3>(p, i, n_columns);
+    case 2: return product_rows<2>(p, i, n_columns);
+    case 1: return product_rows<1>(p, i, n_columns);
+  }
 }
 
 // One step of the running softmax of one query over scores [first, last) of a tile of n keys; the others become 0.
@@ -154,12 +178,17 @@ inline void soften(float* score, int64_t first, int64_t last, int64_t n, float s
     const F cap = set1(softcap), inverse = set1(1.0f / softcap);
     map(s, s, s, m, [&](F x, F) { return cap * tanh(x * inverse); });
   }
-  float highest = *top;
-  for (int64_t j = 0; j < m; ++j) highest = s[j] > highest ? s[j] : highest;
+  F tops = set1(*top);
+  int64_t whole = 0;
+  for (; whole + kLanes <= m; whole += kLanes) tops = max(load(s + whole), tops);
+  float highest = reduce_max(tops);
+  for (int64_t j = whole; j < m; ++j) highest = s[j] > highest ? s[j] : highest;
   const F shift = set1(highest);
   map(s, s, s, m, [&](F x, F) { return exp(x - shift); });
-  float added = 0.0f;
-  for (int64_t j = 0; j < m; ++j) added += s[j];
+  F sums = set1(0.0f);
+  for (int64_t j = 0; j < whole; j += kLanes) sums = sums + load(s + j);
+  float added = reduce_add(sums);
+  for (int64_t j = whole; j < m; ++j) added += s[j];
   float factor[kLanes];
   store(factor, exp(set1(*top) - shift));
   *total = *total * factor[0] + added;
@@ -180,17 +209,17 @@ inline void attend(const AttentionArgs& a, const AttentionLayout& l, const Atten
     s.total[i] = 0.0f;
   }
   const auto decode_tile = [&](const uint8_t* buffer, int64_t base, int64_t n) {
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t slot = (base + j) % a.kv.capacity;
+    int64_t slot = base % a.kv.capacity;
+    for (int64_t j = 0; j < n; ++j, slot = slot + 1 < a.kv.capacity ? slot + 1 : 0)
       decode_kv_row(a.kv, buffer + (head * a.kv.capacity + slot) * row_bytes, s.tile + j * width, width);
-    }
   };
   for (int64_t base = first; base < last; base += kKeyTile) {
-    const int64_t n = last - base < kKeyTile ? last - base : kKeyTile;
+    const int64_t n = last - base < kKeyTile ? last - base : kKeyTile, columns = round_up(n, kLanes);
     decode_tile(a.k, base, n);
-    for (int64_t j = n; j % kRows; ++j) std::memset(s.tile + j * width, 0, width * sizeof(float));
-    for (int64_t j = 0; j < n; j += kRows)
-      dot_tokens(s.tile + j * width, width, s.q, width, n_queries, width, s.score + j, kKeyTile);
+    for (int64_t j = 0; j < n; j += kLanes)
+      for (int64_t d = 0; d < width; d += kLanes)
+        transpose_block(s.tile + j * width + d, width, s.turned + d * kKeyTile + j, kKeyTile);
+    multiply({s.q, width, s.turned, kKeyTile, dim, s.score, kKeyTile, false}, n_queries, columns);
     for (int64_t i = 0; i < n_queries; ++i) {
       const int64_t position = a.n_past + t0 + i / l.sharing;
       const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
@@ -200,10 +229,7 @@ inline void attend(const AttentionArgs& a, const AttentionLayout& l, const Atten
              s.sum + i * width, width);
     }
     decode_tile(a.v, base, n);
-    int64_t i = 0;
-    for (; i + 4 <= n_queries; i += 4)
-      mix_queries<4>(s.score + i * kKeyTile, s.tile, width, n, s.sum + i * width);
-    for (; i < n_queries; ++i) mix_queries<1>(s.score + i * kKeyTile, s.tile, width, n, s.sum + i * width);
+    multiply({s.score, kKeyTile, s.tile, width, n, s.sum, width, true}, n_queries, width);
   }
 }
 
@@ -213,7 +239,8 @@ inline AttentionScratch scratch_of(const AttentionLayout& l, int thread) {
   s.q = l.base + thread * l.thread_floats;
   s.sum = s.q + queries * l.width;
   s.tile = s.sum + queries * l.width;
-  s.score = s.tile + kKeyTile * l.width;
+  s.turned = s.tile + kKeyTile * l.width;
+  s.score = s.turned + kKeyTile * l.width;
   s.top = s.score + queries * kKeyTile;
   s.total = s.top + queries;
   return s;

@@ -1,4 +1,4 @@
-// Products in float32: rows are decoded into a small tile and dotted with the tokens. Also the scores of attention.
+// Products in float32: rows are decoded into a small tile and dotted with the tokens.
 #pragma once
 
 // The first n < kLanes numbers at p, then zeros.

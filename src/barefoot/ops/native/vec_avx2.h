@@ -45,6 +45,24 @@ inline float reduce_max(F a) {
   r = _mm_max_ss(r, _mm_movehdup_ps(r));
   return _mm_cvtss_f32(r);
 }
+inline void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m256 quad[8];  // quad[i]: columns i % 4 and 4 + i % 4 of rows 0..3 (i < 4) or 4..7
+  for (int h = 0; h < 2; ++h) {
+    const float* row = from + 4 * h * from_stride;
+    const __m256 a = _mm256_loadu_ps(row), b = _mm256_loadu_ps(row + from_stride);
+    const __m256 c = _mm256_loadu_ps(row + 2 * from_stride), d = _mm256_loadu_ps(row + 3 * from_stride);
+    const __m256 ab_low = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
+    const __m256 cd_low = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
+    quad[4 * h] = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
+    quad[4 * h + 1] = _mm256_shuffle_ps(ab_low, cd_low, 0xee);
+    quad[4 * h + 2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+    quad[4 * h + 3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x20));
+    _mm256_storeu_ps(to + (4 + i) * to_stride, _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x31));
+  }
+}
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 using Quads = __m256i;

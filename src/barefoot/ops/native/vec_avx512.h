@@ -42,6 +42,30 @@ inline float reduce_add(F a) {
 }
 inline float reduce_add(Lanes8 a) { return reduce_add_256(a); }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
+inline void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 quad[16];  // quad[4 * g + i]: columns i, 4 + i, 8 + i, 12 + i of rows 4 * g .. 4 * g + 3
+  for (int g = 0; g < 4; ++g) {
+    const float* row = from + 4 * g * from_stride;
+    const __m512 a = _mm512_loadu_ps(row), b = _mm512_loadu_ps(row + from_stride);
+    const __m512 c = _mm512_loadu_ps(row + 2 * from_stride), d = _mm512_loadu_ps(row + 3 * from_stride);
+    const __m512 ab_low = _mm512_unpacklo_ps(a, b), ab_high = _mm512_unpackhi_ps(a, b);
+    const __m512 cd_low = _mm512_unpacklo_ps(c, d), cd_high = _mm512_unpackhi_ps(c, d);
+    quad[4 * g] = _mm512_shuffle_ps(ab_low, cd_low, 0x44);
+    quad[4 * g + 1] = _mm512_shuffle_ps(ab_low, cd_low, 0xee);
+    quad[4 * g + 2] = _mm512_shuffle_ps(ab_high, cd_high, 0x44);
+    quad[4 * g + 3] = _mm512_shuffle_ps(ab_high, cd_high, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 low_01 = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0x44);
+    const __m512 high_01 = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0xee);
+    const __m512 low_23 = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0x44);
+    const __m512 high_23 = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0xee);
+    _mm512_storeu_ps(to + i * to_stride, _mm512_shuffle_f32x4(low_01, low_23, 0x88));
+    _mm512_storeu_ps(to + (4 + i) * to_stride, _mm512_shuffle_f32x4(low_01, low_23, 0xdd));
+    _mm512_storeu_ps(to + (8 + i) * to_stride, _mm512_shuffle_f32x4(high_01, high_23, 0x88));
+    _mm512_storeu_ps(to + (12 + i) * to_stride, _mm512_shuffle_f32x4(high_01, high_23, 0xdd));
+  }
+}
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 using Quads = __m512i;

@@ -136,6 +136,11 @@ inline float reduce_max(F a) {
   BAREFOOT_EACH r = a.v[i] > r ? a.v[i] : r;
   return r;
 }
+// to[c][r] = from[r][c] for a block of kLanes by kLanes.
+inline void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int r = 0; r < kLanes; ++r)
+    for (int c = 0; c < kLanes; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+}
 inline F to_float(I a) {
   F r;
   BAREFOOT_EACH r.v[i] = static_cast<float>(a.v[i]);
