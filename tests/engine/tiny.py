@@ -96,7 +96,11 @@ MODELS = {
         },
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {"pad_token_id": 0}),
-    "phi3-partial": ("Phi3Config", "Phi3ForCausalLM", {"pad_token_id": 0, "partial_rotary_factor": 0.5, "sliding_window": 12}),
+    "phi3-partial": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {"pad_token_id": 0, "partial_rotary_factor": 0.5, "sliding_window": 12},
+    ),
     "phi3-longrope-long": ("Phi3Config", "Phi3ForCausalLM", {"pad_token_id": 0} | _longrope(16)),
     "phi3-longrope-short": ("Phi3Config", "Phi3ForCausalLM", {"pad_token_id": 0} | _longrope(250)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -44,7 +45,7 @@ def test_arrays_are_read_on_demand(small_gguf: Path):
     with BinaryFile(small_gguf) as file:
         assert read_numbers(file, header.metadata["floats"]).tolist() == [0.5, 1.5, -2.0]
         blob, offsets = read_strings(file, header.metadata["strings"])
-    words = [blob[a:b].tobytes().decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    words = [blob[a:b].tobytes().decode() for a, b in pairwise(offsets)]
     assert words == ["one", "", "drei▁", "x" * 300_000]
     assert header.metadata["strings"].text_bytes == len("".join(words).encode()) == blob.nbytes
 

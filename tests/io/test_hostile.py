@@ -97,7 +97,8 @@ def outcome(read: Callable[[Path], object], path: Path) -> str:
     try:
         read(path)
     except (CorruptFile, UnsupportedFormat) as error:
-        assert path.name in str(error) or "tensor" in str(error), f"says which file: {error}"
+        if path.name not in str(error) and "tensor" not in str(error):
+            return f"an error that does not say where: {error}"
         return type(error).__name__
     return "parsed"
 

@@ -172,7 +172,7 @@ def test_no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_pip_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     ticks: list[str] = []
-    with pytest.raises(SourceNotFound, match="could not fetch barefoot-no-such-model: .*No matching distribution"):
+    with pytest.raises(SourceNotFound, match=r"could not fetch barefoot-no-such-model: .*No matching distribution"):
         wheels.download_wheel("barefoot-no-such-model", tmp_path / "w", lambda *a: ticks.append(a[2]))
     assert set(ticks) == {"fetching barefoot-no-such-model"}
 

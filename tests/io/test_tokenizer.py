@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import LIBRARY_TEXT, diverse_texts
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer as Full
 from barefoot.core.errors import CorruptFile, InvalidInput, SourceNotFound, UnsupportedFormat
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.pretokenize import byte_level_sections
-from barefoot.io.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from barefoot.io.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, tokenizer_bytes
 from barefoot.io.tokenizer_files import footprint_bytes, read_json_tokenizer
 
 TEXTS = diverse_texts(400)
@@ -66,7 +68,10 @@ def trained_unigram() -> Full:
         vocab_size=1000, special_tokens=["<unk>", *SPECIAL], unk_token="<unk>", show_progress=False
     )
     full.train_from_iterator(LIBRARY_TEXT[:60_000].splitlines(), trainer)
-    return full
+    data = json.loads(full.to_str())
+    # Sums of such scores are exact, so that equal paths are equal in every order of adding.
+    data["model"]["vocab"] = [[text, round(score * 1024) / 1024] for text, score in data["model"]["vocab"]]
+    return Full.from_str(json.dumps(data))
 
 
 def trained_nfc() -> Full:
@@ -199,6 +204,32 @@ def test_ids_are_checked(tmp_path: Path):
         ours.decode([ours.n_vocab])
     with pytest.raises(InvalidInput):
         ours.decode_bytes(-1)
+
+
+def test_a_large_json_is_read_in_windows(tmp_path: Path):
+    """60,000 entries and 40,000 merges, which json.loads would turn into ten times the bytes of their text."""
+    letters = [f"{i:05d}" for i in range(20_000)]
+    vocabulary = {
+        text: i for i, text in enumerate([*letters, *(f"{t}x{t}" for t in letters), *(f"{t}x" for t in letters), "x"])
+    }
+    merges = [[t, "x"] for t in letters] + [[f"{t}x", t] for t in letters]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+    (folder / "config.json").write_text("{}")
+    safetensors.numpy.save_file({"w": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    with Checkpoint(folder) as checkpoint:
+        held, loading = tokenizer_bytes(checkpoint)
+        tracemalloc.start()
+        try:
+            ours = load_tokenizer(checkpoint)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert ours.n_vocab == 60_001
+    assert ours.resident_bytes() <= held == (folder / "tokenizer.json").stat().st_size
+    assert 0.5 * loading <= peak <= loading
 
 
 # GGUF

@@ -24,8 +24,13 @@ def set_up_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+def animated(stream: TextIO) -> bool:
+    """Whether a line of ``stream`` can be rewritten in place."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def coloured(stream: TextIO) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return animated(stream) and not os.environ.get("NO_COLOR")
 
 
 def style(text: str, code: str, stream: TextIO) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,8 +11,8 @@ from barefoot.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from barefoot.cli.progress import Report
-    from barefoot.engine.runner import F32, Engine
-    from barefoot.engine.sampling import Sampler
+    from barefoot.engine.runner import Engine
+    from barefoot.engine.sampling import SamplingParams
     from barefoot.io.chat import ChatTemplate
     from barefoot.io.tokenizer import Tokenizer
 
@@ -24,8 +23,9 @@ Message = dict[str, str]
 class Answer:
     """One answer and what it took.
 
-    ``n_prompt`` tokens were in the context when it began, ``n_prefilled`` of them not yet in the KV store.
-    ``finish_reason`` is one of stop (the model ended it, or a stop string did), length, interrupted.
+    ``n_prompt`` tokens were in the context when it began, ``n_prefilled`` of them not yet in the KV store;
+    ``n_decoded`` passes of one token followed, since the first token comes out of the prefill. ``finish_reason`` is one
+    of stop (the model or a stop string ended it), length, context (it is full), interrupted.
     """
 
     text: str
@@ -33,6 +33,7 @@ class Answer:
     n_prompt: int
     n_prefilled: int
     n_tokens: int
+    n_decoded: int
     prefill_seconds: float
     decode_seconds: float
 
@@ -42,8 +43,7 @@ class Answer:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of the tokens after the first, which belongs to the prefill."""
-        return (self.n_tokens - 1) / self.decode_seconds if self.n_tokens > 1 else 0.0
+        return self.n_decoded / self.decode_seconds if self.decode_seconds else 0.0
 
 
 def opening(system: str | None) -> list[Message]:
@@ -85,14 +85,14 @@ class Conversation:
         engine: Engine,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
-        sampler: Sampler,
+        sampling: SamplingParams,
         *,
         system: str | None = None,
         stops: Sequence[str] = (),
         max_tokens: int,
     ) -> None:
-        self._engine, self._tokenizer, self._template, self._sampler = engine, tokenizer, template, sampler
-        self._stops, self._max_tokens = tuple(filter(None, stops)), max_tokens
+        self._engine, self._tokenizer, self._template, self._sampling = engine, tokenizer, template, sampling
+        self._stops, self._max_tokens = tuple(stops), max_tokens
         self._opening = opening(system)
         self.reset()
 
@@ -113,32 +113,42 @@ class Conversation:
         ------
         InvalidInput : the conversation with this prompt does not leave room for a token; it stays as it was.
         """
+        from barefoot.engine.generate import Generation, generate
+        from barefoot.io.tokenizer import StreamDecoder
+
         messages = [*self._messages, {"role": "user", "content": prompt}]
-        context = self._engine.config.context
-        ids = encode(self._tokenizer, self._template, messages, context) if ids is None else ids
+        if ids is None:
+            ids = encode(self._tokenizer, self._template, messages, self._engine.config.context)
         n_kept = self._keep_common(ids)
-        answer = _AnswerText(self._tokenizer, self._stops, on_text)
-        start = prefilled = time.perf_counter()
+        made = Generation()
+        events = generate(
+            self._engine,
+            ids[n_kept:],
+            StreamDecoder(self._tokenizer),
+            max_tokens=self._max_tokens,
+            params=self._sampling,
+            stop=self._stops,
+            stop_ids=self._tokenizer.eos_ids,
+            result=made,
+            progress=lambda done, total: progress(done, total, "reading the prompt"),
+        )
         try:
-            self._held.extend(ids[n_kept:])
-            logits = self._engine.prefill(ids[n_kept:], lambda done, total: progress(done, total, "reading the prompt"))
-            prefilled = time.perf_counter()
-            finish = self._generate(logits, answer, min(self._max_tokens, context - len(ids)))
+            for event in events:
+                on_text(event.text)
         except KeyboardInterrupt:
-            del self._held[self._engine.position :]
-            finish = "interrupted"
-        answer.flush()
-        done = time.perf_counter()
-        if answer.text:
-            self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+            events.close()
+        self._held = [*ids, *made.ids][: self._engine.position]
+        if made.text:
+            self._messages = [*messages, {"role": "assistant", "content": made.text}]
         return Answer(
-            text=answer.text,
-            finish_reason=finish,
+            text=made.text,
+            finish_reason=made.finish_reason or "interrupted",
             n_prompt=len(ids),
             n_prefilled=len(ids) - n_kept,
-            n_tokens=answer.n_tokens,
-            prefill_seconds=prefilled - start,
-            decode_seconds=done - prefilled,
+            n_tokens=len(made.ids),
+            n_decoded=made.n_decoded,
+            prefill_seconds=made.prefill_seconds,
+            decode_seconds=made.decode_seconds,
         )
 
     def _keep_common(self, ids: Sequence[int]) -> int:
@@ -153,54 +163,4 @@ class Conversation:
         except InvalidInput:  # a sliding window has overwritten what these tokens saw
             self._engine.reset()
             n_common = 0
-        del self._held[n_common:]
         return n_common
-
-    def _generate(self, logits: F32, answer: _AnswerText, max_tokens: int) -> str:
-        """Sample until something ends the answer; why it ended."""
-        for i in range(max_tokens):
-            token = self._sampler.sample(logits, self._held)
-            if token in self._tokenizer.eos_ids or answer.feed(token):
-                return "stop"
-            if i + 1 < max_tokens:
-                self._held.append(token)
-                logits = self._engine.decode(token)
-        return "length"
-
-
-class _AnswerText:
-    """An answer's text as it grows, given out as soon as it can't be the beginning of a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
-        from barefoot.io.tokenizer import StreamDecoder
-
-        self._decoder, self._stops, self._on_text = StreamDecoder(tokenizer), stops, on_text
-        self._n_given = 0
-        self.text, self.n_tokens = "", 0
-        self._stopped = False
-
-    def feed(self, token: int) -> bool:
-        """Add a token; whether a stop string has ended the answer."""
-        self.n_tokens += 1
-        self.text += self._decoder.feed(token)
-        ends = [at for at in (self.text.find(stop, max(0, self._n_given)) for stop in self._stops) if at >= 0]
-        if ends:
-            self.text, self._stopped = self.text[: min(ends)], True
-        self._give(len(self.text) - (0 if ends else self._n_unsure()))
-        return self._stopped
-
-    def flush(self) -> None:
-        """Give out what is left."""
-        if not self._stopped:
-            self.text += self._decoder.flush()
-        self._give(len(self.text))
-
-    def _n_unsure(self) -> int:
-        """How many characters at the end may yet become a stop string."""
-        lengths = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n]))
-        return max(lengths, default=0)
-
-    def _give(self, until: int) -> None:
-        if until > self._n_given:
-            self._on_text(self.text[self._n_given : until])
-            self._n_given = until

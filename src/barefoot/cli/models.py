@@ -47,7 +47,7 @@ def fetch(name: str) -> Path:
     """The path of a model that can be run, fetched first where needed."""
     from barefoot.io.sources import resolve
 
-    with progress.bar(size=True) as report:
+    with progress.line() as report:
         return resolve(name, progress=report)
 
 

@@ -1,13 +1,13 @@
-"""Progress on standard error: rich's bars where a person looks on, nothing where nobody does.
+"""Progress on standard error, where a person looks on; nothing where nobody does.
 
-Importing rich takes about 3 MiB on top of what a run needs anyway (7 MiB by itself), so :func:`prepare` is called
-before a run measures what is reserved.
+:func:`bar` draws rich's bars. Importing rich takes 3 to 7 MiB, so runs inside a budget use :func:`line` instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from barefoot.cli import console
@@ -15,36 +15,46 @@ from barefoot.cli import console
 Report = Callable[[int, "int | None", str], None]
 """Called with how much is done, how much there is (None: not known), and what is being done."""
 
+_REDRAW_SECONDS = 0.1
+_CLEAR_LINE = "\r\033[K"
 
-def prepare() -> None:
-    """Import what bars will need, and draw one into nowhere, so that showing them later takes no new memory."""
-    if console.coloured(sys.stderr):
-        import io
 
-        from rich.console import Console
-
-        with _rich_bar(Console(file=io.StringIO(), force_terminal=True), size=True) as report:
-            report(1, 2, "")
+def _nothing(done: int, total: int | None, label: str) -> None:
+    """The report that nobody sees."""
 
 
 @contextlib.contextmanager
-def bar(*, size: bool = False) -> Iterator[Report]:
-    """A bar that disappears when its block ends, however it ends; ``size`` shows the numbers as bytes."""
-    if not console.coloured(sys.stderr):
-        yield lambda done, total, label: None
+def line() -> Iterator[Report]:
+    """One line of text, rewritten in place, that disappears when its block ends, however it ends."""
+    if not console.animated(sys.stderr):
+        yield _nothing
+        return
+    last_drawn = time.monotonic()
+
+    def draw(done: int, total: int | None, label: str) -> None:
+        nonlocal last_drawn
+        now = time.monotonic()
+        if now - last_drawn >= _REDRAW_SECONDS:
+            last_drawn = now
+            share = f" {done / total:.0%}" if total else ""
+            print(f"{_CLEAR_LINE}{label}{share}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield draw
+    finally:
+        print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Report]:
+    """A bar of bytes that disappears when its block ends, however it ends."""
+    if not console.animated(sys.stderr):
+        yield _nothing
         return
     from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with _rich_bar(Console(stderr=True), size=size) as report:
-        yield report
-
-
-@contextlib.contextmanager
-def _rich_bar(rich_console: object, *, size: bool) -> Iterator[Report]:
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    numbers = DownloadColumn(binary_units=True) if size else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), numbers, TimeRemainingColumn())
-    with Progress(*columns, console=rich_console, transient=True) as progress:  # type: ignore[arg-type]
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total, label: progress.update(task, completed=done, total=total, description=label)

@@ -94,8 +94,15 @@ def device_from_json(data: Mapping[str, Any]) -> Device:
 
 
 def cache_folder() -> Path:
-    """``$BAREFOOT_CACHE``, else ``~/.cache/barefoot``; not created here."""
-    return Path(os.environ.get("BAREFOOT_CACHE") or Path.home() / ".cache" / "barefoot")
+    """``$BAREFOOT_CACHE``, or the platform's place for caches; not created here."""
+    stated = os.environ.get("BAREFOOT_CACHE")
+    if stated:
+        return Path(stated).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "barefoot" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "barefoot"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "barefoot"
 
 
 # The table of known machines.

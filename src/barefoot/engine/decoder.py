@@ -147,7 +147,7 @@ def _matrix(tensors: Tensors, name: str) -> tuple[str, tuple[int, int]]:
         raise UnsupportedFormat(f"tensor {name!r} is stored as {tensor.type}; known: {', '.join(blocks.names())}")
     if len(tensor.shape) not in (1, 2) or not all(tensor.shape):
         raise CorruptFile(f"tensor {name!r} has shape {tensor.shape}; a matrix or a vector is expected")
-    return tensor.type, ((1,) + tuple(tensor.shape))[-2:]  # type: ignore[return-value]
+    return tensor.type, (1 if len(tensor.shape) == 1 else tensor.shape[0], tensor.shape[-1])
 
 
 def _first_layer(tensors: Tensors, names: Roles, role: str) -> tuple[int, int]:

@@ -25,8 +25,8 @@ CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing 
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
 PASSING = ("encoder", "sampling")
-ENCODE_BYTES_PER_WEIGHT = 24
-SAMPLE_BYTES_PER_TOKEN = 9  # of the vocabulary: a copy of the logits, one more array as long, a mask
+ENCODE_BYTES_PER_WEIGHT = 17
+SAMPLE_BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -103,7 +103,7 @@ def tile_rows(weight: WeightSpec) -> int:
 
 
 def staging_sizes(placement: Placement) -> tuple[int, int, int]:
-    """Bytes of the tile as stored and of the tile as float32, and weights in the largest tile; zeros when not needed."""
+    """Bytes of the largest tile as stored and as float32, and the weights in it; zeros when nothing is converted."""
     tiles = [(w, tile_rows(w)) for w, _ in converted(placement)]
     raw = max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in tiles), default=0)
     elements = max((rows * w.cols for w, rows in tiles), default=0)

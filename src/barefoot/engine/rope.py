@@ -25,6 +25,8 @@ import numpy.typing as npt
 from barefoot.core.errors import CorruptFile, UnsupportedFormat
 from barefoot.core.model import Rope
 
+F32 = npt.NDArray[np.float32]
+
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 
 
@@ -110,38 +112,44 @@ def from_gguf(
     )
 
 
-def inverse_frequencies(rope: Rope, context: int) -> npt.NDArray[np.float32]:
+def inverse_frequencies(rope: Rope, context: int) -> F32:
     """Angle per position of each pair, float32 (dim / 2,), for an engine of ``context`` positions."""
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    plain = 1.0 / np.power(np.float32(rope.theta), exponents)
+    plain: F32 = np.float32(1) / np.power(np.float32(rope.theta), exponents)
+    return (plain / _divisors(rope, plain, context)).astype(np.float32)
+
+
+def _divisors(rope: Rope, plain: F32, context: int) -> float | F32:
+    """What the scaling divides each frequency by."""
     if rope.scaling == "none":
-        return plain
+        return 1.0
     if rope.scaling == "linear":
-        return plain / np.float32(rope.factor)
-    if rope.scaling == "llama3":
-        return _llama3(plain, rope)
-    if rope.scaling == "yarn":
-        return _yarn(plain, rope)
-    factors = rope.long_factors if context > rope.original_context else rope.short_factors
-    if len(factors) != rope.dim // 2:
-        raise CorruptFile(f"longrope needs {rope.dim // 2} factors, got {len(factors)}")
-    return plain / np.array(factors, dtype=np.float32)
+        return rope.factor
+    if rope.scaling == "longrope":
+        factors = rope.long_factors if context > rope.original_context else rope.short_factors
+        if len(factors) != rope.dim // 2:
+            raise CorruptFile(f"longrope needs {rope.dim // 2} factors, got {len(factors)}")
+        return np.array(factors, dtype=np.float32)
+    kept = _kept_llama3(rope, plain) if rope.scaling == "llama3" else _kept_yarn(rope)
+    return (1 / ((1 - kept) / rope.factor + kept)).astype(np.float32)
 
 
-def _llama3(plain: npt.NDArray[np.float32], rope: Rope) -> npt.NDArray[np.float32]:
+def _kept_llama3(rope: Rope, plain: F32) -> F32:
+    """How much of each frequency stays: by the turns within the original context."""
     turns = rope.original_context * plain / (2 * math.pi)
-    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return ((1 - kept) * plain / rope.factor + kept * plain).astype(np.float32)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    return np.asarray(np.clip((turns - low) / (high - low), 0, 1), np.float32)
 
 
-def _yarn(plain: npt.NDArray[np.float32], rope: Rope) -> npt.NDArray[np.float32]:
+def _kept_yarn(rope: Rope) -> F32:
+    """How much of each frequency stays: a ramp over the channels."""
+
     def channel(turns: float) -> float:
         """The pair that turns so many times within the original context."""
         return rope.dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(channel(rope.beta_fast)), 0)
-    high = min(math.ceil(channel(rope.beta_slow)), rope.dim - 1)
+    low: float = max(math.floor(channel(rope.beta_fast)), 0)
+    high: float = min(math.ceil(channel(rope.beta_slow)), rope.dim - 1)
     if low == high:
-        high += 0.001  # the ramp becomes a step
-    stretched = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    return (plain / rope.factor * stretched + plain * (1 - stretched)).astype(np.float32)
+        high = low + 0.001  # the ramp becomes a step
+    return np.asarray(1 - np.clip((np.arange(rope.dim // 2) - low) / (high - low), 0, 1), np.float32)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
+from barefoot.core.measure import release_free_memory
 from barefoot.core.model import LayerSpec, ModelSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
@@ -76,6 +77,7 @@ class Engine:
                 spec, self._placement, self._tensors, self._files, self.arena, progress
             )
             self.arena.release("staging")
+            release_free_memory()  # what converting took must not stay beside keys and values
             self._allocate()
         except BaseException:
             self._files.close()
@@ -185,7 +187,7 @@ class Engine:
     ) -> F32:
         """Append ``ids``, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until the next call.
 
-        ``progress`` gets (tokens done, tokens in all); ``all_logits`` gets every token's logits, ``n_logits`` at a time.
+        ``progress`` gets (tokens done, tokens in all); ``all_logits`` every token's logits, ``n_logits`` at a time.
 
         Raises
         ------
@@ -202,12 +204,12 @@ class Engine:
                     all_logits(start + first, self._head(views, first, min(len(part), first + self.config.n_logits)))
             if progress is not None:
                 progress(start + len(part), len(ids))
-        return self._head(views, views.n - 1, views.n)[0]
+        return self._last(views, views.n - 1)
 
     def decode(self, token: int) -> F32:
         """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
         self._check((token,))
-        return self._head(self._forward((token,), logits_follow=True), 0, 1)[0]
+        return self._last(self._forward((token,), logits_follow=True), 0)
 
     def _check(self, ids: Sequence[int]) -> None:
         if not len(ids):
@@ -217,7 +219,7 @@ class Engine:
             raise InvalidInput(f"token ids must be 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}")
         if len(ids) > self.remaining:
             raise InvalidInput(
-                f"{len(ids)} tokens don't fit: {self.remaining} of the context's {self.config.context} positions are left",
+                f"{len(ids)} tokens don't fit: {self.remaining} of {self.config.context} positions are left",
                 cure="shorten the prompt, or use a larger context",
             )
 
@@ -225,6 +227,8 @@ class Engine:
 
     def _forward(self, ids: Sequence[int], *, logits_follow: bool) -> Views:
         """Pass tokens through all layers, leaving the residual stream in ``x``."""
+        if ops.n_threads() != self.config.n_threads:  # another engine of this process uses another number
+            ops.set_threads(self.config.n_threads)
         views = self._buffers.views(len(ids))
         self._highest = max(self._highest, self.position + views.n)
         self._embed(ids, views)
@@ -316,6 +320,10 @@ class Engine:
         self._matmul(inputs, weight, [between])
         ops.rmsnorm(between, norm, self.spec.norm_eps, between)
         ops.add_(x, between)
+
+    def _last(self, views: Views, row: int) -> F32:
+        logits: F32 = self._head(views, row, row + 1)[0]
+        return logits
 
     def _head(self, views: Views, first: int, stop: int) -> F32:
         """Logits (stop - first, vocab) of tokens of the present chunk."""

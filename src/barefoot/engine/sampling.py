@@ -27,7 +27,7 @@ class SamplingParams:
     top_k : so many most probable tokens are kept; 0 keeps all.
     top_p : the fewest most probable tokens whose probabilities sum to at least this are kept; 1 keeps all.
     repetition_penalty : logits of tokens seen are divided by it when positive, multiplied when negative; 1 is none.
-    seed : of the generator that ``rng`` makes; None draws a new one each time.
+    seed : of the generator that ``rng`` makes; None takes a new one each time.
     """
 
     temperature: float = 0.0
@@ -48,53 +48,58 @@ class SamplingParams:
             if not allowed:
                 raise InvalidInput(f"{name} must be {text}, got {getattr(self, name)!r}")
 
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
+    def rng(self) -> np.random.Generator | None:
+        """A new generator; None for a temperature of 0, since numpy.random takes 3 MiB when it is first used."""
+        return np.random.default_rng(self.seed) if self.temperature > 0 else None
 
 
-def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator) -> int:
+def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator | None) -> int:
     """The id of the next token.
+
+    A rank among the sorted logits is drawn, and the token of that rank looked up: no array of ids is needed, whatever
+    the filters leave.
 
     Parameters
     ----------
     logits : float32 (vocab,); not changed.
     history : ids seen so far, for the repetition penalty.
+    rng : where randomness comes from; None is enough for a temperature of 0.
     """
     if params.repetition_penalty != 1 and len(history):
-        logits = logits.copy()
-        seen = np.unique(np.asarray(history))
-        picked = logits[seen]
-        factor = np.float32(params.repetition_penalty)
-        logits[seen] = np.where(picked > 0, picked / factor, picked * factor)
+        logits = penalized(logits, history, params.repetition_penalty)
     if params.temperature == 0:
         return ops.argmax(np.ascontiguousarray(logits))
-    ids, probabilities = candidates(logits, params)
-    return int(ids[rng.choice(len(ids), p=probabilities)])
+    assert rng is not None
+    values, cumulative = kept(logits, params)
+    rank = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    equal_before = int(np.count_nonzero(values[:rank] == values[rank]))
+    return int(np.flatnonzero(logits == values[rank])[equal_before])
 
 
-def candidates(logits: F32, params: SamplingParams) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The tokens that the filters leave, most probable first, and their probabilities, which sum to 1."""
-    n = len(logits)
-    largest, temperature = float(logits.max()), params.temperature
-    floor, total = -np.inf, None
-    if params.min_p > 0:
-        floor = largest + temperature * np.log(params.min_p)
+def penalized(logits: F32, history: Sequence[int], penalty: float) -> F32:
+    """A copy in which tokens of ``history`` are less likely."""
+    logits = logits.copy()
+    seen = np.unique(np.asarray(history))
+    picked, factor = logits[seen], np.float32(penalty)
+    logits[seen] = np.where(picked > 0, picked / factor, picked * factor)
+    return logits
+
+
+def kept(logits: F32, params: SamplingParams) -> tuple[F32, npt.NDArray[np.float64]]:
+    """What the filters leave: logits, largest first, and the running sums of exp((logit - largest) / temperature)."""
+    n, largest = len(logits), float(logits.max())
+    values = logits
     if 0 < params.top_k < n:
-        floor = max(floor, float(np.partition(logits, n - params.top_k)[n - params.top_k]))
-    elif params.top_p < 1 and params.min_p == 0:
-        # Tokens below (1 - top_p) / n of all sum to less than 1 - top_p: never needed, so never sorted.
-        weights = np.subtract(logits, np.float32(largest))
-        np.divide(weights, np.float32(temperature), out=weights)
-        np.exp(weights, out=weights)
-        total = float(weights.sum(dtype=np.float64))
-        del weights
-        floor = largest + temperature * np.log(min(1.0, total * (1 - params.top_p) / n))
-    ids = np.flatnonzero(logits >= np.float32(floor))
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
-    if params.top_k:
-        ids = ids[: params.top_k]  # equal logits may let more through
-    weights = np.exp((logits[ids].astype(np.float64) - largest) / temperature)
+        values = np.partition(logits, n - params.top_k)[n - params.top_k :]
+    if params.min_p > 0:
+        values = values[values >= np.float32(largest + params.temperature * np.log(params.min_p))]
+    values = np.sort(values)[::-1]
+    cumulative = values.astype(np.float64)
+    cumulative -= largest
+    cumulative /= params.temperature
+    np.exp(cumulative, out=cumulative)
+    np.cumsum(cumulative, out=cumulative)
     if params.top_p < 1:
-        reached = np.cumsum(weights) / (total or weights.sum())
-        weights = weights[: int(np.searchsorted(reached, params.top_p)) + 1]
-    return ids[: len(weights)], weights / weights.sum()
+        n_kept = int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
+        values, cumulative = values[:n_kept], cumulative[:n_kept]
+    return values, cumulative

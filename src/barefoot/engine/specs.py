@@ -46,7 +46,8 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     UnsupportedFormat : no architecture file reads this ``model_type``.
     CorruptFile : the config lacks a number, or contradicts itself.
     """
-    return replace(_find("HF_TYPES", config.get("model_type")).from_hf(config, None), name=name)
+    spec: ModelSpec = _find("HF_TYPES", config.get("model_type")).from_hf(config, None)
+    return replace(spec, name=name)
 
 
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -57,6 +58,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     UnsupportedFormat : an unknown architecture, variant or stored type.
     CorruptFile : tensors are missing, or contradict the header.
     """
+    spec: ModelSpec
     if checkpoint.kind == "safetensors":
         spec = _find("HF_TYPES", checkpoint.config.get("model_type")).from_hf(checkpoint.config, checkpoint.tensors)
         return replace(spec, name=checkpoint.path.name)

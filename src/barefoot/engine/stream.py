@@ -1,14 +1,14 @@
 """Weights that stay on disk: read ahead into two buffers, one in use while the other fills.
 
-What is streamed is a list of items (a layer's matrices, or a tile of the head's rows), used in a cycle. An item is a few
-extents of a file, each read whole; in GGUF files a layer is normally one extent.
+What is streamed is a list of items (a layer's matrices, or a tile of the head's rows), used in a cycle. An item is a
+few extents of a file, each read whole; in GGUF files a layer is normally one extent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,15 @@ from barefoot.engine.placement import PAGE, item_bytes
 from barefoot.io.types import TensorInfo
 from barefoot.ops import blocks
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 U8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """``n_bytes`` bytes from ``offset`` of a file, to ``at`` of the buffer; all on whole pages, but for a file's end."""
+    """``n_bytes`` bytes from ``offset`` of a file, to ``at`` of the buffer; whole pages, but at a file's end."""
 
     shard: int
     offset: int
@@ -97,6 +100,8 @@ class Stream:
     """
 
     def __init__(self, files: WeightFiles, items: Sequence[Item], buffers: tuple[U8, U8]) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # half a MiB that runs without streaming do without
+
         self._files, self._items, self._buffers = files, items, buffers
         self._held: list[tuple[int, Future[None]] | None] = [None, None]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="barefoot-stream")

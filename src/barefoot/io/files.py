@@ -64,9 +64,9 @@ class BinaryFile:
         self.read_into(offset, memoryview(out))
         return out
 
-    def window(self, offset: int) -> bytearray:
-        """Up to ``WINDOW_BYTES`` bytes from ``offset``, fewer at the end of the file."""
-        return self.read_at(offset, min(WINDOW_BYTES, max(self.n_bytes - offset, 0)))
+    def window(self, offset: int, n_bytes: int = WINDOW_BYTES) -> bytearray:
+        """Up to ``n_bytes`` bytes from ``offset``, fewer at the end of the file."""
+        return self.read_at(offset, min(n_bytes, max(self.n_bytes - offset, 0)))
 
     def _read_some(self, offset: int, out: memoryview) -> int:
         if hasattr(os, "preadv"):

@@ -275,7 +275,7 @@ def read_strings(file: BinaryFile, array: GGUFArray) -> tuple[np.ndarray, np.nda
     unpack = _U64.unpack_from
     position, i, filled = array.offset, 0, 0
     while i < array.count:
-        window = bytes(file.window(position))
+        window = bytes(file.window(position, 1 << 16))  # one object for each string: a small one
         last, at, parts, first = len(window) - 8, 0, [], i
         sizes: list[int] = []
         while i < array.count and at <= last:

@@ -20,7 +20,13 @@ import numpy as np
 from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.pretokenize import SPACE, Section
-from barefoot.io.tokenizer_files import TokenizerParts, read_gguf_tokenizer, read_json_tokenizer
+from barefoot.io.tokenizer_files import (
+    TokenizerParts,
+    footprint_bytes,
+    load_bytes,
+    read_gguf_tokenizer,
+    read_json_tokenizer,
+)
 from barefoot.io.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, merges_by_score
 
 if TYPE_CHECKING:
@@ -28,8 +34,9 @@ if TYPE_CHECKING:
 
 Segment = tuple[str, bool]  # a text, and whether control tokens in it are meant
 
-WORKSPACE_BYTES_PER_TEXT_BYTE = 768  # held by encode for each byte of its text: library strings, offsets and entries
+WORKSPACE_BYTES_PER_TEXT_BYTE = 256  # held by encode for each byte of its text: library strings, offsets and entries
 WORKSPACE_BYTES = 4 << 20  # and at any length
+JSON_LOAD_BYTES = 4 << 20  # windows of tokenizer.json and the small sections, whatever its size
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -37,6 +44,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if checkpoint.kind == "gguf":
         return Tokenizer(read_gguf_tokenizer(checkpoint))
     return Tokenizer(read_json_tokenizer(checkpoint.path))
+
+
+def tokenizer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(bytes held, most bytes held while loading) of the tokenizer of an opened model, before it is loaded.
+
+    Exact and closely bounded for GGUF, whose header has the counts; for tokenizer.json, which states none, bounds from
+    the size of the file.
+    """
+    if checkpoint.kind == "gguf":
+        return footprint_bytes(checkpoint.config), load_bytes(checkpoint.config)
+    file = checkpoint.path / "tokenizer.json"
+    n_bytes = file.stat().st_size if file.is_file() else 0
+    return n_bytes, 2 * n_bytes + JSON_LOAD_BYTES
 
 
 def workspace_bytes(n_text_bytes: int) -> int:
@@ -60,12 +80,12 @@ class Tokenizer:
         self.bos_id = parts.bos_id
         self.eos_ids = parts.eos_ids
         self.add_bos = parts.add_bos and parts.bos_id is not None
-        self._always = np.zeros(self.n_vocab, bool)  # entries that any text may need
-        self._always[self._vocabulary.kinds == BYTE] = True
+        always = set(self._vocabulary.of_kind(BYTE).tolist())
         if parts.unk_id is not None:
-            self._always[parts.unk_id] = True
+            always.add(parts.unk_id)
         if parts.model == "Unigram" and self._vocabulary.scores is not None:
-            self._always[int(np.argmin(self._vocabulary.scores))] = True  # the unknown's score hangs on the lowest one
+            always.add(int(np.argmin(self._vocabulary.scores)))  # the score of what is unknown hangs on the lowest one
+        self._always = frozenset(always)  # entries that any text may need
 
     def resident_bytes(self) -> int:
         """Bytes of the arrays held, to compare with ``tokenizer_files.footprint_bytes``."""
@@ -101,8 +121,7 @@ class Tokenizer:
 
     def control_edges(self, text: str) -> tuple[bool, bool]:
         """Whether ``text`` begins with the end of a control token's text, and whether it ends with the beginning."""
-        controls = np.flatnonzero(np.isin(self._vocabulary.kinds, (CONTROL, UNKNOWN)))
-        texts = [self._vocabulary.text(int(i)) for i in controls] if text else []
+        texts = [self._vocabulary.text(i) for i in self._vocabulary.of_kind(CONTROL, UNKNOWN).tolist()] if text else []
         begins = any(text.startswith(t[k:]) for t in texts for k in range(1, len(t)) if t[k] == text[0])
         ends = any(text.endswith(t[:k]) for t in texts for k in range(1, len(t)) if t[k - 1] == text[-1])
         return begins, ends
@@ -153,22 +172,29 @@ class Tokenizer:
             return
         sections = [_pipeline(self._parts, position == 0) for _, position in stretches]
         seen = "".join(_as_seen(s, text) for s, (text, _) in zip(sections, stretches, strict=True))
-        model, ids = self._restricted(seen.encode())
+        model, ids = self._restricted(self._without_dropped(seen).encode())
         for pipeline, (text, _) in zip(sections, stretches, strict=True):
             pipeline.model = model
             yield [ids[i] for i in pipeline.encode(text, add_special_tokens=False).ids]
+
+    def _without_dropped(self, seen: str) -> str:
+        """Without the characters that the library leaves out for want of an entry: their neighbours may then merge."""
+        if self._parts.unk_id is not None or self._parts.options.get("byte_fallback"):
+            return seen
+        characters = set(seen)
+        found = self._vocabulary.occurring("".join(sorted(characters)).encode(), (1, 2, 3, 4))
+        return seen.translate(
+            dict.fromkeys(map(ord, characters.difference(map(self._vocabulary.text, found.tolist()))))
+        )
 
     def _restricted(self, seen: bytes) -> tuple[Any, list[int]]:
         """The library's model of the entries that occur in ``seen``, and the ids of its entries."""
         from tokenizers import models
 
         parts, vocabulary = self._parts, self._vocabulary
-        keep = np.zeros(self.n_vocab, bool)
-        keep[vocabulary.occurring(seen)] = True
-        keep &= np.isin(vocabulary.kinds, (NORMAL, USER_DEFINED, UNUSED))
-        words = keep.copy()  # what merges may make; the others are reached by their own rules
-        keep |= self._always
-        ids = np.flatnonzero(keep).tolist()
+        words = vocabulary.occurring(seen)
+        words = words[np.isin(vocabulary.kinds[words], (NORMAL, USER_DEFINED, UNUSED))]  # what merges may make
+        ids = sorted(self._always.union(words.tolist()))
         texts = [vocabulary.text(i) for i in ids]
         local = {text: i for i, text in enumerate(texts)}
         unk = None if parts.unk_id is None else vocabulary.text(parts.unk_id)
@@ -179,7 +205,7 @@ class Tokenizer:
                 unk_at = None if parts.unk_id is None else ids.index(parts.unk_id)
                 return models.Unigram(pairs, unk_at, bool(parts.options.get("byte_fallback"))), ids
             if parts.merges is None:
-                merges = merges_by_score(vocabulary, np.flatnonzero(words).tolist())
+                merges = merges_by_score(vocabulary, words.tolist())
             else:
                 merges = parts.merges.among(vocabulary, local, words)
             return models.BPE(local, merges, unk_token=unk, **parts.options), ids

@@ -50,14 +50,30 @@ class TokenizerParts:
     strips: Mapping[int, tuple[bool, bool]] = field(default_factory=dict)
 
 
+# While loading, beyond what stays: sorting and hashing an entry, splitting and finding a merge, windows of the file.
+LOAD_BYTES_PER_ENTRY, LOAD_BYTES_PER_MERGE, LOAD_BYTES = 20, 60, 1 << 20
+
+
 def footprint_bytes(metadata: Mapping[str, Any]) -> int:
     """Resident bytes of the tokenizer that this GGUF metadata describes, from the header's counts alone."""
-    tokens = _string_array(metadata, "tokenizer.ggml.tokens")
+    tokens, n_merges, scored = _counts(metadata)
+    vocabulary = Vocabulary.footprint_bytes(tokens.count, tokens.text_bytes, 4 if scored else 0)
+    return vocabulary + n_merges * Merges.BYTES_EACH
+
+
+def load_bytes(metadata: Mapping[str, Any]) -> int:
+    """The most that is held while that tokenizer loads, its resident bytes included."""
+    tokens, n_merges, _ = _counts(metadata)
+    loading = tokens.count * LOAD_BYTES_PER_ENTRY + n_merges * LOAD_BYTES_PER_MERGE + LOAD_BYTES
+    return footprint_bytes(metadata) + loading
+
+
+def _counts(metadata: Mapping[str, Any]) -> tuple[GGUFArray, int, bool]:
+    """(the array of entries, number of merges, whether entries have scores)."""
     scored = metadata.get("tokenizer.ggml.model") != "gpt2"
     merges = metadata.get("tokenizer.ggml.merges")
     n_merges = merges.count if isinstance(merges, GGUFArray) and not scored else 0
-    vocabulary = Vocabulary.footprint_bytes(tokens.count, tokens.text_bytes, 4 if scored else 0)
-    return vocabulary + n_merges * Merges.BYTES_EACH
+    return _string_array(metadata, "tokenizer.ggml.tokens"), n_merges, scored
 
 
 def _string_array(metadata: Mapping[str, Any], key: str) -> GGUFArray:
@@ -155,42 +171,53 @@ def _turn_ends(vocabulary: Vocabulary) -> frozenset[int]:
     return frozenset(i for i in found if i is not None and vocabulary.kinds[i] in (CONTROL, USER_DEFINED))
 
 
-class _Entries:
-    """Vocabulary entries as they come from JSON: any order, ids possibly missing, gathered without one object each."""
+class _Texts:
+    """Texts gathered from JSON without keeping an object for each."""
 
     def __init__(self) -> None:
-        self.blob, self.lengths, self.ids, self.scores = bytearray(), array("I"), array("q"), array("d")
+        self.blob, self.lengths = bytearray(), array("I")
 
-    def add(self, text: str, entry: int, score: float | None = None) -> None:
+    def add(self, text: str) -> None:
         raw = text.encode("utf-8", "replace")
         self.blob += raw
         self.lengths.append(len(raw))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(blob, offsets) in the order of adding."""
+        offsets = np.zeros(len(self.lengths) + 1, np.uint32)
+        np.cumsum(np.frombuffer(self.lengths, np.uint32), out=offsets[1:])
+        return np.frombuffer(self.blob, np.uint8), offsets
+
+
+class _Entries(_Texts):
+    """Vocabulary entries: texts in any order, with ids, of which some may be missing, and perhaps with scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.scores = array("i"), array("d")
+
+    def add_entry(self, text: str, entry: int, score: float | None = None) -> None:
+        self.add(text)
         self.ids.append(entry)
         if score is not None:
             self.scores.append(score)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def by_id(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(blob, offsets, scores) in the order of ids; ids that no entry has become empty texts."""
-        ids, lengths = np.array(self.ids, np.int64), np.array(self.lengths, np.int64)
-        if not len(ids) or ids.min() < 0 or ids.max() > 2 * len(ids) + 65536:
-            raise CorruptFile(
-                f"a vocabulary of {len(ids)} entries has ids from {min(ids, default=0)} to {max(ids, default=0)}"
-            )
-        n = int(ids.max()) + 1
-        sizes = np.zeros(n, np.int64)
-        sizes[ids] = lengths
-        offsets = np.zeros(n + 1, np.uint32)
-        np.cumsum(sizes, out=offsets[1:])
-        starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-        source = np.frombuffer(bytes(self.blob), np.uint8)
-        if np.array_equal(ids, np.arange(n)):
-            blob = source
-        else:
-            last = dict(zip(ids.tolist(), range(len(ids)), strict=True))  # of entries with one id, the last one counts
-            order = np.array([last[i] for i in sorted(last)], np.int64)
-            blob = np.concatenate([source[starts[k] : starts[k] + lengths[k]] for k in order])
+        ids = np.array(self.ids, np.int64)
+        low, high = min(self.ids, default=0), max(self.ids, default=0)
+        if not len(ids) or low < 0 or high > 2 * len(ids) + 65536:
+            raise CorruptFile(f"a vocabulary of {len(ids)} entries has ids from {low} to {high}")
+        blob, starts = self.arrays()
         scores = np.array(self.scores, np.float64) if self.scores else None
-        return blob, offsets, scores
+        if np.array_equal(ids, np.arange(high + 1)):
+            return blob.copy(), starts, scores
+        last = np.full(high + 1, -1)  # of entries with one id, the last one counts
+        last[ids] = np.arange(len(ids))
+        texts = [blob[starts[k] : starts[k + 1]] if k >= 0 else blob[:0] for k in last.tolist()]
+        offsets = np.zeros(high + 2, np.uint32)
+        np.cumsum([len(text) for text in texts], out=offsets[1:], dtype=np.uint32)
+        return np.concatenate(texts), offsets, scores
 
 
 def read_json_tokenizer(folder: Path) -> TokenizerParts:
@@ -201,7 +228,7 @@ def read_json_tokenizer(folder: Path) -> TokenizerParts:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise SourceNotFound(f"{folder} has no tokenizer.json", cure="save it with a fast tokenizer of transformers")
-    entries, merged, splits = _Entries(), _Entries(), array("I")
+    entries, merged, splits = _Entries(), _Texts(), array("H")
     sections: dict[str, Any] = {}
     options: dict[str, Any] = {}
     with BinaryFile(path) as file:
@@ -223,25 +250,28 @@ def read_json_tokenizer(folder: Path) -> TokenizerParts:
 def _read_vocab(stream: JsonStream, entries: _Entries) -> None:
     if stream.peek() == "{":
         for text in stream.members():
-            entries.add(text, stream.count())
+            entries.add_entry(text, stream.count())
         return
     for position, _ in enumerate(stream.items()):
         pair = stream.items()
         next(pair)
         text = stream.string()
         next(pair)
-        entries.add(text, position, stream.number())
+        entries.add_entry(text, position, stream.number())
         for _ in pair:
             raise CorruptFile("a unigram entry has more than a text and a score")
 
 
-def _read_merges(stream: JsonStream, merged: _Entries, splits: array[int]) -> None:
+def _read_merges(stream: JsonStream, merged: _Texts, splits: array[int]) -> None:
     for position, _ in enumerate(stream.items()):
         pair = stream.string().split(" ") if stream.peek() == '"' else stream.value()
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
             raise CorruptFile(f"merge {position} is {pair!r}, expected two texts")
-        merged.add(pair[0] + pair[1], position)
-        splits.append(len(pair[0].encode("utf-8", "replace")))
+        left = len(pair[0].encode("utf-8", "replace"))
+        if left >= 1 << 16:
+            raise CorruptFile(f"merge {position} has a left part of {left} bytes")
+        merged.add(pair[0] + pair[1])
+        splits.append(left)
 
 
 def _assemble(
@@ -249,7 +279,7 @@ def _assemble(
     sections: dict[str, Any],
     options: dict[str, Any],
     entries: _Entries,
-    merged: _Entries,
+    merged: _Texts,
     splits: array[int],
 ) -> TokenizerParts:
     # Old files leave the type out; the members tell.
@@ -273,11 +303,10 @@ def _assemble(
         ):
             raise CorruptFile(f"added token {token!r}: expected an id and a content")
         in_model[token["id"]] = token
-    known = set(entries.ids)
-    for token_id, token in sorted(in_model.items()):
-        if token_id not in known:
-            entries.add(token["content"], token_id, 0.0 if entries.scores else None)
-    blob, offsets, scores = entries.arrays()
+    added_ids = np.array(sorted(in_model), np.int64)
+    for token_id in added_ids[~np.isin(added_ids, np.array(entries.ids))].tolist():
+        entries.add_entry(in_model[token_id]["content"], token_id, 0.0 if entries.scores else None)
+    blob, offsets, scores = entries.by_id()
     n = len(offsets) - 1
     if scores is not None and len(scores) != n:
         raise CorruptFile(f"a unigram vocabulary of {n_model} entries has added tokens with ids up to {n - 1}")
@@ -295,8 +324,7 @@ def _assemble(
                 vocabulary.kinds[byte] = BYTE
     merges = None
     if model == "BPE":
-        merge_blob, merge_offsets = merged.arrays()[:2] if len(merged.ids) else (blob[:0], offsets[:1] * 0)
-        merges = Merges(vocabulary, merge_blob, merge_offsets, np.array(splits, np.int64))
+        merges = Merges(vocabulary, *merged.arrays(), np.array(splits, np.uint16))
     config = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     bos_id = _named_id(config.get("bos_token"), vocabulary)
     try:

@@ -22,7 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds
 
 _P32, _P64 = 0x9E3779B1, 0x9E3779B97F4A7C15  # odd, so that powers can be undone
 _BYTE_TEXT = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
-_CHUNK = 1 << 16  # text positions, and entries, hashed at a time
+_CHUNK, _HASHED = 1 << 16, 1 << 10  # text positions, and entries, hashed at a time
 _MAX_ENTRIES = 1 << 24
 
 
@@ -48,16 +48,21 @@ class Vocabulary:
             raise CorruptFile(f"scores of entries must be finite fractions, got {scores.dtype}")
         self.blob, self.offsets, self.scores = blob, offsets, scores
         self.kinds = kinds.astype(np.uint8)
-        wrong = next((i for i in np.flatnonzero(self.kinds == BYTE) if not _BYTE_TEXT.fullmatch(self.raw(i))), None)
+        wrong = next((i for i in self.of_kind(BYTE).tolist() if not _BYTE_TEXT.fullmatch(self.raw(i))), None)
         if wrong is not None:
             raise CorruptFile(f"entry {wrong} stands for a byte, but is {self.raw(wrong)!r}, not of the form <0x0A>")
         lengths = np.diff(offsets)
         hashes = hash_segments(blob, offsets[:-1], offsets[1:], np.uint32)
-        order = np.lexsort((hashes, lengths))
-        self._ids = order.astype(np.uint32)
-        self._hashes = hashes[order]
-        self._buckets = _runs(lengths[order])
-        added = np.flatnonzero(np.isin(self.kinds, (UNKNOWN, CONTROL, USER_DEFINED)))
+        self._ids, self._hashes = np.empty(n, np.uint32), np.empty(n, np.uint32)
+        self._buckets: dict[int, tuple[int, int]] = {}  # by length; within each, sorted by hash
+        end = 0
+        for length in np.unique(lengths).tolist():
+            ids = np.flatnonzero(lengths == length).astype(np.uint32)
+            ids = ids[np.argsort(hashes[ids])]
+            begin, end = end, end + len(ids)
+            self._ids[begin:end], self._hashes[begin:end] = ids, hashes[ids]
+            self._buckets[length] = (begin, end)
+        added = self.of_kind(UNKNOWN, CONTROL, USER_DEFINED)
         self._added_lengths = sorted({int(x) for x in lengths[added]} - {0})
         self._added_first = np.zeros(256, bool)
         self._added_first[blob[offsets[:-1][added][lengths[added] > 0]]] = True
@@ -80,6 +85,12 @@ class Vocabulary:
 
     def text(self, entry: int) -> str:
         return self.raw(entry).decode("utf-8", "replace")
+
+    def of_kind(self, *kinds: int) -> np.ndarray:
+        """Sorted ids of the entries of these kinds."""
+        table = np.zeros(256, bool)
+        table[list(kinds)] = True
+        return np.flatnonzero(table[self.kinds])
 
     def find(self, text: str) -> int | None:
         """The id of the entry with exactly this text; the lowest when several have it."""
@@ -107,7 +118,9 @@ class Vocabulary:
             starts = np.flatnonzero((head & 0xC0) != 0x80 if first is None else first[head])
             for n in wanted:
                 starts = starts[: np.searchsorted(starts, len(part) - n, "right")]
-                hashes = np.unique((prefix[starts + n] - prefix[starts]) * undo[starts])
+                hashes = np.sort(
+                    (prefix[starts + n] - prefix[starts]) * undo[starts]
+                )  # sorted ones are looked up faster
                 low, high = self._buckets[n]
                 bucket = self._hashes[low:high]
                 left, right = np.searchsorted(bucket, hashes), np.searchsorted(bucket, hashes, "right")
@@ -130,22 +143,27 @@ class Merges:
             raise CorruptFile(f"a merge has a left part of {int(splits.max())} bytes")
         known = hash_segments(vocabulary.blob, vocabulary.offsets[:-1], vocabulary.offsets[1:], np.uint64)
         order = np.argsort(known)
-        made = hash_segments(blob, offsets[:-1], offsets[1:], np.uint64)
-        at = np.minimum(np.searchsorted(known, made, sorter=order), len(order) - 1)
-        self.results = order[at].astype(np.uint32)
+        self.results = np.empty(len(splits), np.uint32)
         self.splits = splits.astype(np.uint16)
-        wrong = np.flatnonzero(known[self.results] != made)
-        if len(wrong):
-            text = blob[offsets[wrong[0]] : offsets[wrong[0] + 1]].tobytes().decode("utf-8", "replace")
-            raise CorruptFile(f"a merge makes {text!r}, which is not in the vocabulary ({len(wrong)} such merges)")
+        for begin in range(0, len(splits), _CHUNK):
+            some = offsets[begin : begin + _CHUNK + 1]
+            made = hash_segments(blob, some[:-1], some[1:], np.uint64)
+            at = np.minimum(np.searchsorted(known, made, sorter=order), len(order) - 1)
+            self.results[begin : begin + _CHUNK] = order[at]
+            wrong = np.flatnonzero(known[order[at]] != made)
+            if len(wrong):
+                text = blob[some[wrong[0]] : some[wrong[0] + 1]].tobytes().decode("utf-8", "replace")
+                raise CorruptFile(f"merge {begin + wrong[0]} makes {text!r}, which is not in the vocabulary")
 
     def resident_bytes(self) -> int:
         return self.results.nbytes + self.splits.nbytes
 
-    def among(self, vocabulary: Vocabulary, kept: dict[str, int], is_kept: np.ndarray) -> list[tuple[str, str]]:
-        """The merges that make an entry marked in ``is_kept`` (n,) bool out of texts in ``kept``, best rank first."""
+    def among(self, vocabulary: Vocabulary, kept: dict[str, int], words: np.ndarray) -> list[tuple[str, str]]:
+        """The merges that make one of the entries ``words`` out of texts in ``kept``, best rank first."""
         pairs = []
-        for rank in np.flatnonzero(is_kept[self.results]):
+        is_word = np.zeros(len(vocabulary), bool)
+        is_word[words] = True
+        for rank in np.flatnonzero(is_word[self.results]).tolist():
             raw, split = vocabulary.raw(int(self.results[rank])), int(self.splits[rank])
             left, right = raw[:split].decode("utf-8", "replace"), raw[split:].decode("utf-8", "replace")
             if left in kept and right in kept:
@@ -196,8 +214,8 @@ def merges_by_score(vocabulary: Vocabulary, entries: Iterable[int]) -> list[tupl
 def hash_segments(blob: np.ndarray, starts: np.ndarray, ends: np.ndarray, dtype: type) -> np.ndarray:
     """The hash of each ``blob[starts[i]:ends[i]]``, for segments in rising order; chunks keep it from taking memory."""
     hashes: np.ndarray = np.empty(len(starts), dtype)
-    for begin in range(0, len(starts), _CHUNK // 8):
-        some = slice(begin, begin + _CHUNK // 8)
+    for begin in range(0, len(starts), _HASHED):
+        some = slice(begin, begin + _HASHED)
         base = int(starts[begin])
         prefix, undo = _prefix_sums(blob[base : int(ends[some][-1])], dtype)
         low, high = starts[some].astype(np.int64) - base, ends[some].astype(np.int64) - base
@@ -218,10 +236,3 @@ def _powers(base: int, n: int, dtype: type) -> np.ndarray:
     powers: np.ndarray = np.full(n + 1, base, dtype)
     powers[0] = 1
     return np.multiply.accumulate(powers, dtype=dtype)  # otherwise numpy widens it
-
-
-def _runs(lengths: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Where each value of sorted ``lengths`` begins and ends."""
-    values, starts = np.unique(lengths, return_index=True)
-    ends = np.append(starts[1:], len(lengths))
-    return {int(v): (int(a), int(b)) for v, a, b in zip(values, starts, ends, strict=True)}

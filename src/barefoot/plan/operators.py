@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from barefoot.core.device import Compute
 from barefoot.core.ledger import Place
@@ -214,7 +214,7 @@ def head_stage(spec: ModelSpec, config: EngineConfig, site: Site, n_rows: int) -
     matrix = next((w for w in outside if w.group == "head"), None) or next(w for w in outside if w.group == "embed")
     at: Place = "disk" if config.stream_head else site.place
     norms = [vector_op(spec, w, site, n_rows, site.place) for w in outside if w.rows == 1]
-    product = matrix_op(matrix, config, site, n_rows, at)
+    product = replace(matrix_op(matrix, config, site, n_rows, at), name="head")
     return Stage("head", (*norms, product), slow_bytes=product.load_weight if at == "disk" else 0)
 
 

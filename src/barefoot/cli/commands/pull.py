@@ -60,7 +60,7 @@ def execute(args: argparse.Namespace) -> int:
 
     if args.list:
         return _list(args)
-    with progress.bar(size=True) as report:
+    with progress.bar() as report:
         path = resolve(args.model, progress=report)
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         sums = {file.name: _sha256(file, report) for file in files}

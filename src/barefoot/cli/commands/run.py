@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import os
 import select
 import stat
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from barefoot.core.ledger import Footprint
     from barefoot.core.model import ModelSpec
     from barefoot.engine.runner import Engine
-    from barefoot.engine.sampling import Sampling
+    from barefoot.engine.sampling import SamplingParams
     from barefoot.io.inventory import Checkpoint
     from barefoot.plan.job import RunJob
     from barefoot.plan.reserved import Reserved
@@ -42,7 +41,7 @@ EXAMPLES = (
 )
 JSON_KEYS = {
     "text": "the answer (of a chat: the last one)",
-    "finish_reason": "stop: the model or a stop string ended it; length: --max-tokens or the context did; interrupted",
+    "finish_reason": "stop: the model or a stop string ended it; length: --max-tokens did; context; interrupted",
     "prompt_tokens": "tokens in the context when the answer began",
     "decode_tokens": "tokens of the answer",
     "budget_bytes": "what was allowed",
@@ -104,15 +103,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
+    sampling = _sampling(args)
     if args.plan:
         _take_saved_plan(args)
     prompt = _prompt(args)
     is_chat = prompt is None
     path = models.fetch(args.model)
-    _import_all(is_chat)
+    _prepare(is_chat)
     from barefoot.cli.conversation import Conversation, encode, opening
     from barefoot.core.measure import release_free_memory
-    from barefoot.engine.sampling import Sampler
     from barefoot.engine.specs import model_spec
     from barefoot.io.chat import find_chat_template
     from barefoot.io.inventory import Checkpoint
@@ -125,7 +124,11 @@ def execute(args: argparse.Namespace) -> int:
         extra = models.tokenizer_footprint(checkpoint, n_text_bytes, is_chat=is_chat)
         plan, reserved = _plan(args, spec, job, extra)
         tokenizer = load_tokenizer(checkpoint)
-        template = None if args.raw else find_chat_template(checkpoint)
+        template = find_chat_template(checkpoint)
+        if args.raw or template is None or not template.from_model:
+            if not args.raw:
+                console.print_note(f"{args.model} brings no chat format: it continues the text as a base model does")
+            template = None
         ids = None
         if prompt is not None:  # a prompt that is too long is refused before weights are loaded
             ids = encode(tokenizer, template, [*opening(args.system), {"role": "user", "content": prompt}], job.context)
@@ -133,9 +136,8 @@ def execute(args: argparse.Namespace) -> int:
         begun = time.perf_counter()
         with _load(checkpoint, spec, plan) as engine:
             loaded = time.perf_counter()
-            sampler = Sampler(_sampling(args))
             conversation = Conversation(
-                engine, tokenizer, template, sampler, system=args.system, stops=args.stop, max_tokens=job.max_tokens
+                engine, tokenizer, template, sampling, system=args.system, stops=args.stop, max_tokens=job.max_tokens
             )
             ask = functools.partial(_ask, conversation, shown=args.json != console.STDOUT)
             answers = [ask(prompt, ids=ids)] if prompt is not None else chat.chat(conversation, ask)
@@ -197,11 +199,11 @@ def _piped() -> str:
     return sys.stdin.read()
 
 
-def _import_all(is_chat: bool) -> None:
-    """Import what the run will use, so that what is measured as reserved is all of it."""
-    for name in ("tokenizers", "jinja2.sandbox", "barefoot.engine.runner", "barefoot.plan.planner"):
-        importlib.import_module(name)
-    progress.prepare()
+def _prepare(is_chat: bool) -> None:
+    """Bring the process to where what is measured as reserved is all of it."""
+    from barefoot.plan.warm import warm_up
+
+    warm_up()
     if is_chat:
         chat.prepare()
 
@@ -223,19 +225,19 @@ def _plan(args: argparse.Namespace, spec: ModelSpec, job: RunJob, extra: Footpri
 def _load(checkpoint: Checkpoint, spec: ModelSpec, plan: Plan) -> Engine:
     from barefoot.engine.runner import Engine
 
-    with progress.bar(size=True) as report:
+    with progress.line() as report:
         return Engine(checkpoint, spec, plan.config, progress=lambda done, total: report(done, total, "loading"))
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
-    from barefoot.engine.sampling import Sampling
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    from barefoot.engine.sampling import SamplingParams
 
-    return Sampling(
+    return SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
-        repeat_penalty=args.repeat_penalty,
+        repetition_penalty=args.repeat_penalty,
         seed=args.seed,
     )
 
@@ -248,7 +250,7 @@ def _ask(conversation: Conversation, prompt: str, *, shown: bool, ids: list[int]
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    with progress.bar() as report:
+    with progress.line() as report:
         answer = conversation.ask(prompt, write, report, ids=ids)
     write("\n")
     return answer

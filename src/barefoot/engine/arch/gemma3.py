@@ -44,7 +44,7 @@ _GGUF = (
 )
 
 # Configs of the larger models leave out whatever equals the defaults of their class.
-_HF_DEFAULTS = {
+_HF_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -67,8 +67,8 @@ def _layers(sees_all: list[bool], everywhere: LayerSpec, nearby: LayerSpec) -> l
     return [everywhere if all_ else nearby for all_ in sees_all]
 
 
-def from_hf(config: Mapping[str, Any], tensors: decoder.Tensors | None = None) -> ModelSpec:
-    config = _HF_DEFAULTS | dict(config.get("text_config", config))
+def from_hf(stated: Mapping[str, Any], tensors: decoder.Tensors | None = None) -> ModelSpec:
+    config: dict[str, Any] = _HF_DEFAULTS | dict(stated.get("text_config", stated))
     if config.get("attention_bias") or config.get("use_bidirectional_attention"):
         raise UnsupportedFormat("Gemma 3 variants with biases or bidirectional attention are not supported")
     names = decoder.hf_roles(_HF, tied=config["tie_word_embeddings"], tensors=tensors)
@@ -125,6 +125,6 @@ def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> M
         decoder.weights(names, sizes, tensors, "f16"),
         activation="gelu_tanh",
         embed_scale=sizes.d_model**0.5,
-        attn_scale=scaled_by**-0.5,
+        attn_scale=metadata.get("gemma3.attention.scale", scaled_by**-0.5),
         logit_softcap=metadata.get("gemma3.final_logit_softcapping", 0.0),
     )
