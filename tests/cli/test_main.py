@@ -55,36 +55,38 @@ def test_exit_codes_are_those_of_the_exceptions():
         (["plan"], "error: the following arguments are required: MODEL"),
         (["plan", "smollm2", "--memory", "12 apples"], "error: '12 apples' is not a size in bytes"),
         (["papers", "93"], "error: there is no paper 93; they are numbered 1 to 92"),
-        (["explain", "imt"], "error: unknown technique 'imt'; known: dense, f16, int, q4, q8, stored"),
+        (["papers", "14", "--status", "done"], "error: argument --status: invalid choice: 'done'"),
     ],
 )
 def test_wrong_input_is_one_line_and_a_cure(barefoot, arguments, first_line):
     done = barefoot(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[0] == first_line
+    assert done.stderr.splitlines()[0].startswith(first_line)
     assert "Traceback" not in done.stderr
 
 
 def test_the_cure_follows(barefoot):
     done = barefoot("explain", "imt")
-    assert done.stderr.splitlines()[1:] == ["  → did you mean int?"]
+    assert done.returncode == 2
+    first, *rest = done.stderr.splitlines()
+    assert re.fullmatch(r"error: unknown technique 'imt'; known: (\w+, )*int(, \w+)*", first)
+    assert rest == ["  → did you mean int?"]
 
 
 def test_debug_adds_the_traceback(barefoot):
-    done = barefoot("explain", "imt", env={"BAREFOOT_DEBUG": "1"})
+    plain = barefoot("papers", "93").stderr
+    done = barefoot("papers", "93", env={"BAREFOOT_DEBUG": "1"})
     assert done.returncode == 2
-    assert "Traceback (most recent call last)" in done.stderr
-    assert done.stderr.endswith(
-        "error: unknown technique 'imt'; known: dense, f16, int, q4, q8, stored\n  → did you mean int?\n"
-    )
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert done.stderr.endswith(plain)
 
 
 def test_json_of_a_failure(barefoot):
-    done = barefoot("explain", "imt", "--json")
+    done = barefoot("papers", "93", "--json")
     assert json.loads(done.stdout)["error"] == {
         "name": "InvalidInput",
-        "message": "unknown technique 'imt'; known: dense, f16, int, q4, q8, stored",
-        "cure": "did you mean int?",
+        "message": "there is no paper 93; they are numbered 1 to 92",
+        "cure": None,
         "exit_code": 2,
     }
 
