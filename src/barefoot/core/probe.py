@@ -8,6 +8,7 @@ stays what it was, and a child that is killed for want of memory leaves its numb
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import mmap
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from barefoot.core import device
+from barefoot.core.measure import resident
 from barefoot.core.units import MIB
 
 BLOCK_BYTES = 1 * MIB
@@ -129,29 +131,18 @@ def _read_past_cache(file: Path) -> dict[str, Any]:
         os.close(handle)
 
 
-def measure_imports() -> dict[str, int]:
-    """Resident bytes of a run's process before it reads a model."""
-    import importlib
-
-    for name in ("barefoot.cli.main", "barefoot.cli.commands.run", "barefoot.core.device", "barefoot.plan.warm"):
-        importlib.import_module(name)
-    sys.modules["barefoot.plan.warm"].warm_up()
-    resident = _resident_bytes()
-    return {} if resident is None else {"reserved_bytes": resident}
-
-
-def _resident_bytes() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
+def measure_reserved() -> dict[str, int]:
+    """Resident bytes of a process that has imported and warmed up all that a run needs, before it runs anything."""
+    # By name: this is a process of its own that does what the layers above do, not a part of this layer.
+    importlib.import_module("barefoot.plan.warm").warm_up()
+    now = resident()
+    return {} if now is None else {"reserved_bytes": now.total}
 
 
 _MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "compute": measure_compute,
     "disk": measure_disk,
-    "imports": measure_imports,
+    "reserved": measure_reserved,
 }
 
 

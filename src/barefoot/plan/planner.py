@@ -155,6 +155,7 @@ class _Case:
         reserved: Reserved | None,
         extra: Footprint | None,
         model: str | None,
+        search: Search | None = None,
     ) -> None:
         self.spec, self.job = spec, job
         self.device = device or this_machine()
@@ -162,7 +163,9 @@ class _Case:
         self.reserved = reserved or reserved_expected()
         self.extra = extra or Footprint()
         self.model = model or spec.name
-        self.search = Search(Problem(spec, job, self.device, self.stated), self.reserved.footprint() + self.extra)
+        self.search = search or Search(
+            Problem(spec, job, self.device, self.stated), self.reserved.footprint() + self.extra
+        )
         capacity = self.device.memory_bytes
         self.budget: dict[Place, int] = {p: min(n, budget.bytes.get(p, n)) for p, n in capacity.items()}
         self.clipped = {p: n for p, n in budget.bytes.items() if n > capacity.get(p, n)}
@@ -255,6 +258,7 @@ class _Case:
             self.reserved,
             self.extra,
             self.model,
+            self.search if job is None and stated is None else None,  # a search does not depend on the budget
         )
 
     def _has_room(self, job: RunJob) -> bool:
@@ -275,28 +279,26 @@ class _Case:
 
     def alternatives(self, largest_context: int, largest_batch: int) -> tuple[Alternative, ...]:
         """What would fit, each planned: cheapest in quality first."""
-        free, where = Stated(), self.search.place
-        resident = replace(self.stated, streamed_layers=0, stream_head=False)
-        exact = "no loss of quality" if self.stated == free else "what is stated"
         tries: list[tuple[str, _Case]] = []
         if largest_context >= 16:
             shorter = largest_context // 16 * 16
             tries.append((f"a context of {shorter:,}", self.having(job=self._with_context(shorter))))
         if self.job.batch > 1 and largest_batch:
             tries.append((f"a batch of {largest_batch}", self.having(job=replace(self.job, batch=largest_batch))))
-        if self.stated != free:
-            tries.append(("without what is stated", self.having(stated=free)))
-        for what, stated, max_kl in (
-            (f"{where} memory for {exact}, nothing read from elsewhere", resident, LOSSLESS),
-            (f"{where} memory for {exact}", self.stated, LOSSLESS),
-            (f"{where} memory for 'close' quality, nothing read from elsewhere", resident, 0.1),
-            (f"the smallest {where} memory with nothing read from elsewhere", resident, math.inf),
-            (f"the smallest {where} memory of all", self.stated, math.inf),
+        if self.stated != Stated():
+            tries.append(("let the planner choose all", self.having(stated=Stated())))
+        fast = self.having(stated=replace(self.stated, streamed_layers=0, stream_head=False))
+        away = "disk" if self.search.place == "host" else "the host"
+        for case, max_kl, what in (
+            (fast, LOSSLESS, f"all in memory, {quality.TIERS[0][0]}"),
+            (self, LOSSLESS, f"{quality.TIERS[0][0]}, partly read from {away} in each step"),
+            (fast, quality.TIERS[2][1], f"all in memory, {quality.TIERS[2][0]} to the original"),
+            (fast, math.inf, "the least memory with all in it"),
+            (self, math.inf, "the least memory"),
         ):
-            case = self.having(stated=stated)
             solution = case.smallest(max_kl)
             if solution is not None:
-                main = round_up(solution.footprint.peak(where)[1], MIB)
+                main = round_up(solution.footprint.peak(self.search.place)[1], MIB)
                 tries.append((what, case.having(main=main)))
         found: dict[str, Alternative] = {}
         for what, case in tries:
