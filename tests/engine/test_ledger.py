@@ -11,7 +11,7 @@ from random_files import GEMMA, LLAMA, write_random
 
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
 from barefoot.core.ledger import Term, entry
-from barefoot.core.measure import resident, storage_bytes
+from barefoot.core.measure import resident
 from barefoot.engine.arena import Arena
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.footprint import CONVERT_ELEMENTS, ENCODE_BYTES_PER_WEIGHT, PASSING, footprint
@@ -38,10 +38,6 @@ CASES = {
     "windows": (GEMMA, {"kv": Int8Store(), "context": 300, "chunk": 24, "activations": "float32"}),
     "windows streamed": (GEMMA, {"n_streamed_layers": 3, "stream_head": True, "weights": {"attn": INT8}}),
 }
-
-
-def config_of(settings) -> EngineConfig:
-    return EngineConfig(**{"context": 128, "kv": HalfStore(), "chunk": 16} | settings)
 
 
 def config_of(settings) -> EngineConfig:
@@ -76,7 +72,9 @@ def test_terms_equal_the_arrays_that_exist(case, tmp_path):
     config, settings = CASES[case]
     write_random(tmp_path / "model", config)
     with open_engine(tmp_path / "model", settings) as run:
-        resident_weights = storage_sizes(w.buffer for w in run._matrices.values()) + storage_sizes(run._vectors.values())
+        resident_weights = storage_sizes(w.buffer for w in run._matrices.values()) + storage_sizes(
+            run._vectors.values()
+        )
         kv = storage_sizes(a for layer in run._layers for a in (layer.keys, layer.values))
         terms = {(e.owner, t.name): t.bytes for e in run.footprint for t in e.terms if t.name != "alignment"}
     assert resident_weights == sum(n for (owner, _), n in terms.items() if owner.startswith("weights."))
@@ -100,7 +98,9 @@ def test_known_bytes_of_smollm_shape():
         "tie_word_embeddings": True,
     }
     weights = {"embed": INT8, "attn": INT4, "ffn": INT4}
-    plan = footprint(spec_from_config(config, "smol"), config_of({"weights": weights, "kv": Int8Store(), "context": 1024}))
+    plan = footprint(
+        spec_from_config(config, "smol"), config_of({"weights": weights, "kv": Int8Store(), "context": 1024})
+    )
     by_owner = {e.owner: e.bytes for e in plan}
     assert by_owner["weights.embed"] == 49152 * 576 // 32 * 34
     assert by_owner["weights.attn"] == 30 * (2 * 576 * 576 + 2 * 192 * 576) // 32 * 20
@@ -155,15 +155,17 @@ def test_nothing_stays_allocated_per_token(tmp_path):
         assert peak - before < 32 * 1024
 
 
-@pytest.mark.parametrize("fmt", [IntegerGroups(4, 32), IntegerGroups(3, 64, True), IntegerGroups(8, 32, True), Dense("bf16")])
-def test_encoding_takes_at_most_what_is_planned(fmt, rng):
+def test_encoding_takes_what_is_planned(rng):
     tile = rng.standard_normal((CONVERT_ELEMENTS // 1024, 1024), dtype=np.float32)
-    blocks.encode(fmt.layout("f32"), tile)
-    tracemalloc.start()
-    blocks.encode(fmt.layout("f32"), tile)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak <= ENCODE_BYTES_PER_WEIGHT * CONVERT_ELEMENTS + 16384
+    peaks = []
+    for fmt in (IntegerGroups(4, 32), IntegerGroups(3, 64, True), IntegerGroups(8, 32, True), Dense("bf16")):
+        blocks.encode(fmt.layout("f32"), tile)
+        tracemalloc.start()
+        blocks.encode(fmt.layout("f32"), tile)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    planned = ENCODE_BYTES_PER_WEIGHT * CONVERT_ELEMENTS
+    assert 0.8 * planned <= max(peaks) <= planned + 16384
 
 
 def test_sampling_takes_at_most_what_is_planned(rng):

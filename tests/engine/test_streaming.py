@@ -1,5 +1,6 @@
 """Weights on disk: where they are read from, what happens when the file changes, and that nothing is left behind."""
 
+import itertools
 import os
 import threading
 
@@ -80,9 +81,7 @@ def test_a_truncated_file_gives_one_error_and_a_restored_one_goes_on(folder):
         run.truncate(3)
         os.truncate(file, len(content) // 4)
         with pytest.raises(CorruptFile, match=r"model.safetensors: bytes \d+ to \d+ can't be read"):
-            for _ in range(3):  # what was read ahead is still good
-                run.decode(4)
-                run.truncate(3)
+            run.decode(4)
         file.write_bytes(content)
         run.truncate(3)
         assert np.array_equal(run.decode(4), good)
@@ -117,7 +116,7 @@ def test_progress_reaches_the_bytes_of_the_file(folder):
         Engine(checkpoint, spec, config, progress=lambda done, total: seen.append((done, total))).close()
         total = sum(t.n_bytes for t in checkpoint.tensors.values())
     assert seen[-1] == (total, total)
-    assert all(a < b for (a, _), (b, _) in zip(seen, seen[1:], strict=False))
+    assert all(a < b for (a, _), (b, _) in itertools.pairwise(seen))
 
 
 def test_context_overflow_says_what_is_left(folder):

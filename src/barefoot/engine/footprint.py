@@ -25,7 +25,7 @@ CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing 
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
 PASSING = ("encoder", "sampling")
-ENCODE_BYTES_PER_WEIGHT = 24
+ENCODE_BYTES_PER_WEIGHT = 17
 SAMPLE_BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
 
 

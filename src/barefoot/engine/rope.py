@@ -138,7 +138,7 @@ def _kept_llama3(rope: Rope, plain: F32) -> F32:
     """How much of each frequency stays: by the turns within the original context."""
     turns = rope.original_context * plain / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    return np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+    return np.asarray(np.clip((turns - low) / (high - low), 0, 1), np.float32)
 
 
 def _kept_yarn(rope: Rope) -> F32:
@@ -152,4 +152,4 @@ def _kept_yarn(rope: Rope) -> F32:
     high: float = min(math.ceil(channel(rope.beta_slow)), rope.dim - 1)
     if low == high:
         high = low + 0.001  # the ramp becomes a step
-    return (1 - np.clip((np.arange(rope.dim // 2) - low) / (high - low), 0, 1)).astype(np.float32)
+    return np.asarray(1 - np.clip((np.arange(rope.dim // 2) - low) / (high - low), 0, 1), np.float32)
