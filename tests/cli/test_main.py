@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -132,3 +134,41 @@ def test_pull_of_nothing(barefoot):
     done = barefoot("pull", "no-such-model")
     assert done.returncode == 8
     assert done.stderr.startswith("error: no model 'no-such-model'")
+
+
+def test_doctor_says_what_is_documented(barefoot):
+    facts = json.loads(barefoot("doctor", "--json").stdout)
+    assert set(facts) == set(all_commands()["doctor"].JSON_KEYS) - {"devices"}
+    assert facts["threads"] >= 1
+    assert facts["kernels"]["backend"].split(":")[1] in facts["kernels"]["available"]
+    assert facts["versions"]["barefoot"] in barefoot("--version").stdout
+    assert 0 < facts["memory"]["available_bytes"] <= facts["memory"]["total_bytes"]
+
+
+def test_doctor_lists_machines_with_their_sources(barefoot):
+    devices = json.loads(barefoot("doctor", "--devices", "--json").stdout)["devices"]
+    assert {"rtx-4090", "h100"} <= {device["name"] for device in devices}
+    assert all(device["sources"] for device in devices)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another thing there")
+def test_an_interrupted_pull_leaves_nothing_behind(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "pull", "smollm2"],
+        env={**os.environ, "BAREFOOT_CACHE": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not list(tmp_path.glob("models/*/.fetch-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip() == "interrupted"
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith(".fetch")] == []
+
+
+def test_pull_lists_aliases(barefoot, tmp_path):
+    done = barefoot("pull", "--list", "--json", env={"BAREFOOT_CACHE": str(tmp_path)})
+    models = {model["name"]: model["path"] for model in json.loads(done.stdout)["models"]}
+    assert models["smollm2"] is None
