@@ -73,9 +73,8 @@ def generate(
         raise InvalidInput(f"max_tokens must be at least 1, got {max_tokens}")
     if not all(stop):
         raise InvalidInput("a stop string is empty")
-    return _generate(
-        engine, list(prompt), decoder, max_tokens, params, stop, stop_ids, result or Generation(), progress
-    )
+    result = Generation() if result is None else result
+    return _generate(engine, list(prompt), decoder, max_tokens, params, stop, stop_ids, result, progress)
 
 
 def _generate(

@@ -227,6 +227,8 @@ class Engine:
 
     def _forward(self, ids: Sequence[int], *, logits_follow: bool) -> Views:
         """Pass tokens through all layers, leaving the residual stream in ``x``."""
+        if ops.n_threads() != self.config.n_threads:  # another engine of this process uses another number
+            ops.set_threads(self.config.n_threads)
         views = self._buffers.views(len(ids))
         self._highest = max(self._highest, self.position + views.n)
         self._embed(ids, views)

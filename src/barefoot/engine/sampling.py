@@ -27,7 +27,7 @@ class SamplingParams:
     top_k : so many most probable tokens are kept; 0 keeps all.
     top_p : the fewest most probable tokens whose probabilities sum to at least this are kept; 1 keeps all.
     repetition_penalty : logits of tokens seen are divided by it when positive, multiplied when negative; 1 is none.
-    seed : of the generator that ``rng`` makes; None draws a new one each time.
+    seed : of the generator that ``rng`` makes; None takes a new one each time.
     """
 
     temperature: float = 0.0
@@ -48,11 +48,12 @@ class SamplingParams:
             if not allowed:
                 raise InvalidInput(f"{name} must be {text}, got {getattr(self, name)!r}")
 
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
+    def rng(self) -> np.random.Generator | None:
+        """A new generator; None for a temperature of 0, since numpy.random takes 3 MiB when it is first used."""
+        return np.random.default_rng(self.seed) if self.temperature > 0 else None
 
 
-def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator) -> int:
+def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator | None) -> int:
     """The id of the next token.
 
     A rank among the sorted logits is drawn, and the token of that rank looked up: no array of ids is needed, whatever
@@ -62,11 +63,13 @@ def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.
     ----------
     logits : float32 (vocab,); not changed.
     history : ids seen so far, for the repetition penalty.
+    rng : where randomness comes from; None is enough for a temperature of 0.
     """
     if params.repetition_penalty != 1 and len(history):
         logits = penalized(logits, history, params.repetition_penalty)
     if params.temperature == 0:
         return ops.argmax(np.ascontiguousarray(logits))
+    assert rng is not None
     values, cumulative = kept(logits, params)
     rank = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     equal_before = int(np.count_nonzero(values[:rank] == values[rank]))

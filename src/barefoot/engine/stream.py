@@ -7,8 +7,8 @@ few extents of a file, each read whole; in GGUF files a layer is normally one ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from barefoot.engine.files import WeightFiles
 from barefoot.engine.placement import PAGE, item_bytes
 from barefoot.io.types import TensorInfo
 from barefoot.ops import blocks
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 U8 = npt.NDArray[np.uint8]
 
@@ -97,6 +100,8 @@ class Stream:
     """
 
     def __init__(self, files: WeightFiles, items: Sequence[Item], buffers: tuple[U8, U8]) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # half a MiB that runs without streaming do without
+
         self._files, self._items, self._buffers = files, items, buffers
         self._held: list[tuple[int, Future[None]] | None] = [None, None]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="barefoot-stream")
