@@ -75,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f'"{DEFAULT_PROMPT}"',
     )
     arguments.add_job(parser)
-    parser.add_argument("--plan", metavar="FILE", help="run a plan that `barefoot plan --save FILE` kept")
+    parser.add_argument("--plan", metavar="FILE", help="run a plan that `plan --save` kept")
     text = parser.add_argument_group("the text")
     text.add_argument("--system", metavar="TEXT", help="how the model is to behave")
     text.add_argument("--raw", action="store_true", help="continue PROMPT as it is, without the model's chat format")
