@@ -39,10 +39,13 @@ class Paper:
 @functools.cache
 def all_papers() -> tuple[Paper, ...]:
     """Every paper, by number."""
-    rows = tomllib.loads(files("barefoot").joinpath("papers.toml").read_text(encoding="utf-8"))["paper"]
-    return tuple(
-        Paper(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in rows
-    )
+    rows: list[dict[str, Any]] = tomllib.loads(files("barefoot").joinpath("papers.toml").read_text("utf-8"))["paper"]
+    return tuple(map(_from_row, rows))
+
+
+def _from_row(row: dict[str, Any]) -> Paper:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Paper(**fields)
 
 
 def paper(number: int) -> Paper:

@@ -23,7 +23,7 @@ def prepare() -> None:
 
 def chat(conversation: Conversation, ask: Callable[[str], Answer]) -> list[Answer]:
     """Ask for prompts until the user leaves; all answers."""
-    answers = []
+    answers: list[Answer] = []
     console.print_note(console.dim(HELP, sys.stderr))
     while True:
         try:

@@ -132,17 +132,18 @@ class Conversation:
             result=made,
             progress=lambda done, total: progress(done, total, "reading the prompt"),
         )
+        interrupted = False
         try:
             for event in events:
                 on_text(event.text)
         except KeyboardInterrupt:
-            events.close()
+            interrupted = True
         self._held = [*ids, *made.ids][: self._engine.position]
         if made.text:
             self._messages = [*messages, {"role": "assistant", "content": made.text}]
         return Answer(
             text=made.text,
-            finish_reason=made.finish_reason or "interrupted",
+            finish_reason="interrupted" if interrupted else made.finish_reason or "length",
             n_prompt=len(ids),
             n_prefilled=len(ids) - n_kept,
             n_tokens=len(made.ids),

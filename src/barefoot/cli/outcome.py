@@ -11,6 +11,7 @@ from barefoot.core.units import format_bytes
 
 if TYPE_CHECKING:
     from barefoot.cli.conversation import Answer
+    from barefoot.core.ledger import Kind
     from barefoot.plan.reserved import Reserved
     from barefoot.plan.result import Plan
 
@@ -34,7 +35,7 @@ class Outcome:
 
     plan: Plan
     reserved: Reserved
-    handed_out: Mapping[str, int]
+    handed_out: Mapping[Kind, int]
     answers: list[Answer]
     load_seconds: float
     before_seconds: float

@@ -25,24 +25,35 @@ def _nothing(done: int, total: int | None, label: str) -> None:
 
 @contextlib.contextmanager
 def line() -> Iterator[Report]:
-    """One line of text, rewritten in place, that disappears when its block ends, however it ends."""
+    """One line of text, rewritten in place, that disappears when all is done, or when its block ends.
+
+    Whatever is printed after that stands where the line stood.
+    """
     if not console.animated(sys.stderr):
         yield _nothing
         return
-    last_drawn = time.monotonic()
+    last_drawn, is_shown = time.monotonic(), False
+
+    def clear() -> None:
+        nonlocal is_shown
+        if is_shown:
+            print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+            is_shown = False
 
     def draw(done: int, total: int | None, label: str) -> None:
-        nonlocal last_drawn
+        nonlocal last_drawn, is_shown
         now = time.monotonic()
-        if now - last_drawn >= _REDRAW_SECONDS:
-            last_drawn = now
+        if total is not None and done >= total:
+            clear()
+        elif now - last_drawn >= _REDRAW_SECONDS:
+            last_drawn, is_shown = now, True
             share = f" {done / total:.0%}" if total else ""
             print(f"{_CLEAR_LINE}{label}{share}", end="", file=sys.stderr, flush=True)
 
     try:
         yield draw
     finally:
-        print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+        clear()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from barefoot.cli import console
-from barefoot.core.ledger import KINDS, Footprint
+from barefoot.core.ledger import KINDS, Footprint, Kind
 from barefoot.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def candidates_table(plans: Sequence[Plan], *, everything: bool = False) -> str:
 
 
 def ledger_table(
-    predicted: Mapping[str, int], measured: Mapping[str, int | None], predicted_peak: int, measured_peak: int | None
+    predicted: Mapping[Kind, int], measured: Mapping[Kind, int], predicted_peak: int, measured_peak: int | None
 ) -> str:
     """Predicted beside measured, by kind, then the peaks and what the ledger can't account for."""
 

@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from barefoot.core.errors import Incompatible
-
-if TYPE_CHECKING:
-    from barefoot.core.ledger import Term
-    from barefoot.core.model import ModelSpec
 
 Status = Literal["planned", "experimental", "stable", "simulated"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -64,15 +60,6 @@ class Technique:
     def knobs(cls) -> dict[str, Any]:
         """Name and default of every knob, in order (``dataclasses.MISSING`` where there is no default)."""
         return {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-
-    def model_terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
-        """Every byte that the technique stores of that model; each role says it in its own terms.
-
-        Parameters
-        ----------
-        context, chunk : positions kept, and how many of them prefill passes at once; weights don't depend on them.
-        """
-        raise NotImplementedError
 
     def __str__(self) -> str:
         from barefoot.core.spec import format_technique

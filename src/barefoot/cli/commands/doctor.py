@@ -51,7 +51,7 @@ def _machine() -> dict[str, Any]:
     total, total_source = device.total_memory()
     available, available_source = device.available_memory()
     reserved = reserved_expected()
-    versions = {"barefoot": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"barefoot": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*LIBRARIES, *OPTIONAL_LIBRARIES)}
     speeds = {
         "memory reads": (this.read_gb_s["host"], "GB/s", this.source("read_gb_s.host")),

@@ -12,8 +12,8 @@ from barefoot.cli import arguments, console
 from barefoot.core.units import format_bytes, parse_count
 
 if TYPE_CHECKING:
-    from barefoot.core.ledger import Term
     from barefoot.core.technique import Technique
+    from barefoot.plan.explain import Explanation
 
 HELP = "explain a technique: idea, formula, knobs, and its bytes on a model"
 EXAMPLES = (
@@ -31,8 +31,9 @@ JSON_KEYS = {
     "provides": "traits that it provides",
     "conflicts": "trait → why the two don't go together",
     "documentation": "idea, equations, layout and bytes",
-    "terms": "with a model: [name, count, bytes each] of all that it stores",
-    "bytes": "with a model: their sum",
+    "parts": "with a model: its parts, each with terms [name, count, bytes each], bytes, stored_bytes, kl and source",
+    "bytes": "with a model: all that it stores",
+    "refused": "with a model: why the technique can't hold it, or null",
 }
 
 
@@ -89,16 +90,18 @@ def _facts(technique: Technique) -> dict[str, Any]:
 def execute(args: argparse.Namespace) -> int:
     technique = find_technique(args.technique)
     facts = _facts(technique)
-    terms: tuple[Term, ...] = ()
+    title, explanation = "", None
     if args.model:
         from barefoot.cli.models import load_shapes
         from barefoot.cli.report import model_line
+        from barefoot.plan.explain import explain
+        from barefoot.plan.job import RunJob
 
         spec = load_shapes(args.model).spec
         context = min(args.context, spec.context_length)
-        terms = technique.model_terms(spec, context, min(64, context))
-        line = f"{model_line(args.model, spec)}; context {context:,}"
-        facts |= {"terms": [[t.name, t.count, t.bytes_each] for t in terms], "bytes": sum(t.bytes for t in terms)}
+        explanation = explain(technique, spec, RunJob(context=context, max_tokens=1))
+        title = f"{model_line(args.model, spec)}; context {context:,}"
+        facts |= {key: explanation.to_json()[key] for key in ("parts", "bytes", "refused")}
     if args.json:
         console.write_json(facts, args.json)
     if args.json == console.STDOUT:
@@ -110,10 +113,23 @@ def execute(args: argparse.Namespace) -> int:
     rows += [("needs", ", ".join(facts["needs"])), ("provides", ", ".join(facts["provides"]))]
     rows += [("conflicts", f"{trait}: {reason}") for trait, reason in facts["conflicts"].items()]
     print(console.table([row for row in rows if row[1]]))
-    if terms:
-        print(f"\n{line}")
-        rows = [(t.name, f"{t.count:,}", f"× {t.bytes_each:,}", t.bytes) for t in terms]
-        rows.append(("all", "", "", facts["bytes"]))
-        lines = [(*row[:3], f"= {row[3]:,}", format_bytes(row[3])) for row in rows]
-        print(console.table(lines, header=("term", "count", "bytes each", "bytes", ""), right=(1, 2, 3, 4)))
+    if explanation is not None:
+        print(f"\n{title}\n{_table(explanation)}")
     return 0
+
+
+def _table(explanation: Explanation) -> str:
+    """The terms, each part's sum beside what the file stores, and its loss; or why the model refuses the technique."""
+    if explanation.refused is not None:
+        return f"not on this model: {explanation.refused}"
+    lines = []
+    for part in explanation.lines:
+        for i, term in enumerate(part.terms):
+            product = (f"{term.count:,}", f"× {term.bytes_each:,}", f"= {term.bytes:,}", format_bytes(term.bytes))
+            lines.append(("" if i else part.part, term.name, *product))
+        compared = f"{part.bytes / part.stored_bytes:.0%} of {format_bytes(part.stored_bytes)}"
+        lines.append(("", "sum", "", compared, f"= {part.bytes:,}", format_bytes(part.bytes)))
+    lines.append(("all", "", "", "", f"= {explanation.bytes:,}", format_bytes(explanation.bytes)))
+    text = console.table(lines, header=("part", "term", "count", "bytes each", "bytes", ""), right=(2, 3, 4, 5))
+    losses = [(part.part, f"KL {part.kl:.4f} nats a token", part.source) for part in explanation.lines]
+    return f"{text}\n\n{console.table(losses)}"

@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=arguments.THIS_MACHINE,
         help='a machine of the table that `barefoot doctor --devices` lists, as in rtx-4090 or "8x h100"',
     )
-    parser.add_argument("--save", metavar="FILE", help="keep the plan as TOML, for `barefoot run --plan FILE`")
+    parser.add_argument("--save", metavar="FILE", help="keep the plan as TOML, for `run --plan`")
     parser.add_argument("--all", action="store_true", help="show every candidate")
 
 

@@ -18,7 +18,7 @@ from barefoot.core.units import format_bytes
 
 if TYPE_CHECKING:
     from barefoot.cli.conversation import Answer, Conversation
-    from barefoot.core.ledger import Footprint
+    from barefoot.core.ledger import Footprint, Kind
     from barefoot.core.model import ModelSpec
     from barefoot.engine.runner import Engine
     from barefoot.engine.sampling import SamplingParams
@@ -75,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f'"{DEFAULT_PROMPT}"',
     )
     arguments.add_job(parser)
-    parser.add_argument("--plan", metavar="FILE", help="run a plan that `barefoot plan --save FILE` kept")
+    parser.add_argument("--plan", metavar="FILE", help="run a plan that `plan --save` kept")
     text = parser.add_argument_group("the text")
     text.add_argument("--system", metavar="TEXT", help="how the model is to behave")
     text.add_argument("--raw", action="store_true", help="continue PROMPT as it is, without the model's chat format")
@@ -141,7 +141,7 @@ def execute(args: argparse.Namespace) -> int:
             )
             ask = functools.partial(_ask, conversation, shown=args.json != console.STDOUT)
             answers = [ask(prompt, ids=ids)] if prompt is not None else chat.chat(conversation, ask)
-            handed_out = {**engine.arena.used(), "reserved": reserved.bytes}
+            handed_out: dict[Kind, int] = {**engine.arena.used(), "reserved": reserved.bytes}
             handed_out["workspace"] = handed_out.get("workspace", 0) + tokenizer.resident_bytes()
     outcome = Outcome(plan, reserved, handed_out, answers, loaded - begun, begun - started)
     _tell(args, outcome)

@@ -39,8 +39,5 @@ class KVStore(Technique):
         rows = 2 * slots * spec.n_kv_heads
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
 
-    def model_terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
-        return self.terms(spec, context, chunk)
-
 
 ROLE = KVStore

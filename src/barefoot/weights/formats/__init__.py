@@ -7,10 +7,8 @@ layout directly.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 
 from barefoot.core.ledger import Term
-from barefoot.core.model import MATRIX_GROUPS, ModelSpec
 from barefoot.core.technique import Technique
 
 
@@ -36,15 +34,6 @@ class WeightFormat(Technique):
         layout = self.layout(stored)
         n_blocks = rows * blocks.n_blocks(layout, cols)
         return tuple(Term(f"{name} {part}", n_blocks, size) for part, size in blocks.parts(layout))
-
-    def model_terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
-        """Bytes of all matrices, by group and part; a matrix used twice is stored once."""
-        counts: Counter[tuple[str, int]] = Counter()
-        for weight in spec.weights:
-            if weight.group in MATRIX_GROUPS:
-                for term in self.terms(weight.group, weight.rows, weight.cols, weight.format):
-                    counts[term.name, term.bytes_each] += term.count
-        return tuple(Term(name, count, size) for (name, size), count in counts.items())
 
 
 ROLE = WeightFormat
