@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks.harness import card, save
 
+from barefoot.core.model import MATRIX_GROUPS, ModelSpec, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
 from barefoot.engine.config import EngineConfig
@@ -46,6 +47,10 @@ def text_of(path: str | None) -> str:
     return Path(path).read_text() if path else "\n\n".join(pydoc_data.topics.topics.values())
 
 
+def groups_of(spec: ModelSpec) -> list[WeightGroup]:
+    return [group for group in MATRIX_GROUPS if any(w.group == group for w in spec.weights)]
+
+
 def scored(model: str, config: EngineConfig, texts: list[list[int]]) -> Iterator[np.ndarray]:
     """Logits of each window's second half, (window / 2 - 1, vocabulary), one window after the other."""
     with Checkpoint(model) as checkpoint, Engine(checkpoint, model_spec(checkpoint), config) as engine:
@@ -58,7 +63,9 @@ def scored(model: str, config: EngineConfig, texts: list[list[int]]) -> Iterator
             yield np.concatenate(kept)[:-1]
 
 
-def candidates(model: str, window: int, groups: list[str] | None) -> tuple[EngineConfig, dict[str, EngineConfig]]:
+def candidates(
+    model: str, window: int, groups: list[WeightGroup] | None
+) -> tuple[EngineConfig, dict[str, EngineConfig]]:
     """The reference configuration, and ``group=format`` → configuration of everything that is measured."""
     with Checkpoint(model) as checkpoint:
         spec = model_spec(checkpoint)
@@ -69,7 +76,7 @@ def candidates(model: str, window: int, groups: list[str] | None) -> tuple[Engin
         return EngineConfig(context=window, **{**settings, **changes})  # type: ignore[arg-type]
 
     found: dict[str, EngineConfig] = {}
-    groups = groups or sorted({w.group for w in spec.weights} - {"norm"})
+    groups = groups or groups_of(spec)
     for group in groups:
         matrices = [w for w in spec.weights if w.group == group]
         bits = min(STORED_BITS.get(w.format, 16) for w in matrices)
@@ -96,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with Checkpoint(args.model) as checkpoint:
-        n_parameters = model_spec(checkpoint).n_parameters
+        spec = model_spec(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(text_of(args.text)[: 12 * args.windows * args.window], add_bos=False)
     texts = list(windows(ids, args.window, tokenizer.bos_id if tokenizer.add_bos else None))[: args.windows]
@@ -107,7 +114,8 @@ def main() -> None:
         "window": args.window,
         "tokens scored": len(texts) * (args.window - args.window // 2 - 1),
         "stored": args.stored,
-        "parameters": n_parameters,
+        "stored_types": {g: sorted({w.format for w in spec.weights if w.group == g}) for g in groups_of(spec)},
+        "parameters": spec.n_parameters,
     }
     card(f"quality of formats on {args.name}", settings | {"runs": len(runs)})
     reference = list(scored(args.model, exact, texts))

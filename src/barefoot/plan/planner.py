@@ -203,11 +203,15 @@ class _Case:
             stored = {w.format for w in self.spec.weights if w.group == group and w.rows > 1}
             found = [quality.weight_loss(self.spec, group, fmt, s) for s in sorted(stored)]
             losses[group] = max(found, key=lambda loss: loss.kl)
+        sources = {name: loss.source for name, loss in losses.items()}
+        inputs = quality.int8_inputs(self.spec)
+        if inputs is not None and config.activations == "int8" and not self.device.n_accelerators:
+            sources["activations"] = f"int8 adds KL {inputs.int8_inputs} in any plan ({inputs.model}), not in the sum"
         return Quality(
             kl=kl,
             tier=quality.tier(kl),
             estimated=any(loss.estimated for loss in losses.values()),
-            sources={name: loss.source for name, loss in losses.items()},
+            sources=sources,
         )
 
     def _notes(self, solution: Solution) -> tuple[str, ...]:

@@ -55,6 +55,7 @@ class Measurement:
     kl: Mapping[QualityGroup, Mapping[str, float]]
     source: str
     provisional: bool = False
+    int8_inputs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,13 @@ def kv_loss(spec: ModelSpec, store: KVStore) -> Loss:
     points = {8 * _store(other).row_bytes(width) / width: kl for other, kl in candidates[0].kl["kv"].items() if kl > 0}
     kl = interpolate(points, 8 * store.row_bytes(width) / width)
     return Loss(kl, _describe(candidates[0], "; estimated from its bits"), True)
+
+
+def int8_inputs(spec: ModelSpec) -> Measurement | None:
+    """The nearest measurement of what int8 activations cost: the same in every plan, so no part of the sums."""
+    found = [m for m in measurements() if m.int8_inputs]
+    size = math.log(max(1, spec.n_parameters))
+    return min(found, key=lambda m: abs(math.log(m.parameters) - size), default=None)
 
 
 def _store(spec: str) -> KVStore:

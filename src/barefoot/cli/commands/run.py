@@ -122,6 +122,7 @@ def execute(args: argparse.Namespace) -> int:
         job = arguments.job(args, spec)
         n_text_bytes = 4 * job.context if prompt is None else len(prompt.encode())
         extra = models.tokenizer_footprint(checkpoint, n_text_bytes, is_chat=is_chat)
+        extra += sampling.footprint(spec.vocab_size)
         plan, reserved = _plan(args, spec, job, extra)
         tokenizer = load_tokenizer(checkpoint)
         template = find_chat_template(checkpoint)
