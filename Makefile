@@ -37,7 +37,8 @@ docs: $(VENV)/installed
 
 # The kernels' tests under the address and undefined-behaviour sanitizers, from a build of their own.
 sanitize: $(VENV)/installed $(VENV)/test
-	tools/sanitize.sh $(BIN)/python
+	$(PIP) cmake ninja nanobind
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python tools/sanitize
 
 bench: $(VENV)/installed $(VENV)/bench
 	$(BIN)/python -m benchmarks
