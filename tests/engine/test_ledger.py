@@ -145,13 +145,16 @@ def test_nothing_stays_allocated_per_token(tmp_path):
             tracemalloc.start()
             for token in range(20):
                 run.decode(token)
+            gc.collect()
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
-            for token in range(100):
+            for token in range(200):
                 run.decode(token)
-            after, peak = tracemalloc.get_traced_memory()
+            _, peak = tracemalloc.get_traced_memory()
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-        assert after - before < 4096
+        assert after - before < 200 * 40  # less than one object a token
         if ops.backend().startswith("native"):  # the numpy reference makes arrays of its own
             assert peak - before < 32 * 1024
 
