@@ -53,6 +53,20 @@ def by_bytes(n_bytes: int, seconds: float, kl: float) -> Key:
     return (n_bytes, pace(seconds), kl)
 
 
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """The options without those that another one beats or equals in bytes, seconds and KL alike.
+
+    No key that grows with each of them ever needs the others; of equal ones the first stays.
+    """
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)):
+        if not any(
+            k.kl <= option.kl and all(a <= b for a, b in zip(k.bytes, option.bytes, strict=True)) for k in kept
+        ):
+            kept.append(option)
+    return kept
+
+
 def _least(slots: Sequence[Sequence[Option]], n_places: int) -> list[tuple[tuple[int, ...], float, float]]:
     """For each depth, the least bytes, seconds and KL that the slots from there on add."""
     bounds = [((0,) * n_places, 0.0, 0.0)]
