@@ -111,13 +111,10 @@ class Search:
             if least.bytes[0] > room[0] or least.bytes[1] > room[1] or least.kl > max_kl + 1e-12:
                 continue
             frame = least.frame
-            choice = best(
-                self._tables.slots(frame),
-                room,
-                max_kl=max_kl,
-                below=limit,
-                accept=functools.partial(accept, frame),
-            )
+            options = self._tables.slots(frame)
+            choice = best(options, room, max_kl=max_kl, below=limit)
+            if choice is not None and not accept(frame, choice):  # bounds are not the whole footprint
+                choice = best(options, room, max_kl=max_kl, below=limit, accept=functools.partial(accept, frame))
             if choice is not None:
                 limit = by_speed(choice.bytes[0], choice.seconds, choice.kl)
         return found[0] if found else None

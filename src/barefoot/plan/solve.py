@@ -12,6 +12,7 @@ remains can't be cheaper than the sum of each slot's cheapest.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,23 @@ def _least(slots: Sequence[Sequence[Option]], n_places: int) -> list[tuple[tuple
     return bounds[::-1]
 
 
+def _possible(
+    slots: Sequence[Sequence[Option]], capacities: Sequence[int], max_kl: float
+) -> list[Sequence[Option]] | None:
+    """The options that fit beside the least of all other slots; None when a slot has none left."""
+    kept: list[Sequence[Option]] = list(slots)
+    for _ in range(2):  # each round raises the least that the next one compares with
+        size, _, kl = _least(kept, len(capacities))[0]
+        for i, options in enumerate(kept):
+            least, _, least_kl = _least([options], len(capacities))[0]
+            room = tuple(c - s + m for c, s, m in zip(capacities, size, least, strict=True))
+            room_kl = max_kl - kl + least_kl + ROUNDING
+            kept[i] = [o for o in options if o.kl <= room_kl and not any(map(operator.gt, o.bytes, room))]
+            if not kept[i]:
+                return None
+    return kept
+
+
 def best(
     slots: Sequence[Sequence[Option]],
     capacities: Sequence[int],
@@ -97,17 +115,19 @@ def best(
     below : only choices with a smaller key count.
     accept : a last test of whole choices, asked only of those that would be the best so far.
     """
-    bounds = _least(slots, len(capacities))
+    possible = _possible(slots, capacities, max_kl)
+    if possible is None:
+        return None
+    bounds = _least(possible, len(capacities))
+    room = [tuple(map(operator.sub, capacities, more)) for more, _, _ in bounds]
     # Fast options first, so that a good choice is found early and bounds the rest.
-    ordered = [sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)) for options in slots]
+    ordered = [sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)) for options in possible]
     found: Choice | None = None
     limit = below
 
     def search(depth: int, values: tuple[Any, ...], size: tuple[int, ...], seconds: float, kl: float) -> None:
         nonlocal found, limit
         more_bytes, more_seconds, more_kl = bounds[depth]
-        if any(s + m > c for s, m, c in zip(size, more_bytes, capacities, strict=True)):
-            return
         if depth == len(ordered):
             choice = Choice(values, size, seconds, kl)
             this = key(size[0], seconds, kl)
@@ -120,8 +140,9 @@ def best(
         if limit is not None and key(size[0] + more_bytes[0], least_seconds, least_kl) >= limit:
             return
         for option in ordered[depth]:
-            total = tuple(a + b for a, b in zip(size, option.bytes, strict=True))
-            search(depth + 1, (*values, option.value), total, seconds + option.seconds, kl + option.kl)
+            total = tuple(map(operator.add, size, option.bytes))
+            if not any(map(operator.gt, total, room[depth + 1])):
+                search(depth + 1, (*values, option.value), total, seconds + option.seconds, kl + option.kl)
 
     search(0, (), (0,) * len(capacities), 0.0, 0.0)
     return found
