@@ -73,9 +73,19 @@ def _least(slots: Sequence[Sequence[Option]], n_places: int) -> list[tuple[tuple
     bounds = [((0,) * n_places, 0.0, 0.0)]
     for options in reversed(slots):
         size, seconds, kl = bounds[-1]
-        least = tuple(b + min(o.bytes[i] for o in options) for i, b in enumerate(size))
-        bounds.append((least, seconds + min(o.seconds for o in options), kl + min(o.kl for o in options)))
+        bounds.append(
+            (
+                tuple(map(operator.add, size, _least_bytes(options))),
+                seconds + min(o.seconds for o in options),
+                kl + min(o.kl for o in options),
+            )
+        )
     return bounds[::-1]
+
+
+def _least_bytes(options: Sequence[Option]) -> tuple[int, ...]:
+    """The least that an option takes, place by place."""
+    return tuple(map(min, zip(*(o.bytes for o in options), strict=True)))
 
 
 def _possible(
@@ -84,12 +94,12 @@ def _possible(
     """The options that fit beside the least of all other slots; None when a slot has none left."""
     kept: list[Sequence[Option]] = list(slots)
     for _ in range(2):  # each round raises the least that the next one compares with
-        size, _, kl = _least(kept, len(capacities))[0]
-        for i, options in enumerate(kept):
-            least, _, least_kl = _least([options], len(capacities))[0]
-            room = tuple(c - s + m for c, s, m in zip(capacities, size, least, strict=True))
-            room_kl = max_kl - kl + least_kl + ROUNDING
-            kept[i] = [o for o in options if o.kl <= room_kl and not any(map(operator.gt, o.bytes, room))]
+        least = [(_least_bytes(options), min(o.kl for o in options)) for options in kept]
+        spare = tuple(map(operator.sub, capacities, map(sum, zip(*(size for size, _ in least), strict=True))))
+        spare_kl = max_kl - sum(kl for _, kl in least) + ROUNDING
+        for i, (size, kl) in enumerate(least):
+            room = tuple(map(operator.add, spare, size))
+            kept[i] = [o for o in kept[i] if o.kl <= kl + spare_kl and not any(map(operator.gt, o.bytes, room))]
             if not kept[i]:
                 return None
     return kept
