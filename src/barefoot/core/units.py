@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from barefoot.core.errors import InvalidInput
 
@@ -30,10 +29,11 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units:
         raise InvalidInput(f"{text!r} is not {what}", cure=f"write it as {example}")
-    value = Fraction(match.group(1)) * units[unit]
-    if value.denominator != 1 and units[unit] == 1:
+    whole, _, decimals = match.group(1).partition(".")
+    value, rest = divmod(int(whole + decimals) * units[unit], 10 ** len(decimals))
+    if rest and units[unit] == 1:
         raise InvalidInput(f"{text!r} is not a whole number of {what}", cure=f"write it as {example}")
-    return int(value)
+    return value
 
 
 def parse_bytes(text: str) -> int:
