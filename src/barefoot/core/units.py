@@ -61,8 +61,13 @@ def format_bytes(n: int) -> str:
 
 
 def flag_bytes(n: int) -> str:
-    """The shortest spelling of at least ``n`` bytes that ``parse_bytes`` reads back: whole MiB, rounded up."""
-    return f"{-(-n // MIB)}MiB"
+    """A short spelling of at least ``n`` bytes that ``parse_bytes`` reads: whole MiB below 10 GiB, whole GiB above."""
+    return f"{-(-n // GIB)}GiB" if n >= 10 * GIB else f"{-(-n // MIB)}MiB"
+
+
+def exact_bytes(n: int) -> str:
+    """The spelling of exactly ``n`` bytes that a person reads best: in MiB when whole, else in bytes."""
+    return f"{n}" if n % MIB else f"{n // MIB}MiB"
 
 
 def round_up(n: int, multiple: int) -> int:

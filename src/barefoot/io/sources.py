@@ -11,7 +11,6 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ def aliases() -> dict[str, Alias]:
         import tomllib
     else:
         import tomli as tomllib
-    table = tomllib.loads(files("barefoot.io").joinpath("aliases.toml").read_text("utf-8"))
+    table = tomllib.loads((Path(__file__).parent / "aliases.toml").read_text("utf-8"))
     return {
         name: Alias(name, tuple(entry["packages"]), entry["member"], entry["file"], entry.get("sha256"))
         for name, entry in table.items()

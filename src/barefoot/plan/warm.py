@@ -11,7 +11,13 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-_MODULES = ("jinja2.sandbox", "tokenizers", "barefoot.engine.generate", "barefoot.plan.planner")
+_MODULES = (
+    "jinja2.sandbox",
+    "tokenizers",
+    "concurrent.futures.thread",
+    "barefoot.engine.generate",
+    "barefoot.plan.planner",
+)
 _TEMPLATE = "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content | trim }}{% endfor %}"
 
 
