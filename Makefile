@@ -5,6 +5,7 @@ PYTHON ?= python3
 # some GB larger, name a CPU index here as well: make test TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 MEMORY ?= 256MiB
+BENCH ?=
 PROMPT ?= What is the capital of France, and what is it known for?
 
 VENV := .venv
@@ -41,7 +42,7 @@ sanitize: $(VENV)/installed $(VENV)/test
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python tools/sanitize
 
 bench: $(VENV)/installed $(VENV)/bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -1,7 +1,7 @@
 import pytest
 
 from barefoot.core.errors import InvalidInput
-from barefoot.core.units import flag_bytes, format_bytes, parse_bytes, parse_count, round_up
+from barefoot.core.units import exact_bytes, flag_bytes, format_bytes, parse_bytes, parse_count, round_up
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,12 @@ def test_printing():
 def test_a_flag_reads_back_as_at_least_as_much():
     for n in (1, 2**20, 2**20 + 1, 123_456_789):
         assert n <= parse_bytes(flag_bytes(n)) < n + 2**20
+
+
+def test_an_exact_flag_reads_back_as_the_same():
+    assert exact_bytes(104_857_600) == "100MiB"
+    for n in (0, 1, 2**20, 2**20 + 1, 123_456_789, 24 * 10**9, 2**40):
+        assert parse_bytes(exact_bytes(n)) == n
 
 
 def test_round_up():

@@ -11,6 +11,7 @@ Every matrix is (rows, cols) = (outputs, inputs); a vector is (1, n).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,7 +66,7 @@ class WeightSpec:
     source: str = ""
     row_start: int = 0
 
-    @property
+    @functools.cached_property
     def layer(self) -> int | None:
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
@@ -105,12 +106,12 @@ class ModelSpec:
     def n_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @functools.cached_property
     def tied(self) -> bool:
         """Whether the logits use the embedding matrix, stored once."""
         return not any(w.group == "head" for w in self.weights)
 
-    @property
+    @functools.cached_property
     def n_parameters(self) -> int:
         return sum(w.n_elements for w in self.weights)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from barefoot.core.errors import InvalidInput
 
@@ -30,10 +29,11 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units:
         raise InvalidInput(f"{text!r} is not {what}", cure=f"write it as {example}")
-    value = Fraction(match.group(1)) * units[unit]
-    if value.denominator != 1 and units[unit] == 1:
+    whole, _, decimals = match.group(1).partition(".")
+    value, rest = divmod(int(whole + decimals) * units[unit], 10 ** len(decimals))
+    if rest and units[unit] == 1:
         raise InvalidInput(f"{text!r} is not a whole number of {what}", cure=f"write it as {example}")
-    return int(value)
+    return value
 
 
 def parse_bytes(text: str) -> int:
@@ -61,8 +61,13 @@ def format_bytes(n: int) -> str:
 
 
 def flag_bytes(n: int) -> str:
-    """The shortest spelling of at least ``n`` bytes that ``parse_bytes`` reads back: whole MiB, rounded up."""
-    return f"{-(-n // MIB)}MiB"
+    """A short spelling of at least ``n`` bytes that ``parse_bytes`` reads: whole MiB below 10 GiB, whole GiB above."""
+    return f"{-(-n // GIB)}GiB" if n >= 10 * GIB else f"{-(-n // MIB)}MiB"
+
+
+def exact_bytes(n: int) -> str:
+    """The spelling of exactly ``n`` bytes that a person reads best: in MiB when whole, else in bytes."""
+    return f"{n}" if n % MIB else f"{n // MIB}MiB"
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -100,7 +100,7 @@ class Stream:
     """
 
     def __init__(self, files: WeightFiles, items: Sequence[Item], buffers: tuple[U8, U8]) -> None:
-        from concurrent.futures import ThreadPoolExecutor  # half a MiB that runs without streaming do without
+        from concurrent.futures import ThreadPoolExecutor  # only runs that stream need it
 
         self._files, self._items, self._buffers = files, items, buffers
         self._held: list[tuple[int, Future[None]] | None] = [None, None]

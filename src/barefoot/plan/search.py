@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from barefoot.core.ledger import Footprint, Place
 from barefoot.engine.config import EngineConfig
@@ -50,7 +51,11 @@ class Search:
         self.place: Place = "accelerator" if problem.device.n_accelerators else "host"
         self._tables = Tables(problem)
         self._sizes = Tables(problem, timed=False)
+        self._frames = problem.frames()
+        self._smallest_chunk = min(f.chunk for f in self._frames)
         self._overhead = functools.cache(self._compute_overhead)
+        self._least = functools.cache(lambda frame: _least(frame, self._tables))
+        self._least_size = functools.cache(lambda frame: _least(frame, self._sizes).bytes)
 
     def footprint(self, frame: Frame, config: EngineConfig) -> Footprint:
         """Every byte of the job."""
@@ -61,15 +66,11 @@ class Search:
             job = host_footprint(problem.spec, config, problem.job)
         return self.fixed + job
 
-    @functools.cached_property
-    def _frames(self) -> list[_Least]:
-        return [_least(frame, self._tables) for frame in self.problem.frames()]
-
     def _compute_overhead(self, chunk: int, streams: bool, stream_head: bool) -> tuple[int, int]:
         """Bytes beyond those of the slots, in both places, while the model runs: a bound for all such frames."""
         frame = Frame(chunk, 0, stream_head)
         if streams:
-            frame = min((f for f in self.problem.frames() if f.n_slow), key=lambda f: f.n_slow)
+            frame = min((f for f in self._frames if f.n_slow), key=lambda f: f.n_slow)
             frame = Frame(chunk, frame.n_slow, stream_head)
         slots = self._sizes.slots(frame)
         cheapest = [min(s, key=lambda o: o.kl) for s in slots]
@@ -86,6 +87,11 @@ class Search:
         main, second = self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)
         host = budget["host"] - second if self.place == "accelerator" else 0
         return budget[self.place] - main, host
+
+    def _may_fit(self, frame: Frame, budget: Mapping[Place, int]) -> bool:
+        """Whether the least bytes of the frame, had it the smallest chunk, are within the budget."""
+        smallest = replace(frame, chunk=self._smallest_chunk)  # a smaller chunk never takes more bytes
+        return not any(map(operator.gt, self._least_size(smallest), self._room(smallest, budget)))
 
     def fits(self, footprint: Footprint, budget: Mapping[Place, int]) -> bool:
         """Whether the peak of each place is within its budget."""
@@ -104,20 +110,18 @@ class Search:
             return True
 
         limit = None
-        for least in sorted(self._frames, key=lambda f: f.seconds):
+        frames = [self._least(frame) for frame in self._frames if self._may_fit(frame, budget)]
+        for least in sorted(frames, key=lambda f: f.seconds):
             if limit is not None and pace(least.seconds * (1 - 1e-12)) > limit[0]:
                 break
             room = self._room(least.frame, budget)
             if least.bytes[0] > room[0] or least.bytes[1] > room[1] or least.kl > max_kl + 1e-12:
                 continue
             frame = least.frame
-            choice = best(
-                self._tables.slots(frame),
-                room,
-                max_kl=max_kl,
-                below=limit,
-                accept=functools.partial(accept, frame),
-            )
+            options = self._tables.slots(frame)
+            choice = best(options, room, max_kl=max_kl, below=limit)
+            if choice is not None and not accept(frame, choice):  # bounds are not the whole footprint
+                choice = best(options, room, max_kl=max_kl, below=limit, accept=functools.partial(accept, frame))
             if choice is not None:
                 limit = by_speed(choice.bytes[0], choice.seconds, choice.kl)
         return found[0] if found else None
@@ -127,9 +131,7 @@ class Search:
 
         None when the KL can't be reached, or when the host beside accelerators (``host`` bytes) is too small.
         """
-        frames = self.problem.frames()
-        chunk = min(f.chunk for f in frames)  # a smaller chunk never takes more bytes
-        bounds = [(self._bound(f), f) for f in frames if f.chunk == chunk]
+        bounds = [(self._bound(f), f) for f in self._frames if f.chunk == self._smallest_chunk]
         found: Solution | None = None
         peak = math.inf
         for bound, frame in sorted(bounds, key=lambda item: item[0]):
@@ -149,8 +151,7 @@ class Search:
 
     def _bound(self, frame: Frame) -> int:
         """Bytes that any choice within the frame needs where the computation is."""
-        least = _least(frame, self._sizes)
-        return least.bytes[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
+        return self._least_size(frame)[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
 
 
 def _least(frame: Frame, tables: Tables) -> _Least:

@@ -12,6 +12,7 @@ remains can't be cheaper than the sum of each slot's cheapest.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,14 +54,55 @@ def by_bytes(n_bytes: int, seconds: float, kl: float) -> Key:
     return (n_bytes, pace(seconds), kl)
 
 
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """The options without those that another one beats or equals in bytes, seconds and KL alike.
+
+    No key that grows with each of them ever needs the others; of equal ones the first stays.
+    """
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)):
+        if not any(
+            k.kl <= option.kl and all(a <= b for a, b in zip(k.bytes, option.bytes, strict=True)) for k in kept
+        ):
+            kept.append(option)
+    return kept
+
+
 def _least(slots: Sequence[Sequence[Option]], n_places: int) -> list[tuple[tuple[int, ...], float, float]]:
     """For each depth, the least bytes, seconds and KL that the slots from there on add."""
     bounds = [((0,) * n_places, 0.0, 0.0)]
     for options in reversed(slots):
         size, seconds, kl = bounds[-1]
-        least = tuple(b + min(o.bytes[i] for o in options) for i, b in enumerate(size))
-        bounds.append((least, seconds + min(o.seconds for o in options), kl + min(o.kl for o in options)))
+        bounds.append(
+            (
+                tuple(map(operator.add, size, _least_bytes(options))),
+                seconds + min(o.seconds for o in options),
+                kl + min(o.kl for o in options),
+            )
+        )
     return bounds[::-1]
+
+
+def _least_bytes(options: Sequence[Option]) -> tuple[int, ...]:
+    """The least that an option takes, place by place."""
+    return tuple(map(min, zip(*(o.bytes for o in options), strict=True)))
+
+
+def _possible(
+    slots: Sequence[Sequence[Option]], capacities: Sequence[int], max_kl: float
+) -> list[Sequence[Option]] | None:
+    """The options that fit beside the least of all other slots; None when a slot has none left."""
+    kept: list[Sequence[Option]] = list(slots)
+    for _ in range(2):  # each round raises the least that the next one compares with
+        least = [(_least_bytes(options), min(o.kl for o in options)) for options in kept]
+        spare = tuple(map(operator.sub, capacities, map(sum, zip(*(size for size, _ in least), strict=True))))
+        spare_kl = max_kl - sum(kl for _, kl in least) + ROUNDING
+        for i, (size, kl) in enumerate(least):
+            room = tuple(map(operator.add, spare, size))
+            kept[i] = [o for o in kept[i] if o.kl <= kl + spare_kl and not any(map(operator.gt, o.bytes, room))]
+            if not kept[i]:
+                return None
+    return kept
 
 
 def best(
@@ -83,17 +125,19 @@ def best(
     below : only choices with a smaller key count.
     accept : a last test of whole choices, asked only of those that would be the best so far.
     """
-    bounds = _least(slots, len(capacities))
+    possible = _possible(slots, capacities, max_kl)
+    if possible is None:
+        return None
+    bounds = _least(possible, len(capacities))
+    room = [tuple(map(operator.sub, capacities, more)) for more, _, _ in bounds]
     # Fast options first, so that a good choice is found early and bounds the rest.
-    ordered = [sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)) for options in slots]
+    ordered = [sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)) for options in possible]
     found: Choice | None = None
     limit = below
 
     def search(depth: int, values: tuple[Any, ...], size: tuple[int, ...], seconds: float, kl: float) -> None:
         nonlocal found, limit
         more_bytes, more_seconds, more_kl = bounds[depth]
-        if any(s + m > c for s, m, c in zip(size, more_bytes, capacities, strict=True)):
-            return
         if depth == len(ordered):
             choice = Choice(values, size, seconds, kl)
             this = key(size[0], seconds, kl)
@@ -106,8 +150,9 @@ def best(
         if limit is not None and key(size[0] + more_bytes[0], least_seconds, least_kl) >= limit:
             return
         for option in ordered[depth]:
-            total = tuple(a + b for a, b in zip(size, option.bytes, strict=True))
-            search(depth + 1, (*values, option.value), total, seconds + option.seconds, kl + option.kl)
+            total = tuple(map(operator.add, size, option.bytes))
+            if not any(map(operator.gt, total, room[depth + 1])):
+                search(depth + 1, (*values, option.value), total, seconds + option.seconds, kl + option.kl)
 
     search(0, (), (0,) * len(capacities), 0.0, 0.0)
     return found

@@ -6,16 +6,26 @@ tables of their own then; what is measured as reserved before that would be some
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
+from collections.abc import Iterator
 
-_MODULES = ("jinja2.sandbox", "tokenizers", "barefoot.engine.generate", "barefoot.plan.planner")
+_MODULES = (
+    "jinja2.sandbox",
+    "tokenizers",
+    "concurrent.futures.thread",
+    "barefoot.engine.generate",
+    "barefoot.plan.planner",
+)
 _TEMPLATE = "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content | trim }}{% endfor %}"
 
 
 def warm_up() -> None:
     """Import what a run uses, use each part once on a toy, and give back what that took."""
-    for name in _MODULES:
-        importlib.import_module(name)
+    with _without_openssl():
+        for name in _MODULES:
+            importlib.import_module(name)
     from barefoot.core.measure import release_free_memory
     from barefoot.engine.sampling import SamplingParams
 
@@ -23,6 +33,20 @@ def warm_up() -> None:
     _use_planner()
     SamplingParams().rng()  # imports numpy.random
     release_free_memory()
+
+
+@contextlib.contextmanager
+def _without_openssl() -> Iterator[None]:
+    """Lets ``hashlib``, which jinja2 imports for a cache that is never used, take Python's own hashes: OpenSSL's
+    library takes 4 MiB. Whoever asks for OpenSSL by name later still gets it."""
+    hides = "hashlib" not in sys.modules and "_hashlib" not in sys.modules
+    if hides:
+        sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules["_hashlib"]
 
 
 def _use_planner() -> None:

@@ -49,22 +49,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find_technique(text: str) -> Technique:
-    """The technique of a spec string, of whichever family has that name."""
-    from barefoot.core.errors import InvalidInput, unknown_name
-    from barefoot.core.registry import families, techniques
-    from barefoot.core.spec import parse_composition
-
-    name = text.split("(")[0].strip()
-    owners = [family for family in families() if name in techniques(family)]
-    if not owners:
-        raise unknown_name("technique", name, {n for family in families() for n in techniques(family)})
-    composition = parse_composition(text, techniques(owners[0]), owners[0])
-    if len(composition) != 1:
-        raise InvalidInput(f"{text!r} is a composition", cure="explain its techniques one by one")
-    return composition[0]
-
-
 def documentation(technique: Technique | type[Technique]) -> str:
     """The docstring of the technique's file."""
     module = inspect.getmodule(technique if isinstance(technique, type) else type(technique))
@@ -88,13 +72,14 @@ def _facts(technique: Technique) -> dict[str, Any]:
 
 
 def execute(args: argparse.Namespace) -> int:
-    technique = find_technique(args.technique)
+    from barefoot.plan.explain import explain, find
+
+    technique = find(args.technique)
     facts = _facts(technique)
     title, explanation = "", None
     if args.model:
         from barefoot.cli.models import load_shapes
         from barefoot.cli.report import model_line
-        from barefoot.plan.explain import explain
         from barefoot.plan.job import RunJob
 
         spec = load_shapes(args.model).spec

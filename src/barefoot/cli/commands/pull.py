@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 
 from barefoot.cli import arguments, console, progress
@@ -31,6 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _sha256(path: Path, report: progress.Report) -> str:
+    import hashlib
+
     digest, done, size = hashlib.sha256(), 0, path.stat().st_size
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
