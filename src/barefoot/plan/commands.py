@@ -17,9 +17,11 @@ def spell_bytes(n: int) -> str:
 def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Stated, *, exact: bool = False) -> str:
     """The command for ``job`` within ``budget_bytes`` of the place that computes, with what is stated as flags.
 
-    ``barefoot run`` on this machine, ``barefoot plan --device`` for another one. ``exact`` spells the budget in bytes.
+    ``barefoot run`` of one sequence on this machine, ``barefoot plan`` of more or for another machine. ``exact`` spells
+    the budget in bytes.
     """
-    words = ["barefoot", "run" if device == "this" else "plan", model]
+    runs_here = device == "this" and job.batch == 1
+    words = ["barefoot", "run" if runs_here else "plan", model]
     words += ["--device", device] if device != "this" else []
     words += ["--memory", str(budget_bytes) if exact else spell_bytes(budget_bytes)]
     words += ["--context", str(job.context), "--max-tokens", str(job.max_tokens)]

@@ -14,7 +14,7 @@ DEFAULT_BYTES = 56 * MIB
 # What a run adds to the probe's bare process before it is measured itself: the file's header, the prompt, the terminal.
 RUN_EXTRA_BYTES = 3 * MIB
 # Page tables, stacks, and what malloc keeps back: measured runs must stay below predicted + this.
-SLACK_BYTES = 3 * MIB
+SLACK_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True)
