@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from benchmarks.harness import card, save
 
 from barefoot.core.model import MATRIX_GROUPS, ModelSpec, WeightGroup
 from barefoot.core.registry import techniques
@@ -28,6 +27,7 @@ from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence, windows
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import load_tokenizer
+from benchmarks.harness import card, save
 
 FORMATS = (
     "int(bits=8)",

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.harness import card, child, claim, read_bandwidth, rounds, save
 
 from barefoot.evals.divergence import Divergence, windows
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import load_tokenizer
+from benchmarks.harness import card, child, claim, read_bandwidth, rounds, save
 
 HERE = Path(__file__).parent
 

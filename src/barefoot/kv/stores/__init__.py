@@ -22,12 +22,7 @@ class KVStore(Technique):
 
     @abstractmethod
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
-        """The parts of one head's row of one position: (name, count, bytes each).
-
-        Raises
-        ------
-        Incompatible : ``head_dim`` is no multiple of the store's group.
-        """
+        """The parts of one head's row of one position: (name, count, bytes each)."""
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one head's keys (or values) of one position."""

@@ -1,0 +1,88 @@
+"""Every weight format of the registry, found and tested on arrival: exact bytes, round trips, honest refusals."""
+
+import numpy as np
+import pytest
+
+from barefoot.core.errors import Incompatible
+from barefoot.core.registry import techniques
+from barefoot.core.spec import format_technique, parse_composition
+from barefoot.ops import blocks
+
+FAMILY = "weights.formats"
+KNOWN = techniques(FAMILY)
+SHAPES = [(1, 128), (7, 256), (48, 384), (33, 576), (5, 100)]  # one row, odd rows, a wide group's tail, no group at all
+
+
+def variants():
+    """Every format at its defaults, and every other value of each knob that is written as a choice in its module."""
+    found = {}
+    for name, cls in KNOWN.items():
+        found[name] = cls()
+        module = __import__(cls.__module__, fromlist=["_"])
+        choices = {"bits": getattr(module, "BITS", ()), "group": getattr(module, "GROUPS", ())}
+        for knob, values in choices.items():
+            for value in values if knob in cls.knobs() else ():
+                variant = cls(**{knob: value})
+                found[str(variant)] = variant
+    return found
+
+
+VARIANTS = variants()
+
+
+@pytest.fixture(params=VARIANTS)
+def fmt(request):
+    return VARIANTS[request.param]
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_terms_are_the_bytes_of_the_encoded_matrix(fmt, rows, cols):
+    layout = fmt.layout("f32")
+    weights = np.random.default_rng(rows).standard_normal((rows, cols), np.float32)
+    if cols % blocks.block_elements(layout):
+        with pytest.raises(Incompatible, match=str(cols)):
+            fmt.terms("w", rows, cols, "f32")
+        with pytest.raises(Incompatible, match=str(cols)):
+            blocks.encode(layout, weights)
+    else:
+        assert sum(term.bytes for term in fmt.terms("w", rows, cols, "f32")) == blocks.encode(layout, weights).nbytes
+
+
+def test_encoding_what_was_decoded_changes_nothing(fmt):
+    layout = fmt.layout("f32")
+    weights = np.random.default_rng(3).standard_normal((16, 384), np.float32)
+    once = blocks.decode(layout, blocks.encode(layout, weights), 384)
+    twice = blocks.decode(layout, blocks.encode(layout, once), 384)
+    step = np.abs(once - weights).max() * 2
+    assert np.abs(twice - once).max() <= step * 2e-3 + 1e-7
+
+
+def test_error_is_at_most_the_step_that_the_bits_allow(fmt):
+    """A uniform grid of L levels over a group's range r has steps r / (L - 1); f16 scales add 2^-11 of the range."""
+    layout = fmt.layout("f32")
+    bits = getattr(fmt, "bits", None)
+    if bits is None:  # floats: relative error of half a unit in the last place
+        weights = np.random.default_rng(4).standard_normal((8, 128), np.float32)
+        error = np.abs(blocks.decode(layout, blocks.encode(layout, weights), 128) - weights) / np.abs(weights)
+        assert error.max() <= {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8}[layout] * 1.001
+        return
+    weights = np.random.default_rng(4).standard_normal((8, 384), np.float32).reshape(8, -1, fmt.group)
+    decoded = blocks.decode(layout, blocks.encode(layout, weights.reshape(8, -1)), 384).reshape(weights.shape)
+    if fmt.symmetric:  # the largest magnitude sits on code 0; the other side ends one step earlier
+        step = np.abs(weights).max(axis=-1) / 2 ** (bits - 1)
+        bound = step * 1.0
+    else:
+        step = np.ptp(weights, axis=-1) / (2**bits - 1)
+        bound = step / 2
+    slack = np.abs(weights).max(axis=-1) * 2**-9
+    assert (np.abs(decoded - weights).max(axis=-1) <= bound + slack).all()
+
+
+def test_spec_string_round_trips(fmt):
+    assert parse_composition(format_technique(fmt), KNOWN, FAMILY) == (fmt,)
+
+
+def test_docstring_states_the_bytes(fmt):
+    module = __import__(type(fmt).__module__, fromlist=["_"])
+    assert module.__doc__.startswith(f"{fmt.name} — ")
+    assert "ytes" in module.__doc__
