@@ -11,10 +11,12 @@ import sys
 
 import pytest
 
-from barefoot.core.measure import cgroup_reason, run_limited
+from barefoot.core.measure import cgroup_reason, resident, run_limited
 
 MIB = 1 << 20
 BAREFOOT = [sys.executable, "-m", "barefoot"]
+
+pytestmark = pytest.mark.skipif(resident() is None, reason="this system does not tell what a process has resident")
 
 
 @pytest.fixture(scope="module")
