@@ -125,6 +125,12 @@ def test_papers_counts_all(barefoot):
     assert lines[-1].endswith("; 92 in all")
 
 
+def test_options_may_stand_before_what_they_belong_to(barefoot, tmp_path):
+    done = barefoot("papers", "--json", tmp_path / "out.json", "14")
+    assert done.stdout == barefoot("papers", "14").stdout
+    assert [p["number"] for p in json.loads((tmp_path / "out.json").read_text("utf-8"))["papers"]] == [14]
+
+
 def test_papers_by_status(barefoot):
     done = barefoot("papers", "--status", "planned", "--json")
     assert {p["status"] for p in json.loads(done.stdout)["papers"]} == {"planned"}

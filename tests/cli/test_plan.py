@@ -1,6 +1,7 @@
 """barefoot plan and explain on headers."""
 
 import json
+import shlex
 
 import pytest
 
@@ -82,10 +83,29 @@ def test_a_config_without_weights(barefoot, tmp_path):
     assert record["model"]["n_parameters"] == 256 * d + 2 * (2 * d * d + 2 * kv * d + 3 * d * ff + 2 * d) + d
 
 
-@pytest.mark.parametrize("arguments", [["--weights", "int(bits=5)"], ["--kv", "q9"], ["--device", "abacus"]])
-def test_unknown_choices(barefoot, tiny_gguf, arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--weights", "int(bits=5)"],
+        ["--kv", "q9"],
+        ["--device", "abacus"],
+        ["--chunk", "0"],
+        ["--stream-layers", "-1"],
+        ["--stream-layers", "3"],
+        ["--threads", "0"],
+    ],
+)
+def test_choices_that_are_none(barefoot, tiny_gguf, arguments):
     done = barefoot("plan", tiny_gguf.path, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_batch_is_planned_not_run(barefoot, tiny_gguf):
+    record = planned(barefoot, tiny_gguf.path, "--memory", "256MiB", "--batch", "2")
+    assert shlex.split(record["command"])[:2] == ["barefoot", "plan"]
+    again = json.loads(barefoot(*shlex.split(record["command"])[1:], "--json").stdout)
+    assert again["needed_bytes"] == record["needed_bytes"]
 
 
 def test_explain_counts_keys_and_values(barefoot, tiny_gguf):

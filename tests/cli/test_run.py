@@ -13,6 +13,8 @@ from barefoot.cli.commands.run import JSON_KEYS
 
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "barefoot", "run"]
+# Python itself ends by the signal, which shells report as 130 too, when it comes as the interpreter shuts down.
+INTERRUPTED = (130, -signal.SIGINT)
 SMALL = ("--memory", "128MiB", "--context", "256", "--max-tokens", "16")
 
 
@@ -75,6 +77,12 @@ def test_what_is_stated_is_kept(barefoot, tiny_gguf):
     assert config["weights"].count("int(bits=8,group=64)") in (1, 3)
 
 
+def test_a_prompt_after_the_options(barefoot, tiny_gguf, answered):
+    done = barefoot("run", tiny_gguf.path, *SMALL, "hello")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == answered[0].stdout
+
+
 def test_json_to_stdout_is_all_there_is(barefoot, tiny_gguf):
     done = barefoot("run", tiny_gguf.path, "hello", *SMALL, "--json")
     assert json.loads(done.stdout)["decode_tokens"] == 16
@@ -91,6 +99,15 @@ def test_the_same_seed_gives_the_same_text(barefoot, tiny_gguf):
 def test_a_pipe_is_the_prompt(barefoot, tiny_gguf, answered):
     done = barefoot("run", tiny_gguf.path, *SMALL, stdin="hello\n")
     assert done.stdout == answered[0].stdout
+
+
+def test_bytes_that_are_no_text_are_replaced(tiny_gguf):
+    """In a pipe and in an argument: U+FFFD is three tokens of this vocabulary."""
+    for prompt, piped in (([], b"x\xe9"), ([b"x\xe9"], b"")):
+        command = [*COMMAND, str(tiny_gguf.path), *prompt, "--raw", *SMALL, "--json"]
+        done = subprocess.run(command, input=piped, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["prompt_tokens"] == 1 + len("\ufffd".encode())
 
 
 def test_a_pipe_follows_the_prompt(barefoot, tiny_gguf):
@@ -180,7 +197,7 @@ def test_ctrl_c_leaves_with_130(tiny_gguf):
     assert process.stdout.read(1)  # it answers
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode in INTERRUPTED
     assert b"Traceback" not in error
 
 

@@ -140,10 +140,10 @@ def test_nothing_stays_allocated_per_token(tmp_path):
     """Decoding on leaves no memory behind, and passing objects stay small, streamed or not."""
     write_random(tmp_path / "model", LLAMA)
     for settings in ({}, {"n_streamed_layers": 3, "stream_head": True}):
-        with open_engine(tmp_path / "model", settings | {"context": 256}) as run:
+        with open_engine(tmp_path / "model", settings | {"context": 512}) as run:
             run.prefill([1, 2, 3])
             tracemalloc.start()
-            for token in range(20):
+            for token in range(250):  # until the interpreter's own free lists, of each thread, are full
                 run.decode(token)
             gc.collect()
             before, _ = tracemalloc.get_traced_memory()

@@ -119,6 +119,15 @@ def test_the_largest_context_is_tight():
     assert f"{largest:,}" in refusal.message
 
 
+def test_a_stated_chunk_bounds_the_context_from_below():
+    """A context shorter than what passes the layers at once is none; every command keeps the chunk or says so."""
+    stated = Stated(chunk=200)
+    tight = refused(stated=stated, budget=refused(stated=stated).needed - 4 * MIB).refusal
+    assert tight.largest_context >= 200
+    assert fits(RunJob(tight.largest_context, 64), tight.available_bytes, stated) is not None
+    assert refused(stated=stated, budget=41 * MIB).refusal.largest_context == 0
+
+
 def test_the_largest_batch_is_tight():
     job, budget = RunJob(1024, 64, batch=32), 120 * MIB
     refusal = refused(job=job, budget=budget).refusal

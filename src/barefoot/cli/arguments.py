@@ -27,6 +27,11 @@ def add_model(parser: argparse.ArgumentParser, *, shapes_suffice: bool = False) 
     parser.add_argument("model", metavar="MODEL", help=text)
 
 
+def text(value: str) -> str:
+    """An argument that is read as text: bytes that are none are replaced, where Python has kept them as they were."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def add_job(parser: argparse.ArgumentParser) -> None:
     """The job's numbers, the memory, and the knobs that the planner otherwise chooses."""
     job = parser.add_argument_group("the job")

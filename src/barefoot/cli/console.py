@@ -18,8 +18,8 @@ _BOLD, _DIM, _RED, _GREEN, _RESET = "\033[1m", "\033[2m", "\033[31m", "\033[32m"
 
 
 def set_up_streams() -> None:
-    """Characters that the terminal's encoding lacks are replaced, never an error."""
-    for stream in (sys.stdout, sys.stderr):
+    """Characters that the terminal's encoding lacks, and bytes that are no text, are replaced, never an error."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 

@@ -35,11 +35,30 @@ DESCRIPTION = "Neural networks inside a stated memory budget: say how much memor
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors look like all other errors, and whose help keeps the examples' lines."""
+    """An argument parser whose errors look like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         console.print_error(message, f"see {self.prog} --help")
         raise SystemExit(EXIT_USAGE)
+
+
+class CommandParser(Parser):
+    """A subcommand's parser: options may stand before, between and after the positional arguments.
+
+    argparse does this when asked, but a parser of subcommands does not ask: there, what follows an option is refused
+    where an optional positional argument could stand.
+    """
+
+    _inner = False
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        if self._inner:  # parse_known_intermixed_args comes back here
+            return super().parse_known_args(args, namespace)
+        self._inner = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inner = False
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()),
     )
     parser.add_argument("--version", action="version", version=f"barefoot {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=CommandParser)
     for name, command in all_commands().items():
         sub = subparsers.add_parser(
             name,

@@ -95,7 +95,7 @@ def release_free_memory() -> None:
     """Give the C allocator's free pages back to the system, so that freed memory leaves the resident set (glibc)."""
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: a library without a name is no string
         ctypes.CDLL(None).malloc_trim(0)
 
 

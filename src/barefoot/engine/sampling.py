@@ -46,6 +46,7 @@ class SamplingParams:
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number from 0 on"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("seed", self.seed is None or self.seed >= 0, "a whole number from 0 on"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a positive number"),
         ):
             if not allowed:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from barefoot.core.device import Device
-from barefoot.core.errors import Incompatible
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.ledger import Place
 from barefoot.core.model import MATRIX_GROUPS, ModelSpec, WeightGroup, WeightSpec
 from barefoot.engine.config import Activations, EngineConfig
@@ -119,7 +119,9 @@ class Problem:
             return any(not isinstance(stated.weights.get(g, Stored()), Stored) for g in groups)
 
         if stated.streamed_layers is not None:
-            layers: Iterable[int] = [min(stated.streamed_layers, spec.n_layers)]
+            if stated.streamed_layers > spec.n_layers:
+                raise InvalidInput(f"{spec.name} has {spec.n_layers} layers to stream, got {stated.streamed_layers}")
+            layers: Iterable[int] = [stated.streamed_layers]
         else:
             layers = [0] if on_disk and kept(("attn", "ffn")) else range(spec.n_layers + 1)
         if stated.stream_head is not None:

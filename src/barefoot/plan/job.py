@@ -78,6 +78,15 @@ class Stated:
     n_threads: int | None = None
     activations: Activations | None = None
 
+    def __post_init__(self) -> None:
+        for name, got, least in (
+            ("chunk", self.chunk, 1),
+            ("streamed_layers", self.streamed_layers, 0),
+            ("n_threads", self.n_threads, 1),
+        ):
+            if got is not None and got < least:
+                raise InvalidInput(f"{name} must be at least {least}, got {got}")
+
 
 _PART = r"(?:([a-z]+)\s*=\s*)?([a-z_][a-z0-9_]*\s*(?:\([^()]*\))?)"
 

@@ -273,9 +273,14 @@ class _Case:
     def _with_context(self, context: int) -> RunJob:
         return replace(self.job, context=context, max_tokens=min(self.job.max_tokens, max(1, context // 2)))
 
+    @property
+    def _least_context(self) -> int:
+        """Room for a prompt and an answer, and for a stated chunk."""
+        return max(2, self.stated.chunk or 0)
+
     def largest_context(self) -> int:
-        """The largest context that fits, at most the job's own; 0 when not even 2 tokens do."""
-        return _largest(lambda n: self._has_room(self._with_context(n)), 2, self.job.context)
+        """The largest context that fits, at most the job's own; 0 when not even the least one does."""
+        return _largest(lambda n: self._has_room(self._with_context(n)), self._least_context, self.job.context)
 
     def largest_batch(self) -> int:
         """The largest batch that fits, at most the job's own; 0 when not even one sequence does."""
@@ -285,7 +290,7 @@ class _Case:
         """What would fit, each planned: cheapest in quality first."""
         tries: list[tuple[str, _Case]] = []
         if largest_context >= 16:
-            shorter = largest_context // 16 * 16
+            shorter = max(largest_context // 16 * 16, self._least_context)
             tries.append((f"a context of {shorter:,}", self.having(job=self._with_context(shorter))))
         if self.job.batch > 1 and largest_batch:
             tries.append((f"a batch of {largest_batch}", self.having(job=replace(self.job, batch=largest_batch))))

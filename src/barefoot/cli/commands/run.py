@@ -71,13 +71,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "prompt",
         nargs="?",
         metavar="PROMPT",
+        type=arguments.text,
         help="what to answer; a chat without it. What is piped in follows it, or takes its place. With neither: "
         f'"{DEFAULT_PROMPT}"',
     )
     arguments.add_job(parser)
     parser.add_argument("--plan", metavar="FILE", help="run a plan that `plan --save` kept")
     text = parser.add_argument_group("the text")
-    text.add_argument("--system", metavar="TEXT", help="how the model is to behave")
+    text.add_argument("--system", metavar="TEXT", type=arguments.text, help="how the model is to behave")
     text.add_argument("--raw", action="store_true", help="continue PROMPT as it is, without the model's chat format")
     text.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token; default 0"
@@ -94,7 +95,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling; default 0")
     text.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="end the answer here; may be repeated"
+        "--stop",
+        metavar="TEXT",
+        type=arguments.text,
+        action="append",
+        default=[],
+        help="end the answer here; may be repeated",
     )
     parser.add_argument(
         "--report", action="store_true", help="print the ledger: predicted, measured, unaccounted, by kind"

@@ -1,49 +1,14 @@
-"""The main promise on the default model: a real answer inside a real budget, which the kernel enforces where it can.
-
-The model is fetched once into the cache, as ``barefoot pull smollm2`` does.
-"""
+"""A conversation with the default model, which is fetched once into the cache, as ``barefoot pull smollm2`` does."""
 
 import json
 import subprocess
 import sys
 
-import pytest
-
-from barefoot.core.measure import cgroup_reason, run_limited
-
-MIB = 1 << 20
-RUN = [sys.executable, "-m", "barefoot", "run", "smollm2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def smollm2(barefoot):
-    done = barefoot("pull", "smollm2")
-    assert done.returncode == 0, done.stderr
-
-
-def run(tmp_path, memory, *arguments):
-    """The record of a run within ``memory`` MiB."""
-    out = tmp_path / "out.json"
-    command = [*RUN, *arguments, "--memory", f"{memory}MiB", "--context", "1024", "--json", str(out)]
-    if cgroup_reason() is None:
-        done = run_limited(command, memory * MIB, stdin=subprocess.DEVNULL)
-        assert not done.killed
-    else:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text("utf-8"))
-
-
-@pytest.mark.parametrize("memory", [112, 128, 160, 256])
-def test_inside_the_budget(tmp_path, memory):
-    record = run(tmp_path, memory, "The capital of France is", "--raw", "--max-tokens", "24")
-    assert record["measured_peak_bytes"] <= record["budget_bytes"] == memory * MIB
-    assert abs(record["unaccounted_bytes"]) <= 0.05 * record["predicted_peak_bytes"]
-    assert "Paris" in record["text"]
-
 
 def test_a_second_turn_keeps_the_first_in_the_kv_store():
     """It computes only what is new, and says what computing everything again says."""
+    pulled = subprocess.run([sys.executable, "-m", "barefoot", "pull", "smollm2"], capture_output=True, text=True)
+    assert pulled.returncode == 0, pulled.stderr
     code = """
 import json
 from barefoot.cli.conversation import Conversation

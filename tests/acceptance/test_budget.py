@@ -1,0 +1,93 @@
+"""The main promise on real models: a sensible answer inside the stated memory, and refusals whose commands fit.
+
+Where a memory cgroup can be made the kernel enforces the limit, page cache included; elsewhere the process's own
+high-water mark is held against it. The models are fetched once into the cache, as ``barefoot pull`` does.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from barefoot.core.measure import cgroup_reason, resident, run_limited
+
+MIB = 1 << 20
+BAREFOOT = [sys.executable, "-m", "barefoot"]
+
+pytestmark = pytest.mark.skipif(resident() is None, reason="this system does not tell what a process has resident")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return fetched("smollm2")
+
+
+@pytest.fixture(scope="module")
+def refusal(smollm2):
+    """What ``plan`` says of a budget that nothing fits, at the default context."""
+    return refused(smollm2)
+
+
+def fetched(name):
+    done = subprocess.run([*BAREFOOT, "pull", name], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return name
+
+
+def refused(*job):
+    command = [*BAREFOOT, "plan", *job, "--memory", "40MiB", "--json"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    return json.loads(done.stdout)
+
+
+def run(tmp_path, n_bytes, *arguments):
+    """The record of ``barefoot run`` in a process that may take ``n_bytes``; it stayed within them."""
+    out = tmp_path / "out.json"
+    command = [*BAREFOOT, "run", *arguments, "--json", str(out)]
+    if cgroup_reason() is None:
+        done = run_limited(command, n_bytes, stdin=subprocess.DEVNULL)
+        assert not done.killed
+    else:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text("utf-8"))
+    assert record["budget_bytes"] == n_bytes
+    assert record["measured_peak_bytes"] <= n_bytes
+    assert abs(record["unaccounted_bytes"]) <= 0.05 * record["predicted_peak_bytes"]
+    return record
+
+
+@pytest.mark.parametrize("memory", [112, 128, 160, 256, 512])
+def test_inside_the_budget(tmp_path, smollm2, memory):
+    job = ("--memory", f"{memory}MiB", "--context", "1024", "--max-tokens", "16")
+    record = run(tmp_path, memory * MIB, smollm2, "The capital of France is", "--raw", *job)
+    assert "Paris" in record["text"]
+
+
+def test_the_smallest_budget_of_a_large_vocabulary(tmp_path):
+    """262,144 tokens: the tables of the tokenizer are a good part of what the process takes."""
+    job = (fetched("gemma3-270m"), "--context", "1024", "--max-tokens", "16")
+    smallest = min(option["budget_bytes"] for option in refused(*job)["alternatives"])
+    assert smallest <= 448 * MIB
+    record = run(tmp_path, smallest, *job, "1, 2, 3, 4, 5,", "--raw", "--memory", str(smallest))
+    assert record["text"].startswith(" 6, 7, 8, 9")
+
+
+def test_a_refusal_says_by_how_much(refusal):
+    assert refusal["available_bytes"] == 40 * MIB
+    assert refusal["needed_bytes"] > 40 * MIB
+    budgets = [option["budget_bytes"] for option in refusal["alternatives"]]
+    assert len(budgets) >= 3
+    assert min(budgets) - MIB < refusal["needed_bytes"] <= min(budgets)
+
+
+def test_every_command_of_a_refusal_fits(tmp_path, refusal):
+    """As printed, but for a shorter answer: the context, and with it the KV store, stays as large."""
+    for option in refusal["alternatives"]:
+        program, command, *arguments = shlex.split(option["command"])
+        assert (program, command) == ("barefoot", "run")
+        record = run(tmp_path, option["budget_bytes"], *arguments, "--max-tokens", "8")
+        assert 1 <= record["decode_tokens"] <= 8
