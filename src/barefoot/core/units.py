@@ -30,7 +30,8 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     if match is None or unit not in units:
         raise InvalidInput(f"{text!r} is not {what}", cure=f"write it as {example}")
     whole, _, decimals = match.group(1).partition(".")
-    value, rest = divmod(int(whole + decimals) * units[unit], 10 ** len(decimals))
+    divisor: int = 10 ** len(decimals)
+    value, rest = divmod(int(whole + decimals) * units[unit], divisor)
     if rest and units[unit] == 1:
         raise InvalidInput(f"{text!r} is not a whole number of {what}", cure=f"write it as {example}")
     return value

@@ -216,8 +216,10 @@ class _Case:
 
     def _notes(self, solution: Solution) -> tuple[str, ...]:
         frame, device = solution.frame, self.device
-        notes = [f"runtime's own {format_bytes(self.reserved.bytes)}: {self.reserved.source}"]
-        notes.append(f"allocator slack of {format_bytes(SLACK_BYTES)} is part of the reserved bytes")
+        notes = []
+        if not device.n_accelerators:
+            notes.append(f"runtime's own {format_bytes(self.reserved.bytes)}: {self.reserved.source}")
+            notes.append(f"allocator slack of {format_bytes(SLACK_BYTES)} is part of the reserved bytes")
         notes += [
             f"{format_bytes(n)} of {p} memory were allowed, {device.title} has {format_bytes(self.budget[p])}"
             for p, n in self.clipped.items()

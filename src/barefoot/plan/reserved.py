@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from barefoot.core.device import cached_probe
-from barefoot.core.ledger import PHASES, Footprint, Term, entry
+from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.measure import resident
 from barefoot.core.units import MIB
 
@@ -15,6 +15,7 @@ DEFAULT_BYTES = 56 * MIB
 RUN_EXTRA_BYTES = 3 * MIB
 # Page tables, stacks, and what malloc keeps back: measured runs must stay below predicted + this.
 SLACK_BYTES = 4 * MIB
+_PHASES: tuple[Phase, ...] = ("load", "convert", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Reserved:
     source: str
 
     def footprint(self) -> Footprint:
-        """An entry of kind ``reserved``, alive in every phase: the runtime, and the stated slack."""
+        """An entry of kind ``reserved``, alive in every phase of a run: the runtime, and the stated slack."""
         terms = (Term("interpreter and libraries", 1, self.bytes), Term("allocator slack", 1, SLACK_BYTES))
-        return entry("process", "reserved", terms, phases=PHASES)
+        return entry("process", "reserved", terms, phases=_PHASES)
 
 
 def reserved_now() -> Reserved | None:

@@ -165,6 +165,10 @@ def _take_saved_plan(args: argparse.Namespace) -> None:
     plan = plan_from_toml(Path(args.plan).read_text(encoding="utf-8"))
     if plan.device != arguments.THIS_MACHINE:
         raise InvalidInput(f"{args.plan} was made for {plan.device}", cure="plan for this machine: leave --device out")
+    if plan.model != args.model:
+        raise InvalidInput(
+            f"{args.plan} was made for {plan.model}, not for {args.model}", cure=f"barefoot run {plan.model} --plan …"
+        )
     config = plan.config
     saved = {
         "memory": plan.budget["host"],
