@@ -61,9 +61,7 @@ def undominated(options: Sequence[Option]) -> list[Option]:
     """
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.seconds, o.kl, o.bytes)):
-        if not any(
-            k.kl <= option.kl and all(a <= b for a, b in zip(k.bytes, option.bytes, strict=True)) for k in kept
-        ):
+        if not any(k.kl <= option.kl and all(a <= b for a, b in zip(k.bytes, option.bytes, strict=True)) for k in kept):
             kept.append(option)
     return kept
 
