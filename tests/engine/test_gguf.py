@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 import tiny
 
+from barefoot.core.errors import UnsupportedFormat
+from barefoot.engine.specs import model_spec
+from barefoot.io.inventory import Checkpoint
+
 # transformers' names: GGUF's, per layer and outside
 INNER = {
     "input_layernorm": "attn_norm",
@@ -118,3 +122,14 @@ def test_gguf_equals_transformers(name, tmp_path):
     with tiny.engine(path, chunk=16) as run:
         assert run.spec.tied == model.config.tie_word_embeddings
         assert np.abs(tiny.all_logits(run, ids, 30) - tiny.expected(model, ids)).max() < 2e-4
+
+
+def test_tensors_that_nothing_uses_are_refused_by_name(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny.build("llama"))
+    with Checkpoint(path) as checkpoint:
+        assert model_spec(checkpoint).arch == "llama"
+        extra = {"blk.0.ffn_up.bias": checkpoint.tensors["output_norm.weight"]}
+        checkpoint.tensors = {**checkpoint.tensors, **extra}
+        with pytest.raises(UnsupportedFormat, match=r"llama does not use: blk\.0\.ffn_up\.bias$"):
+            model_spec(checkpoint)

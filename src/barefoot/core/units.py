@@ -29,7 +29,8 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in units:
         raise InvalidInput(f"{text!r} is not {what}", cure=f"write it as {example}")
-    whole, _, decimals = match.group(1).partition(".")
+    number: str = match.group(1)
+    whole, _, decimals = number.partition(".")
     divisor: int = 10 ** len(decimals)
     value, rest = divmod(int(whole + decimals) * units[unit], divisor)
     if rest and units[unit] == 1:

@@ -19,6 +19,8 @@ from barefoot.io.files import BinaryFile
 from barefoot.io.gguf import GGUFArray, read_numbers
 from barefoot.io.inventory import Checkpoint
 
+# Divisors of rope frequencies, see _with_rope_factors.
+_READ_ELSEWHERE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 _SMALL_ARRAY = 4096  # elements; per-layer lists of a header, not its vocabulary
 
 
@@ -55,7 +57,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
 
     Raises
     ------
-    UnsupportedFormat : an unknown architecture, variant or stored type.
+    UnsupportedFormat : an unknown architecture, variant or stored type; or GGUF tensors that nothing would use.
     CorruptFile : tensors are missing, or contradict the header.
     """
     spec: ModelSpec
@@ -64,6 +66,10 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         return replace(spec, name=checkpoint.path.name)
     metadata = _with_small_arrays(checkpoint)
     spec = _find("GGUF_ARCHS", metadata.get("general.architecture")).from_gguf(metadata, checkpoint.tensors)
+    unread = sorted(set(checkpoint.tensors) - {w.source for w in spec.weights} - _READ_ELSEWHERE)
+    if unread:
+        named = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
+        raise UnsupportedFormat(f"{checkpoint.path.name} holds tensors that {spec.arch} does not use: {named}")
     return _with_rope_factors(replace(spec, name=checkpoint.path.stem), checkpoint)
 
 
