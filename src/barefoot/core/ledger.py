@@ -105,7 +105,7 @@ class Footprint:
         return max(totals, key=lambda item: item[1], default=(None, 0))
 
     def by_kind(self, place: Place = "host", phase: Phase | None = None) -> dict[Kind, int]:
-        """Bytes of each kind alive in ``phase`` (the peak phase of ``place`` when None), kinds without bytes left out."""
+        """Bytes of each kind alive in ``phase`` (the peak phase of ``place`` when None); no kind with 0 bytes."""
         phase = phase or self.peak(place)[0]
         totals = {kind: self.select(kind=kind, place=place, phase=phase).bytes for kind in KINDS}
         return {kind: total for kind, total in totals.items() if total}

@@ -22,7 +22,7 @@ _BYTE_UNITS = {
     "TIB": TIB,
 }
 _COUNT_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:

@@ -136,7 +136,7 @@ def kv_append(k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int, sta
 
     k, v : float32 [n_tokens, n_kv_heads * head_dim]; n_tokens ≤ capacity
     k_buf, v_buf : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)]
-    fmt : f16, q8 or q4
+    fmt : f32, f16, q8 or q4
     """
     _impl.kv_append(k, v, k_buf, v_buf, fmt, capacity, start)
 

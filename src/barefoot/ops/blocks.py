@@ -31,6 +31,7 @@ are equal bit for bit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,6 +107,23 @@ def row_bytes(format_id: str, n_cols: int) -> int:
             cure=f"use a format with groups of {' or '.join(fitting)}" if fitting else "use f32, f16 or bf16",
         )
     return n_cols // fmt.block_elements * fmt.block_bytes
+
+
+def n_blocks(format_id: str, n_cols: int) -> int:
+    """Blocks in one row of ``n_cols`` weights; Incompatible as for ``row_bytes``."""
+    return row_bytes(format_id, n_cols) // block_bytes(format_id)
+
+
+def parts(format_id: str) -> tuple[tuple[str, int], ...]:
+    """What a block is made of, (name, bytes) each: the terms in which the ledger counts it."""
+    fmt = lookup(format_id)
+    if fmt.block_elements == 1:
+        return (("values", fmt.block_bytes),)
+    integer = re.fullmatch(r"int\d_g\d+_(a?)sym", format_id)
+    if integer is None:
+        return (("blocks", fmt.block_bytes),)
+    scales = (("scales", 2), ("minimums", 2)) if integer[1] else (("scales", 2),)
+    return (("codes", fmt.block_bytes - sum(size for _, size in scales)), *scales)
 
 
 def encode(format_id: str, weights: F32) -> U8:

@@ -2,6 +2,7 @@
 
 Groups of 32 elements; the last group of a head_dim that is not a multiple of 32 is shorter (g elements).
 
+* ``f32``: head_dim × f32, the reference.
 * ``f16``: head_dim × f16.
 * ``q8``: per group: scale f16, then g signed bytes; x = scale * q, scale = f16(largest magnitude / 127).
 * ``q4``: per group: scale f16, minimum f16, then g / 2 bytes: the low half of byte j is element j, the high half is
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from barefoot.core.errors import InvalidInput, unknown_name
 
 GROUP = 32
-FORMATS = ("f16", "q8", "q4")
+FORMATS = ("f32", "f16", "q8", "q4")
 
 
 def row_bytes(fmt: str, head_dim: int) -> int:
@@ -27,6 +28,8 @@ def row_bytes(fmt: str, head_dim: int) -> int:
     if head_dim <= 0 or head_dim % 2:
         raise InvalidInput(f"head_dim must be a positive even number, got {head_dim}")
     n_groups = -(-head_dim // GROUP)
+    if fmt == "f32":
+        return 4 * head_dim
     if fmt == "f16":
         return 2 * head_dim
     if fmt == "q8":
@@ -49,6 +52,8 @@ def encode(fmt: str, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """float32 (..., head_dim) to uint8 (..., row_bytes)."""
     head_dim = rows.shape[-1]
     n_bytes = row_bytes(fmt, head_dim)
+    if fmt == "f32":
+        return np.array(rows, np.float32, order="C").view(np.uint8)
     with np.errstate(over="ignore", invalid="ignore"):
         if fmt == "f16":
             return np.ascontiguousarray(rows.astype(np.float16)).view(np.uint8)
@@ -87,6 +92,8 @@ def decode(fmt: str, rows: npt.NDArray[np.uint8], head_dim: int) -> npt.NDArray[
     if rows.shape[-1] != n_bytes:
         raise InvalidInput(f"{fmt} rows of {head_dim} numbers have {n_bytes} bytes, got {rows.shape[-1]}")
     rows = np.ascontiguousarray(rows)
+    if fmt == "f32":
+        return rows.view(np.float32)
     if fmt == "f16":
         return rows.view(np.float16).astype(np.float32)
     out = np.empty((*rows.shape[:-1], head_dim), np.float32)

@@ -194,12 +194,16 @@ def read_at(fd: int, offset: int, array: U8) -> None:
     view = array.reshape(-1).data
     done = 0
     while done < len(view):
-        os.lseek(fd, offset + done, os.SEEK_SET)
-        piece = os.read(fd, len(view) - done)
-        if not piece:
+        if hasattr(os, "preadv"):  # straight into the array: direct reads need its alignment
+            n_read = os.preadv(fd, [view[done:]], offset + done)
+        else:
+            os.lseek(fd, offset + done, os.SEEK_SET)
+            piece = os.read(fd, len(view) - done)
+            n_read = len(piece)
+            view[done : done + n_read] = piece
+        if not n_read:
             raise OSError(f"the file ends after {done} of {len(view)} bytes at offset {offset}")
-        view[done : done + len(piece)] = piece
-        done += len(piece)
+        done += n_read
 
 
 def populate(array: U8) -> None:

@@ -1,0 +1,43 @@
+"""KV stores: how the keys and values of past positions are kept, and their bytes.
+
+A store keeps, for each layer, keys and values as rows of one head each: (n_kv_heads, capacity, row_bytes). Position p
+lies in slot p mod capacity, so that a window layer is a ring.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from barefoot.core.ledger import Term
+from barefoot.core.model import ModelSpec
+from barefoot.core.technique import Technique
+
+
+class KVStore(Technique):
+    """The role: the type of the rows. ``row_format`` is the kernels' id for it."""
+
+    @property
+    @abstractmethod
+    def row_format(self) -> str: ...
+
+    @abstractmethod
+    def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
+        """The parts of one head's row of one position: (name, count, bytes each).
+
+        Raises
+        ------
+        Incompatible : ``head_dim`` is no multiple of the store's group.
+        """
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of one head's keys (or values) of one position."""
+        return sum(count * size for _, count, size in self.row_parts(head_dim))
+
+    def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
+        """Bytes of all layers' keys and values for ``context`` positions, prefilled ``chunk`` at a time."""
+        slots = sum(spec.kv_positions(layer, context, chunk) for layer in range(spec.n_layers))
+        rows = 2 * slots * spec.n_kv_heads
+        return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
+
+
+ROLE = KVStore

@@ -3,7 +3,9 @@
 
 inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64_t width) {
   const int64_t n = kv.head_dim;
-  if (kv.format == KvFormat::f16) {
+  if (kv.format == KvFormat::f32) {
+    F32::to_float(p, n, out);
+  } else if (kv.format == KvFormat::f16) {
     F16::to_float(p, n, out);
   } else {
     for (int64_t at = 0; at < n; at += kGroup) {
@@ -62,6 +64,10 @@ inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, in
     for (int64_t h = 0; h < kv.n_kv_heads; ++h) {
       const float* x = rows + (token * kv.n_kv_heads + h) * n;
       uint8_t* p = buffer + (h * kv.capacity + slot) * row_bytes;
+      if (kv.format == KvFormat::f32) {
+        std::memcpy(p, x, n * sizeof(float));
+        continue;
+      }
       if (kv.format == KvFormat::f16) {
         for (int64_t i = 0; i < n; ++i) {
           const uint16_t half = float_to_half(x[i]);

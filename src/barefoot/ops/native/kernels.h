@@ -42,13 +42,14 @@ struct MatmulArgs {
   int n_threads;
 };
 
-enum class KvFormat { f16, q8, q4 };
+enum class KvFormat { f32, f16, q8, q4 };
 
 struct KvShape {
   KvFormat format;
   int64_t n_kv_heads, head_dim, capacity;
   int64_t row_bytes() const {
     const int64_t groups = (head_dim + kGroup - 1) / kGroup;
+    if (format == KvFormat::f32) return 4 * head_dim;
     if (format == KvFormat::f16) return 2 * head_dim;
     return format == KvFormat::q8 ? head_dim + 2 * groups : head_dim / 2 + 4 * groups;
   }

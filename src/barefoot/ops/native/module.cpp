@@ -232,10 +232,11 @@ int64_t argmax(Vector logits) {
 // --- KV ---
 
 KvFormat kv_format(const std::string& name) {
+  if (name == "f32") return KvFormat::f32;
   if (name == "f16") return KvFormat::f16;
   if (name == "q8") return KvFormat::q8;
   if (name == "q4") return KvFormat::q4;
-  refuse("unknown KV format '" + name + "'; known: f16, q4, q8");
+  refuse("unknown KV format '" + name + "'; known: f16, f32, q4, q8");
 }
 
 KvShape kv_shape(const std::string& format, int64_t n_kv_heads, int64_t head_dim, int64_t capacity) {

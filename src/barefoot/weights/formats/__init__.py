@@ -1,0 +1,39 @@
+"""Weight formats: how a matrix is stored, and its bytes.
+
+A format names a block layout of :mod:`barefoot.ops.blocks`, where each is documented bit by bit; kernels read that
+layout directly.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from barefoot.core.ledger import Term
+from barefoot.core.technique import Technique
+
+
+class WeightFormat(Technique):
+    """The role: which block layout a matrix of the model gets.
+
+    Methods take the format that the file stores (an id such as ``"q4_1"``), since a format may carry it as it is.
+    """
+
+    @abstractmethod
+    def layout(self, stored: str) -> str:
+        """The block layout's id for a matrix that the file stores as ``stored``."""
+
+    def terms(self, name: str, rows: int, cols: int, stored: str) -> tuple[Term, ...]:
+        """Bytes of a (rows, cols) matrix, by the parts of its blocks (codes, scales, minimums).
+
+        Raises
+        ------
+        Incompatible : ``cols`` is no multiple of the layout's group.
+        """
+        from barefoot.ops import blocks
+
+        layout = self.layout(stored)
+        n_blocks = rows * blocks.n_blocks(layout, cols)
+        return tuple(Term(f"{name} {part}", n_blocks, size) for part, size in blocks.parts(layout))
+
+
+ROLE = WeightFormat

@@ -1,0 +1,43 @@
+"""What the planner decides and the engine obeys: one frozen record, no weights and no arrays in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from barefoot.core.model import WeightGroup
+from barefoot.kv.stores import KVStore
+from barefoot.weights.formats import WeightFormat
+
+Activations = Literal["int8", "float32"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is laid out in memory and run.
+
+    Attributes
+    ----------
+    context : positions that the KV store holds.
+    chunk : tokens that prefill passes through the layers at once; bounds the activations.
+    weights : format of each group of matrices (embed, attn, ffn, head); vectors are always f32.
+    kv : the KV store.
+    activations : ``int8`` quantizes the inputs of quantized matrices by groups of 32 (fast); ``float32`` does not.
+    n_streamed_layers : so many layers, the last ones, stay on disk and pass through two buffers in each step. They
+        keep the file's own blocks, whatever ``weights`` says.
+    stream_head : the matrix that makes the logits is read from disk by tiles in each step, and, when it is tied,
+        embedding rows are read singly.
+    n_logits : tokens whose logits are computed at once; more than 1 only pays where every token's logits are wanted.
+    n_threads : compute threads.
+    """
+
+    context: int
+    kv: KVStore
+    weights: Mapping[WeightGroup, WeightFormat] = field(default_factory=dict)
+    chunk: int = 64
+    activations: Activations = "int8"
+    n_streamed_layers: int = 0
+    stream_head: bool = False
+    n_logits: int = 1
+    n_threads: int = 1

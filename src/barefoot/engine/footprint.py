@@ -1,0 +1,204 @@
+"""The bytes of a run, in closed form: what the engine's arena will hand out, entry by entry.
+
+Each entry, but for those of ``PASSING``, is one region of the arena under its owner's name; the engine takes from it
+exactly what is stated here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from barefoot.core.ledger import Footprint, Phase, Term, entry
+from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
+from barefoot.core.model import ModelSpec, WeightGroup, WeightSpec
+from barefoot.core.units import round_up
+from barefoot.engine.config import EngineConfig
+from barefoot.engine.placement import Placement, place, stream_buffer_bytes
+from barefoot.ops import attention_scratch_bytes, blocks, matmul_scratch_bytes
+from barefoot.weights.formats.dense import Dense
+from barefoot.weights.formats.stored import Stored
+
+RUNNING: tuple[Phase, ...] = ("prefill", "decode")
+
+CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
+
+# Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
+PASSING = ("encoder", "sampling")
+ENCODE_BYTES_PER_WEIGHT = 17
+SAMPLE_BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
+
+
+def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
+    """All regions of a run of ``spec`` under ``config``.
+
+    Raises
+    ------
+    InvalidInput : numbers of ``config`` that the model does not allow.
+    Incompatible : a format or KV store that does not divide the model's sizes.
+    """
+    placement = place(spec, config)
+    return (
+        _weights(spec, config, placement)
+        + _streams(spec, placement)
+        + _staging(placement)
+        + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
+        + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
+        + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
+        + entry("sampling", "workspace", [Term("arrays", spec.vocab_size, SAMPLE_BYTES_PER_TOKEN)], phases=("decode",))
+        + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
+        + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
+    )
+
+
+def _block(name: str, n_bytes: int) -> Term:
+    return Term(name, 1, round_up(n_bytes, ALIGNMENT))
+
+
+def _padding(sizes: Iterable[int]) -> Term:
+    """Bytes between arrays that each start on a cache line."""
+    return Term("alignment", sum(-size % ALIGNMENT for size in sizes), 1)
+
+
+def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Footprint:
+    """An entry for each group of resident weights. Matrices of one shape are counted together."""
+    shapes: dict[WeightGroup, Counter[tuple[int, int, str]]] = {}
+    for weight, _ in placement.resident:
+        shapes.setdefault(weight.group, Counter())[weight.rows, weight.cols, weight.format] += 1
+    phases = _loading(placement) + RUNNING
+    result = Footprint()
+    for group, counted in shapes.items():
+        fmt = Dense("f32") if group == "norm" else config.weights.get(group, Stored())
+        totals: Counter[tuple[str, int]] = Counter()
+        padding = 0
+        for (rows, cols, stored), n in counted.items():
+            terms = fmt.terms(fmt.layout(stored), rows, cols, stored)
+            for term in terms:
+                totals[term.name, term.bytes_each] += n * term.count
+            padding += n * (-sum(t.bytes for t in terms) % ALIGNMENT)
+        summed = [Term(name, count, size) for (name, size), count in totals.items()]
+        result += entry(f"weights.{group}", "weights", [*summed, Term("alignment", padding, 1)], phases=phases)
+    return result
+
+
+def _streams(spec: ModelSpec, placement: Placement) -> Footprint:
+    n_bytes = stream_buffer_bytes(spec, placement)
+    if not n_bytes:
+        return Footprint()
+    return entry("stream", "weights", [Term("buffers", 2, n_bytes)], phases=RUNNING)
+
+
+def converted(placement: Placement) -> list[tuple[WeightSpec, str]]:
+    """Resident weights whose layout differs from what the file stores."""
+    return [(weight, layout) for weight, layout in placement.resident if layout != weight.format]
+
+
+def _loading(placement: Placement) -> tuple[Phase, ...]:
+    return ("load", "convert") if converted(placement) else ("load",)
+
+
+def tile_rows(weight: WeightSpec) -> int:
+    """Rows of a weight that are converted at a time."""
+    return min(weight.rows, max(1, CONVERT_ELEMENTS // weight.cols))
+
+
+def staging_sizes(placement: Placement) -> tuple[int, int, int]:
+    """Bytes of the largest tile as stored and as float32, and the weights in it; zeros when nothing is converted."""
+    tiles = [(w, tile_rows(w)) for w, _ in converted(placement)]
+    raw = max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in tiles), default=0)
+    elements = max((rows * w.cols for w, rows in tiles), default=0)
+    return raw, elements * 4, elements
+
+
+def _staging(placement: Placement) -> Footprint:
+    raw, decoded, elements = staging_sizes(placement)
+    if not elements:
+        return Footprint()
+    return entry(
+        "staging", "workspace", [_block("stored tile", raw), _block("float tile", decoded)], phases=("load", "convert")
+    ) + entry("encoder", "workspace", [Term("arrays", elements, ENCODE_BYTES_PER_WEIGHT)], phases=("convert",))
+
+
+def kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int) -> int:
+    """Bytes of one layer's keys; values take the same."""
+    slots = spec.kv_positions(layer, config.context, config.chunk)
+    return spec.n_kv_heads * slots * config.kv.row_bytes(spec.head_dim)
+
+
+def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+    terms = config.kv.terms(spec, config.context, config.chunk)
+    padding = _padding(2 * [kv_bytes(spec, config, layer) for layer in range(spec.n_layers)])
+    return [*terms, padding]
+
+
+def _logits(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+    n = config.n_logits * spec.vocab_size
+    return [Term("logits", n, 4), _padding([n * 4])]
+
+
+def activations(spec: ModelSpec, config: EngineConfig) -> Arrangement:
+    """Where the arrays of a pass lie in one block, by their lifetimes within a layer."""
+    return arrange([b for b, _ in activation_buffers(spec, config)])
+
+
+def activation_buffers(spec: ModelSpec, config: EngineConfig) -> list[tuple[Buffer, int]]:
+    """Each array of a pass over ``chunk`` tokens, and its width: float32 (chunk, width), or bytes of width 0.
+
+    Steps: 0 embed, 1 norm, 2 q k v, 3 rope and append, 4 attention, 5 o, 6 norm and add, 7 norm, 8 gate and up, 9 glu,
+    10 down, 11 norm and add, 12 logits.
+    """
+    n = config.chunk
+    d, ff = spec.d_model, spec.d_ff
+    q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    sandwich = any(w.name.endswith("post_attn_norm") for w in spec.weights)
+    arrays = [
+        ("x", d, 0, 12),
+        ("attn_in", d, 1, 2),
+        ("q", q, 2, 4),
+        ("k", kv, 2, 3),
+        ("v", kv, 2, 3),
+        ("attn_out", q, 4, 5),
+        ("ffn_in", d, 7, 8),
+        ("gate", ff, 8, 10),
+        ("up", ff, 8, 9),
+        ("head_in", d, 12, 12),
+        *((("o", d, 5, 6), ("down", d, 10, 11)) if sandwich else ()),
+    ]
+    buffers = [(Buffer(name, n * width * 4, start, end), width) for name, width, start, end in arrays]
+    buffers.append((Buffer("ids", n * 4, 0, 0), 0))
+    row = _streamed_embed_row_bytes(spec, config)
+    if row:
+        buffers.append((Buffer("embed_rows", n * row, 0, 0), 0))
+    return buffers
+
+
+def _streamed_embed_row_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """Bytes of one embedding row that is read from disk; 0 when the matrix is resident."""
+    if not (config.stream_head and spec.tied):
+        return 0
+    embed = next(w for w in spec.weights if w.name == "embed")
+    return blocks.row_bytes(embed.format, embed.cols)
+
+
+def _rope(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+    """For each kind of rope, frequencies, and the cosines and sines of one chunk's positions."""
+    terms = [Term("positions", 2 * round_up(config.chunk, 16), 4)]
+    for rope in dict.fromkeys(layer.rope for layer in spec.layers):
+        half = rope.dim // 2
+        terms.append(Term("frequencies", round_up(half, 16), 4))
+        terms.append(Term("cosines and sines", 2 * round_up(config.chunk * half, 16), 4))
+    return terms
+
+
+def scratch_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """The most that one op of a pass needs; ops run one after the other and share it."""
+    inputs = (spec.d_model, spec.n_heads * spec.head_dim, spec.d_ff)
+    sizes = [
+        size
+        for n in (1, config.chunk)
+        for size in (
+            *(matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads) for cols in inputs),
+            attention_scratch_bytes(n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads),
+        )
+    ]
+    return max(sizes)

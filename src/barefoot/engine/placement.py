@@ -1,0 +1,96 @@
+"""Where each weight of a job lives: resident in a block layout, or on disk and passed through two buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from barefoot.core.errors import InvalidInput
+from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.core.units import round_up
+from barefoot.engine.config import EngineConfig
+from barefoot.ops import blocks
+from barefoot.weights.formats.stored import Stored
+
+PAGE = 4096  # bytes; direct reads start and end on multiples of it, in the file and in memory
+HEAD_TILE_BYTES = 1 << 20  # rows of a streamed head that are read at a time
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The weights of a model, divided.
+
+    Attributes
+    ----------
+    resident : (weight, block layout) of every weight in memory; vectors are f32.
+    streamed : the matrices of each streamed layer, in layer order; they keep the file's blocks.
+    head : the matrix of the logits.
+    head_tile_rows : its rows that are read at a time; 0 when it is resident.
+    """
+
+    resident: tuple[tuple[WeightSpec, str], ...]
+    streamed: tuple[tuple[WeightSpec, ...], ...]
+    head: WeightSpec
+    head_tile_rows: int
+
+    @property
+    def embed_on_disk(self) -> bool:
+        return bool(self.head_tile_rows) and self.head.name == "embed"
+
+
+def place(spec: ModelSpec, config: EngineConfig) -> Placement:
+    """Divide the weights as ``config`` says.
+
+    Raises
+    ------
+    InvalidInput : numbers of ``config`` that the model does not allow.
+    """
+    _check(spec, config)
+    first_streamed = spec.n_layers - config.n_streamed_layers
+    head_name = "embed" if spec.tied else "head"
+    head = next(w for w in spec.weights if w.name == head_name)
+    resident: list[tuple[WeightSpec, str]] = []
+    streamed: list[list[WeightSpec]] = [[] for _ in range(config.n_streamed_layers)]
+    for weight in spec.weights:
+        layer = weight.layer
+        if weight.group == "norm":
+            resident.append((weight, "f32"))
+        elif layer is not None and layer >= first_streamed:
+            streamed[layer - first_streamed].append(weight)
+        elif not (config.stream_head and weight is head):
+            resident.append((weight, config.weights.get(weight.group, Stored()).layout(weight.format)))
+    tile_rows = max(1, HEAD_TILE_BYTES // blocks.row_bytes(head.format, head.cols)) if config.stream_head else 0
+    return Placement(tuple(resident), tuple(map(tuple, streamed)), head, min(tile_rows, head.rows))
+
+
+def _check(spec: ModelSpec, config: EngineConfig) -> None:
+    for name, got, low, high in (
+        ("context", config.context, 1, spec.context_length),
+        ("chunk", config.chunk, 1, config.context),
+        ("n_logits", config.n_logits, 1, config.chunk),
+        ("n_streamed_layers", config.n_streamed_layers, 0, spec.n_layers),
+    ):
+        if not low <= got <= high:
+            raise InvalidInput(f"{name} must be {low} to {high} for {spec.name}, got {got}")
+
+
+def stored_bytes(weight: WeightSpec) -> int:
+    """Bytes of a weight in its file, without padding."""
+    return weight.rows * blocks.row_bytes(weight.format, weight.cols)
+
+
+def item_bytes(weights: Iterable[WeightSpec]) -> int:
+    """Bytes of a buffer that holds these matrices read directly from a file, wherever they start in it.
+
+    In the worst case each is read by itself, with up to a page before it and its end rounded to a page.
+    """
+    return sum(round_up(stored_bytes(w), PAGE) + PAGE for w in weights)
+
+
+def stream_buffer_bytes(spec: ModelSpec, placement: Placement) -> int:
+    """Bytes of one of the two buffers: the largest streamed layer or head tile. 0 when nothing is streamed."""
+    sizes = [item_bytes(layer) for layer in placement.streamed]
+    if placement.head_tile_rows:
+        tile = placement.head_tile_rows * blocks.row_bytes(placement.head.format, placement.head.cols)
+        sizes.append(round_up(tile, PAGE) + PAGE)
+    return max(sizes, default=0)

@@ -1,0 +1,364 @@
+"""The torch-free engine: a decoder run token by token and chunk by chunk, in exactly the planned bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from barefoot import ops
+from barefoot.core.errors import InvalidInput
+from barefoot.core.model import LayerSpec, ModelSpec, WeightSpec
+from barefoot.engine.arena import Arena
+from barefoot.engine.buffers import Buffers, Views
+from barefoot.engine.config import EngineConfig
+from barefoot.engine.files import WeightFiles
+from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
+from barefoot.engine.placement import Placement, place, stream_buffer_bytes
+from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
+from barefoot.engine.weights import Progress, load
+from barefoot.io.inventory import Checkpoint
+from barefoot.ops import PackedWeight, blocks
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+AllLogits = Callable[[int, F32], None]  # index in the prompt of the first row, logits (n, vocab) valid during the call
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's weights, keys and values. ``matrices`` are q, k, v, o, gate, up, down; those of a streamed layer are
+    bound to a buffer when it is run, in the order of ``streamed``."""
+
+    spec: LayerSpec
+    rope: int
+    capacity: int
+    keys: U8
+    values: U8
+    qkv: list[PackedWeight]
+    o: list[PackedWeight]
+    gate_up: list[PackedWeight]
+    down: list[PackedWeight]
+    vectors: dict[str, F32]
+    streamed: tuple[PackedWeight, ...]
+
+
+class Engine:
+    """A model loaded under a configuration, and one sequence's keys and values.
+
+    Parameters
+    ----------
+    checkpoint : the opened weights that ``spec`` was made from.
+    progress : called with (bytes done, bytes in all) while resident weights are read.
+
+    Raises
+    ------
+    InvalidInput, Incompatible : ``config`` does not go with the model; nothing was allocated.
+    CorruptFile : the weights can't be read.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, config: EngineConfig, *, progress: Progress | None = None
+    ) -> None:
+        self.spec, self.config = spec, config
+        self.footprint = footprint(spec, config)
+        self.arena = Arena(self.footprint)
+        self.position = 0
+        self._highest = 0  # positions written since the last reset: rings hold the latest of these
+        self._tensors = checkpoint.tensors
+        self._placement = place(spec, config)
+        self._files = WeightFiles(checkpoint.paths)
+        ops.set_threads(config.n_threads)
+        try:
+            self._matrices, self._vectors = load(
+                spec, self._placement, self._tensors, self._files, self.arena, progress
+            )
+            self.arena.release("staging")
+            self._allocate()
+        except BaseException:
+            self._files.close()
+            raise
+        running = (e for phase in RUNNING for e in self.footprint.select(phase=phase))
+        planned = {e.owner: e.bytes for e in running if e.owner not in PASSING}
+        assert self.arena.used_by_owner() == planned
+
+    def _allocate(self) -> None:
+        spec, config, placement = self.spec, self.config, self._placement
+        self._buffers = Buffers(spec, config, self.arena)
+        self._logits = self.arena.floats("logits", config.n_logits, spec.vocab_size)
+        self._scratch = self.arena.take("scratch", scratch_bytes(spec, config))
+        self._layers = [self._layer(i) for i in range(spec.n_layers)]
+        self._stream, self._n_tiles = None, 0
+        if placement.streamed or placement.head_tile_rows:
+            n_bytes = stream_buffer_bytes(spec, placement)
+            buffers = self.arena.take("stream", n_bytes), self.arena.take("stream", n_bytes)
+            self._stream = Stream(self._files, self._items(placement), buffers)
+
+    def _items(self, placement: Placement) -> list[Item]:
+        """Streamed layers, then tiles of the head: the order of a pass."""
+        sizes = [self._files.size(shard) for shard in range(self._files.n_shards)]
+        items = [layer_item(weights, self._tensors, sizes) for weights in placement.streamed]
+        if placement.head_tile_rows:
+            head = placement.head
+            tensor = self._tensors[head.source]
+            for first, n_rows in _tiles(head.rows, placement.head_tile_rows):
+                piece = (tensor.shard, *byte_range(head, tensor, first, n_rows))
+                items.append(arrange_item([piece], sizes, join=False))
+                self._n_tiles += 1
+        return items
+
+    def _layer(self, index: int) -> _Layer:
+        spec, config = self.spec, self.config
+        prefix = f"layers.{index}."
+        first_streamed = spec.n_layers - len(self._placement.streamed)
+        streamed: dict[str, PackedWeight] = {}
+        if index >= first_streamed:
+            streamed = {w.name: _unbound(w) for w in self._placement.streamed[index - first_streamed]}
+        matrix = {name: streamed.get(prefix + name) or self._matrices[prefix + name] for name in _MATRICES}
+        capacity = spec.kv_positions(index, config.context, config.chunk)
+        shape = (spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
+        n_bytes = kv_bytes(spec, config, index)
+        return _Layer(
+            spec=spec.layers[index],
+            rope=self._buffers.tables.ropes.index(spec.layers[index].rope),
+            capacity=capacity,
+            keys=self.arena.take("kv", n_bytes).reshape(shape),
+            values=self.arena.take("kv", n_bytes).reshape(shape),
+            qkv=[matrix["q"], matrix["k"], matrix["v"]],
+            o=[matrix["o"]],
+            gate_up=[matrix["gate"], matrix["up"]],
+            down=[matrix["down"]],
+            vectors={n.removeprefix(prefix): v for n, v in self._vectors.items() if n.startswith(prefix)},
+            streamed=tuple(streamed.values()),
+        )
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reading thread and close the files. The arena goes with the engine."""
+        if self._stream is not None:
+            self._stream.close()
+        self._files.close()
+
+    # --- the sequence -----------------------------------------------------------------------------------------------
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens the context holds."""
+        return self.config.context - self.position
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.position = self._highest = 0
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first ``n`` tokens.
+
+        Raises
+        ------
+        InvalidInput : ``n`` is not 0 to ``position``, or a window layer has already overwritten what token n would see.
+        """
+        if not 0 <= n <= self.position:
+            raise InvalidInput(f"can keep 0 to {self.position} tokens, got {n}")
+        if n == 0:
+            self.reset()
+            return
+        for layer in self._layers:
+            window = layer.spec.window
+            oldest_kept = self._highest - layer.capacity
+            if window is not None and oldest_kept > max(0, n + 1 - window):
+                raise InvalidInput(
+                    f"can't go back from {self._highest} tokens to {n}: layers with a window of {window} keep "
+                    f"{layer.capacity} positions",
+                    cure="reset, and prefill the kept tokens again",
+                )
+        self.position = n
+
+    def prefill(
+        self, ids: Sequence[int], progress: Progress | None = None, *, all_logits: AllLogits | None = None
+    ) -> F32:
+        """Append ``ids``, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until the next call.
+
+        ``progress`` gets (tokens done, tokens in all); ``all_logits`` every token's logits, ``n_logits`` at a time.
+
+        Raises
+        ------
+        InvalidInput : no ids, an unknown id, or more than the context holds; nothing was appended.
+        CorruptFile : streamed weights can't be read; the chunks before are kept.
+        """
+        self._check(ids)
+        for start in range(0, len(ids), self.config.chunk):
+            part = ids[start : start + self.config.chunk]
+            last = start + len(part) == len(ids)
+            views = self._forward(part, logits_follow=last or all_logits is not None)
+            if all_logits is not None:
+                for first in range(0, len(part), self.config.n_logits):
+                    all_logits(start + first, self._head(views, first, min(len(part), first + self.config.n_logits)))
+            if progress is not None:
+                progress(start + len(part), len(ids))
+        return self._last(views, views.n - 1)
+
+    def decode(self, token: int) -> F32:
+        """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
+        self._check((token,))
+        return self._last(self._forward((token,), logits_follow=True), 0)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if not len(ids):
+            raise InvalidInput("no tokens were given; a sequence needs at least one")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.spec.vocab_size:
+            raise InvalidInput(f"token ids must be 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}")
+        if len(ids) > self.remaining:
+            raise InvalidInput(
+                f"{len(ids)} tokens don't fit: {self.remaining} of {self.config.context} positions are left",
+                cure="shorten the prompt, or use a larger context",
+            )
+
+    # --- one pass ---------------------------------------------------------------------------------------------------
+
+    def _forward(self, ids: Sequence[int], *, logits_follow: bool) -> Views:
+        """Pass tokens through all layers, leaving the residual stream in ``x``."""
+        if ops.n_threads() != self.config.n_threads:  # another engine of this process uses another number
+            ops.set_threads(self.config.n_threads)
+        views = self._buffers.views(len(ids))
+        self._highest = max(self._highest, self.position + views.n)
+        self._embed(ids, views)
+        self._buffers.tables.fill(self.position, views.n)
+        first_streamed = self.spec.n_layers - len(self._placement.streamed)
+        for index, layer in enumerate(self._layers):
+            if index >= first_streamed:
+                last = index + 1 == self.spec.n_layers
+                then = 0 if last and not (logits_follow and self._n_tiles) else index + 1 - first_streamed
+                self._bind(layer, index - first_streamed, then)
+            self._attention(layer, views)
+            self._feed_forward(layer, views)
+        self.position += views.n
+        return views
+
+    def _bind(self, layer: _Layer, item: int, then: int) -> None:
+        assert self._stream is not None
+        buffer = self._stream.get(item, then)
+        for weight, (start, stop) in zip(layer.streamed, self._stream.spans(item), strict=True):
+            weight.bind(buffer[start:stop])
+
+    def _embed(self, ids: Sequence[int], views: Views) -> None:
+        scale = self.spec.embed_scale
+        if not self._placement.embed_on_disk:
+            views.ids[:] = ids
+            ops.embed(views.ids, self._matrices["embed"], views.x, scale=scale)
+            return
+        weight = self._placement.head
+        tensor = self._tensors[weight.source]
+        rows = self._buffers.embed_rows
+        size = blocks.row_bytes(weight.format, weight.cols)
+        for i, token in enumerate(ids):
+            offset, _ = byte_range(weight, tensor, token, 1)
+            self._files.read(tensor.shard, offset, rows[i * size : (i + 1) * size])
+            views.ids[i] = i
+        packed = PackedWeight(weight.format, views.n, weight.cols, rows[: views.n * size])
+        ops.embed(views.ids, packed, views.x, scale=scale)
+
+    def _matmul(self, x: F32, weights: list[PackedWeight], outs: list[F32], *, add: bool = False) -> None:
+        ops.matmul(x, weights, outs, activations=self.config.activations, add=add, scratch=self._scratch)
+
+    def _attention(self, layer: _Layer, views: Views) -> None:
+        spec, vectors = self.spec, layer.vectors
+        q, k, v = views.q, views.k, views.v
+        ops.rmsnorm(views.x, vectors["attn_norm"], spec.norm_eps, views.attn_in)
+        self._matmul(views.attn_in, layer.qkv, [q, k, v])
+        if "q_bias" in vectors:
+            np.add(q, vectors["q_bias"], out=q)
+            np.add(k, vectors["k_bias"], out=k)
+            np.add(v, vectors["v_bias"], out=v)
+        if "q_norm" in vectors:
+            ops.head_rmsnorm(q, spec.n_heads, spec.head_dim, vectors["q_norm"], spec.norm_eps)
+            ops.head_rmsnorm(k, spec.n_kv_heads, spec.head_dim, vectors["k_norm"], spec.norm_eps)
+        cos, sin = views.rope[layer.rope]
+        ops.rope(q, spec.n_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
+        ops.rope(k, spec.n_kv_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
+        row_format = self.config.kv.row_format
+        ops.kv_append(k, v, layer.keys, layer.values, row_format, layer.capacity, self.position)
+        ops.attention(
+            q,
+            layer.keys,
+            layer.values,
+            row_format,
+            views.attn_out,
+            n_heads=spec.n_heads,
+            n_kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            capacity=layer.capacity,
+            n_past=self.position,
+            n_tokens=views.n,
+            scale=spec.attn_scale,
+            window=layer.spec.window or 0,
+            softcap=spec.attn_softcap,
+            scratch=self._scratch,
+        )
+        self._project(views.attn_out, layer.o, views.x, views.o, vectors.get("post_attn_norm"))
+
+    def _feed_forward(self, layer: _Layer, views: Views) -> None:
+        ops.rmsnorm(views.x, layer.vectors["ffn_norm"], self.spec.norm_eps, views.ffn_in)
+        self._matmul(views.ffn_in, layer.gate_up, [views.gate, views.up])
+        ops.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
+        self._project(views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
+
+    def _project(self, inputs: F32, weight: list[PackedWeight], x: F32, between: F32 | None, norm: F32 | None) -> None:
+        """Add a projection to the residual stream, through a norm where the model has one."""
+        if norm is None or between is None:
+            self._matmul(inputs, weight, [x], add=True)
+            return
+        self._matmul(inputs, weight, [between])
+        ops.rmsnorm(between, norm, self.spec.norm_eps, between)
+        ops.add_(x, between)
+
+    def _last(self, views: Views, row: int) -> F32:
+        logits: F32 = self._head(views, row, row + 1)[0]
+        return logits
+
+    def _head(self, views: Views, first: int, stop: int) -> F32:
+        """Logits (stop - first, vocab) of tokens of the present chunk."""
+        spec, placement = self.spec, self._placement
+        n = stop - first
+        inputs, logits = views.head_in[:n], self._logits[:n]
+        ops.rmsnorm(views.x[first:stop], self._vectors["norm"], spec.norm_eps, inputs)
+        if placement.head_tile_rows:
+            self._head_from_disk(inputs, logits)
+        else:
+            self._matmul(inputs, [self._matrices[placement.head.name]], [logits])
+        if spec.logit_softcap:
+            np.divide(logits, np.float32(spec.logit_softcap), out=logits)
+            np.tanh(logits, out=logits)
+            np.multiply(logits, np.float32(spec.logit_softcap), out=logits)
+        return logits
+
+    def _head_from_disk(self, inputs: F32, logits: F32) -> None:
+        assert self._stream is not None
+        head = self._placement.head
+        first_item = len(self._placement.streamed)
+        for tile, (first, n_rows) in enumerate(_tiles(head.rows, self._placement.head_tile_rows)):
+            item = first_item + tile
+            buffer = self._stream.get(item, 0 if tile + 1 == self._n_tiles else item + 1)
+            ((start, stop),) = self._stream.spans(item)
+            weight = PackedWeight(head.format, n_rows, head.cols, buffer[start:stop])
+            for row in range(len(inputs)):  # a slice of one row is contiguous
+                self._matmul(inputs[row : row + 1], [weight], [logits[row : row + 1, first : first + n_rows]])
+
+
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _unbound(weight: WeightSpec) -> PackedWeight:
+    return PackedWeight(weight.format, weight.rows, weight.cols)
+
+
+def _tiles(n_rows: int, tile_rows: int) -> list[tuple[int, int]]:
+    """(first row, rows) of each tile."""
+    return [(first, min(tile_rows, n_rows - first)) for first in range(0, n_rows, tile_rows)]

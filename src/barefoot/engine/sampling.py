@@ -1,0 +1,105 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from barefoot import ops
+from barefoot.core.errors import InvalidInput
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is drawn; the defaults are greedy.
+
+    Filters apply in this order: repetition penalty, temperature, min-p, top-k, top-p.
+
+    Attributes
+    ----------
+    temperature : divides the logits; 0 takes the largest and ignores the filters after it.
+    min_p : tokens less probable than this fraction of the most probable one are dropped; 0 drops none.
+    top_k : so many most probable tokens are kept; 0 keeps all.
+    top_p : the fewest most probable tokens whose probabilities sum to at least this are kept; 1 keeps all.
+    repetition_penalty : logits of tokens seen are divided by it when positive, multiplied when negative; 1 is none.
+    seed : of the generator that ``rng`` makes; None takes a new one each time.
+    """
+
+    temperature: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed, text in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or a positive number"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number from 0 on"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a positive number"),
+        ):
+            if not allowed:
+                raise InvalidInput(f"{name} must be {text}, got {getattr(self, name)!r}")
+
+    def rng(self) -> np.random.Generator | None:
+        """A new generator; None for a temperature of 0, since numpy.random takes 3 MiB when it is first used."""
+        return np.random.default_rng(self.seed) if self.temperature > 0 else None
+
+
+def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator | None) -> int:
+    """The id of the next token.
+
+    A rank among the sorted logits is drawn, and the token of that rank looked up: no array of ids is needed, whatever
+    the filters leave.
+
+    Parameters
+    ----------
+    logits : float32 (vocab,); not changed.
+    history : ids seen so far, for the repetition penalty.
+    rng : where randomness comes from; None is enough for a temperature of 0.
+    """
+    if params.repetition_penalty != 1 and len(history):
+        logits = penalized(logits, history, params.repetition_penalty)
+    if params.temperature == 0:
+        return ops.argmax(np.ascontiguousarray(logits))
+    assert rng is not None
+    values, cumulative = kept(logits, params)
+    rank = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    equal_before = int(np.count_nonzero(values[:rank] == values[rank]))
+    return int(np.flatnonzero(logits == values[rank])[equal_before])
+
+
+def penalized(logits: F32, history: Sequence[int], penalty: float) -> F32:
+    """A copy in which tokens of ``history`` are less likely."""
+    logits = logits.copy()
+    seen = np.unique(np.asarray(history))
+    picked, factor = logits[seen], np.float32(penalty)
+    logits[seen] = np.where(picked > 0, picked / factor, picked * factor)
+    return logits
+
+
+def kept(logits: F32, params: SamplingParams) -> tuple[F32, npt.NDArray[np.float64]]:
+    """What the filters leave: logits, largest first, and the running sums of exp((logit - largest) / temperature)."""
+    n, largest = len(logits), float(logits.max())
+    values = logits
+    if 0 < params.top_k < n:
+        values = np.partition(logits, n - params.top_k)[n - params.top_k :]
+    if params.min_p > 0:
+        values = values[values >= np.float32(largest + params.temperature * np.log(params.min_p))]
+    values = np.sort(values)[::-1]
+    cumulative = values.astype(np.float64)
+    cumulative -= largest
+    cumulative /= params.temperature
+    np.exp(cumulative, out=cumulative)
+    np.cumsum(cumulative, out=cumulative)
+    if params.top_p < 1:
+        n_kept = int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
+        values, cumulative = values[:n_kept], cumulative[:n_kept]
+    return values, cumulative

@@ -1,0 +1,101 @@
+"""Loading: from the file straight into the arena, by pieces, converted tile by tile where the layout differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from barefoot import ops
+from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.engine.arena import Arena
+from barefoot.engine.files import WeightFiles
+from barefoot.engine.footprint import staging_sizes, tile_rows
+from barefoot.engine.placement import Placement, stored_bytes
+from barefoot.engine.stream import byte_range
+from barefoot.io.types import TensorInfo
+from barefoot.ops import PackedWeight, blocks
+
+U8 = npt.NDArray[np.uint8]
+Progress = Callable[[int, int], None]  # bytes of the file done, bytes in all
+
+PIECE_BYTES = 4 << 20  # read at a time: progress is seen, and pages leave the cache soon
+
+
+def load(
+    spec: ModelSpec,
+    placement: Placement,
+    tensors: Mapping[str, TensorInfo],
+    files: WeightFiles,
+    arena: Arena,
+    progress: Progress | None = None,
+) -> tuple[dict[str, PackedWeight], dict[str, npt.NDArray[np.float32]]]:
+    """Matrices and vectors in memory, by barefoot's names. Norms that files store as w - 1 are made w.
+
+    Raises
+    ------
+    CorruptFile : the file can't be read to its end.
+    """
+    total = sum(stored_bytes(weight) for weight, _ in placement.resident)
+    done = 0
+    matrices: dict[str, PackedWeight] = {}
+    vectors: dict[str, npt.NDArray[np.float32]] = {}
+    loader = _Loader(placement, tensors, files, arena)
+    for weight, layout in placement.resident:
+        target = arena.take(f"weights.{weight.group}", weight.rows * blocks.row_bytes(layout, weight.cols))
+        for n_bytes in loader.fill(weight, layout, target):
+            done += n_bytes
+            if progress is not None:
+                progress(done, total)
+        if weight.group == "norm":
+            vector = target.view(np.float32)
+            if spec.norm_plus_one and weight.name.endswith("norm"):
+                vector += 1
+            vectors[weight.name] = vector
+        else:
+            matrices[weight.name] = PackedWeight(layout, weight.rows, weight.cols, target)
+    return matrices, vectors
+
+
+class _Loader:
+    """Fills targets; holds the staging arrays, which go when it goes."""
+
+    def __init__(
+        self, placement: Placement, tensors: Mapping[str, TensorInfo], files: WeightFiles, arena: Arena
+    ) -> None:
+        self._tensors, self._files = tensors, files
+        raw, decoded, elements = staging_sizes(placement)
+        if elements:
+            self._raw = arena.take("staging", raw)
+            self._decoded = arena.take("staging", decoded).view(np.float32)
+
+    def fill(self, weight: WeightSpec, layout: str, target: U8) -> Iterator[int]:
+        """Fill ``target``, yielding the bytes of the file after each piece."""
+        if layout == weight.format:
+            yield from self._copy(weight, target)
+        else:
+            yield from self._convert(weight, layout, target)
+
+    def _copy(self, weight: WeightSpec, target: U8) -> Iterator[int]:
+        tensor = self._tensors[weight.source]
+        offset, _ = byte_range(weight, tensor)
+        for start in range(0, target.nbytes, PIECE_BYTES):
+            piece = target[start : start + PIECE_BYTES]
+            self._files.read(tensor.shard, offset + start, piece)
+            yield piece.nbytes
+
+    def _convert(self, weight: WeightSpec, layout: str, target: U8) -> Iterator[int]:
+        tensor = self._tensors[weight.source]
+        step = tile_rows(weight)
+        packed = target.reshape(weight.rows, -1)
+        for first in range(0, weight.rows, step):
+            n_rows = min(step, weight.rows - first)
+            offset, n_bytes = byte_range(weight, tensor, first, n_rows)
+            raw = self._raw[:n_bytes]
+            self._files.read(tensor.shard, offset, raw)
+            tile = self._decoded[: n_rows * weight.cols].reshape(n_rows, weight.cols)
+            ids = np.arange(n_rows, dtype=np.int32)
+            ops.embed(ids, PackedWeight(weight.format, n_rows, weight.cols, raw), tile)
+            packed[first : first + n_rows] = blocks.encode(layout, tile)
+            yield n_bytes

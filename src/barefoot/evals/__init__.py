@@ -1,0 +1,1 @@
+"""Measuring quality: perplexity, divergence from a reference, references that privilege no grid."""

@@ -1,0 +1,96 @@
+"""The instruments, held against allocations of known size."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from barefoot.core import measure
+from barefoot.core.units import MIB
+
+SLACK = measure.COUNTER_SLACK
+needs_cgroup = pytest.mark.skipif(measure.cgroup_reason() is not None, reason=str(measure.cgroup_reason()))
+needs_linux = pytest.mark.skipif(measure.resident() is None, reason="this system does not tell resident memory by kind")
+
+
+def touched(n_bytes: int) -> np.ndarray:
+    array = np.empty(n_bytes, np.uint8)
+    array[::4096] = 1
+    return array
+
+
+@needs_linux
+def test_phase_meter_sees_a_freed_allocation():
+    with measure.PhaseMeter() as meter:
+        block = touched(64 * MIB)
+        del block
+    assert meter.result is not None
+    assert 64 * MIB - SLACK <= meter.result.added <= 65 * MIB
+
+
+@needs_linux
+def test_phase_meter_forgets_the_peak_before_it():
+    block = touched(96 * MIB)
+    del block
+    with measure.PhaseMeter() as meter:
+        small = touched(16 * MIB)
+        del small
+    assert meter.result is not None
+    assert 16 * MIB - SLACK <= meter.result.added <= 17 * MIB
+
+
+@needs_linux
+def test_resident_tells_anonymous_from_file_pages(tmp_path):
+    path = tmp_path / "mapped"
+    path.write_bytes(b"\1" * (32 * MIB))
+    before = measure.resident()
+    mapped = np.memmap(path, np.uint8, "r")
+    assert int(mapped[::4096].sum()) == 32 * MIB // 4096
+    after = measure.resident()
+    assert before is not None
+    assert after is not None
+    assert after.file - before.file == pytest.approx(32 * MIB, abs=MIB)
+    assert abs(after.anonymous - before.anonymous) < 2 * MIB
+
+
+def test_traced_peak_is_exact_but_for_a_constant():
+    with measure.TracedPeak() as meter:
+        block = np.empty(64 * MIB, np.uint8)
+        del block
+    assert meter.result is not None
+    assert 64 * MIB <= meter.result.added <= 64 * MIB + 4096
+
+
+def test_storage_bytes_counts_storages_not_shapes():
+    base = np.zeros((1000, 8), np.float32)
+    assert measure.storage_bytes([base]) == 32_000
+    assert measure.storage_bytes([base, base[:10], base.T]) == 32_000
+    assert measure.storage_bytes([base[:, :1]]) == 32_000
+    assert measure.storage_bytes([base, base.copy()]) == 64_000
+
+
+def test_storage_bytes_sees_a_buffer_behind_views():
+    buffer = bytearray(5000)
+    views = [np.frombuffer(buffer, np.uint8, 100, offset) for offset in (0, 100)]
+    assert measure.storage_bytes(views[:1]) == measure.storage_bytes([views[0][:5]])
+
+
+@needs_cgroup
+def test_cgroup_kills_what_exceeds_it_and_spares_what_does_not():
+    code = "b = bytearray({} << 20); b[::4096] = b'1' * len(b[::4096])"
+    small = measure.run_limited([sys.executable, "-c", code.format(32)], 64 * MIB)
+    large = measure.run_limited([sys.executable, "-c", code.format(96)], 64 * MIB)
+    assert (small.returncode, small.killed) == (0, False)
+    assert 32 * MIB <= small.peak_bytes <= 64 * MIB
+    assert large.killed
+
+
+@needs_linux
+def test_peak_resident_of_a_fresh_process():
+    code = (
+        "from barefoot.core import measure; r = measure.resident().total; b = bytearray(80 << 20); "
+        "b[::4096] = b'1' * len(b[::4096]); del b; print(measure.peak_resident() - r)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 80 * MIB - SLACK <= int(out) <= 82 * MIB
