@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows
+from barefoot.ops import blocks, kvrows, panels
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -20,13 +20,18 @@ ROWS_AT_A_TIME = 512
 
 
 class PackedWeight:
-    """A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's buffer."""
+    """A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's buffer.
 
-    __slots__ = ("buffer", "cols", "format", "rows")
+    ``layout``: ``"rows"``, or ``"panels"`` (``barefoot.ops.panels``) where the format and shape have it.
+    """
 
-    def __init__(self, format: str, rows: int, cols: int, buffer: U8 | None = None) -> None:
+    __slots__ = ("buffer", "cols", "format", "layout", "rows")
+
+    def __init__(self, format: str, rows: int, cols: int, buffer: U8 | None = None, layout: str = "rows") -> None:
         blocks.row_bytes(format, cols)
-        self.format, self.rows, self.cols = format, rows, cols
+        if layout not in ("rows", "panels") or (layout == "panels" and not panels.supports(format, rows, cols)):
+            raise ValueError(f"a {format} [{rows}, {cols}] weight has no layout {layout!r}")
+        self.format, self.rows, self.cols, self.layout = format, rows, cols, layout
         self.buffer: U8 | None = None
         if buffer is not None:
             self.bind(buffer)
@@ -48,8 +53,19 @@ def decode_rows(weight: Any, rows: npt.ArrayLike | slice) -> F32:
     """The weights float32 (n, cols) of the chosen rows."""
     if weight.buffer is None:
         raise ValueError(f"the {weight.format} [{weight.rows}, {weight.cols}] weight is not bound to a buffer")
-    packed = weight.buffer.reshape(weight.rows, -1)[rows]
+    if weight.layout == "rows":
+        packed = weight.buffer.reshape(weight.rows, -1)[rows]
+        return blocks.decode(weight.format, packed, weight.cols)
+    ids = np.arange(weight.rows)[rows]
+    wanted, at = np.unique(ids // panels.ROWS, return_inverse=True)
+    chosen = weight.buffer.reshape(weight.rows // panels.ROWS, -1)[wanted]
+    packed = panels.unpack(weight.format, chosen, weight.cols)[at * panels.ROWS + ids % panels.ROWS]
     return blocks.decode(weight.format, packed, weight.cols)
+
+
+def pack_panels(format_id: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
+    packed = panels.pack(format_id, rows.reshape(n_rows, -1), n_cols)
+    out.reshape(-1)[:] = packed.reshape(-1)
 
 
 def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:

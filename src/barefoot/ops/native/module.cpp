@@ -102,7 +102,8 @@ void expect_same_shape(const char* what, const A& a, const B& b) {
 
 class PackedWeight {
  public:
-  PackedWeight(const std::string& format, int64_t rows, int64_t cols, nb::object buffer) : rows_(rows), cols_(cols) {
+  PackedWeight(const std::string& format, int64_t rows, int64_t cols, nb::object buffer, const std::string& layout)
+      : rows_(rows), cols_(cols) {
     const Kernels& table = portable::kernels;
     while (format_ < table.n_formats && format != table.formats[format_].name) ++format_;
     if (format_ == table.n_formats) refuse("unknown weight format '" + format + "'");
@@ -110,6 +111,9 @@ class PackedWeight {
       refuse("a weight needs 1 to 2^31 - 1 rows and columns, got [" + text(rows) + ", " + text(cols) + "]");
     if (cols % info().block_elements)
       refuse(format + " stores blocks of " + text(info().block_elements) + " columns, got " + text(cols) + " columns");
+    if (layout == "panels" && info().has_panels && rows % kPanelRows == 0) layout_ = Layout::panels;
+    else if (layout != "rows")
+      refuse("a " + format + " [" + text(rows) + ", " + text(cols) + "] weight has no layout '" + layout + "'");
     if (!buffer.is_none()) bind(nb::cast<Bytes>(buffer, false));
   }
 
@@ -121,6 +125,8 @@ class PackedWeight {
   const FormatInfo& info() const { return portable::kernels.formats[format_]; }
   int format() const { return format_; }
   const char* format_name() const { return info().name; }
+  Layout layout() const { return layout_; }
+  const char* layout_name() const { return layout_ == Layout::rows ? "rows" : "panels"; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t n_bytes() const { return rows_ * info().row_bytes(cols_); }
@@ -135,6 +141,7 @@ class PackedWeight {
 
  private:
   int format_ = 0;
+  Layout layout_ = Layout::rows;
   int64_t rows_, cols_;
   Bytes buffer_;
 };
@@ -156,7 +163,7 @@ void matmul(Matrix x, nb::sequence weights, nb::sequence outs, const std::string
     expect_size("tokens of the output", dim(x, 0), dim(out, 0));
     expect_size("columns of the output", weight.rows(), dim(out, 1));
     kept[i] = weight.bound();
-    views[i] = {weight.format(), weight.rows(), kept[i].data(), out.data()};
+    views[i] = {weight.format(), weight.layout(), weight.rows(), kept[i].data(), out.data()};
   }
   if (x.size() == 0 || n == 0) return;
   const MatmulArgs args{x.data(),           dim(x, 0), dim(x, 1), views.data(),   static_cast<int>(n),
@@ -177,7 +184,16 @@ void embed(Array<const int32_t, nb::ndim<1>> ids, const PackedWeight& weight, Ma
       refuse("token ids must be 0 to " + text(weight.rows() - 1) + ", got " + text(ids.data()[i]));
   }
   nb::gil_scoped_release release;
-  kernels().embed(ids.data(), n, weight.format(), kept.data(), weight.cols(), scale, out.data());
+  const Weight view{weight.format(), weight.layout(), weight.rows(), kept.data(), nullptr};
+  kernels().embed(ids.data(), n, view, weight.cols(), scale, out.data());
+}
+
+void pack_panels(const std::string& format, Bytes rows, int64_t n_rows, int64_t n_cols, BytesOut out) {
+  const PackedWeight shape(format, n_rows, n_cols, nb::none(), "panels");  // checks that there are such panels
+  expect_size("bytes of rows", shape.n_bytes(), static_cast<int64_t>(rows.size()));
+  expect_size("bytes of out", shape.n_bytes(), static_cast<int64_t>(out.size()));
+  nb::gil_scoped_release release;
+  kernels().pack_panels(shape.format(), rows.data(), n_rows, n_cols, out.data());
 }
 
 // --- fused ---
@@ -324,10 +340,11 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled kernels of barefoot; barefoot.ops describes them.";
 
   nb::class_<PackedWeight>(m, "PackedWeight")
-      .def(nb::init<const std::string&, int64_t, int64_t, nb::object>(), "format"_a, "rows"_a, "cols"_a,
-           "buffer"_a = nb::none())
+      .def(nb::init<const std::string&, int64_t, int64_t, nb::object, const std::string&>(), "format"_a, "rows"_a,
+           "cols"_a, "buffer"_a = nb::none(), "layout"_a = "rows")
       .def("bind", &PackedWeight::bind, "buffer"_a.noconvert())
       .def_prop_ro("format", &PackedWeight::format_name)
+      .def_prop_ro("layout", &PackedWeight::layout_name)
       .def_prop_ro("rows", &PackedWeight::rows)
       .def_prop_ro("cols", &PackedWeight::cols)
       .def_prop_ro("n_bytes", &PackedWeight::n_bytes)
@@ -337,6 +354,8 @@ NB_MODULE(_native, m) {
         "add"_a = false, "scratch"_a.noconvert());
   m.def("embed", &barefoot::embed, "ids"_a.noconvert(), "weight"_a, "out"_a.noconvert(), nb::kw_only(),
         "scale"_a = 1.0f);
+  m.def("pack_panels", &barefoot::pack_panels, "format"_a, "rows"_a.noconvert(), "n_rows"_a, "n_cols"_a,
+        "out"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
