@@ -46,7 +46,7 @@ struct Tables<FormatList<Format...>> {
 using All = Tables<Formats>;
 
 constexpr int64_t kFewTokens = 3;       // up to here rows are dotted straight from their blocks
-constexpr int64_t kFewPanelTokens = 7;  // and panels
+constexpr int64_t kFewPanelTokens = 24;  // and panels
 constexpr int64_t kParallel = 8192;     // elements below which waking the threads costs more than it saves
 
 struct MatmulScratch {

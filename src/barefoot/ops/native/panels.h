@@ -121,6 +121,7 @@ void dot_panels(const uint8_t* panels, int64_t n_panels, const Quantized8& x, in
       for (; t + tokens.value <= n_tokens; t += tokens.value)
         dot_panel<Format, tokens.value>(panels, x, t, out + t * out_stride, out_stride, add);
     };
+    if constexpr (kLanes == 16) take(Constant<8>{});  // 16 accumulators: more than other sets have registers for
     take(Constant<4>{});
     take(Constant<2>{});
     take(Constant<1>{});
