@@ -130,7 +130,8 @@ def save(name: str, record: Mapping[str, Any], *packages: str) -> None:
         **record,
     }
     for line in full.get("claims", []):
-        bound = f">= {line['at_least']}" if line["at_least"] is not None else f"<= {line['at_most']}"
+        bounds = ((">=", line["at_least"]), ("<=", line["at_most"]))
+        bound = " and ".join(f"{sign} {value}" for sign, value in bounds if value is not None)
         print(f"  {'met   ' if line['met'] else 'MISSED'} {line['claim']}: {line['measured']} ({bound})")
     path = RESULTS / f"{name.replace('/', '_')}.json"
     path.parent.mkdir(exist_ok=True)

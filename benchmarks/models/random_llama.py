@@ -54,12 +54,12 @@ def matrix(rng: np.random.Generator, rows: int, cols: int, kind: str) -> np.ndar
 
 
 def vocabulary(n: int) -> tuple[list[str], list[int]]:
-    """A byte-level vocabulary without merges: 256 bytes in GPT-2's alphabet, an end token, and unused entries."""
+    """A byte-level vocabulary with one merge: an end token, 256 bytes in GPT-2's alphabet, "ab", and unused entries."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     alphabet = [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-    tokens = ["<|end|>", *alphabet, *(f"<unused{i}>" for i in range(n - 257))]
-    return tokens[:n], [3] + [1] * 256 + [5] * (n - 257)
+    tokens = ["<|end|>", *alphabet, "ab", *(f"<unused{i}>" for i in range(n - 258))]
+    return tokens[:n], [3] + [1] * 257 + [5] * (n - 258)
 
 
 def write(path: str, shape: dict[str, int], kind: str, seed: int) -> None:

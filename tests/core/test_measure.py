@@ -1,5 +1,6 @@
 """The instruments, held against allocations of known size."""
 
+import mmap
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ needs_linux = pytest.mark.skipif(measure.resident() is None, reason="this system
 
 
 def touched(n_bytes: int) -> np.ndarray:
-    array = np.empty(n_bytes, np.uint8)
+    """Fresh pages from the system: malloc would reuse what an earlier test gave back."""
+    array = np.frombuffer(mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
     array[::4096] = 1
     return array
 

@@ -3,7 +3,6 @@
 import gc
 import tracemalloc
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from random_files import GEMMA, LLAMA, write_random
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
 from barefoot.core.ledger import Term, entry
-from barefoot.core.measure import resident
+from barefoot.core.measure import release_free_memory, resident
 from barefoot.engine.arena import Arena
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.footprint import CONVERT_ELEMENTS, ENCODE_BYTES_PER_WEIGHT, PASSING, footprint
@@ -146,13 +145,16 @@ def test_nothing_stays_allocated_per_token(tmp_path):
             tracemalloc.start()
             for token in range(20):
                 run.decode(token)
+            gc.collect()
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
-            for token in range(100):
+            for token in range(200):
                 run.decode(token)
-            after, peak = tracemalloc.get_traced_memory()
+            _, peak = tracemalloc.get_traced_memory()
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-        assert after - before < 4096
+        assert after - before < 200 * 40  # less than one object a token
         if ops.backend().startswith("native"):  # the numpy reference makes arrays of its own
             assert peak - before < 32 * 1024
 
@@ -173,8 +175,8 @@ def test_encoding_takes_what_is_planned(rng):
 def test_sampling_takes_at_most_what_is_planned(rng):
     vocab = 200_000
     logits = rng.standard_normal(vocab, dtype=np.float32)
-    spec = replace(spec_from_config(LLAMA, "x"), vocab_size=vocab)
-    planned = next(e.bytes for e in footprint(spec, config_of({})) if e.owner == "sampling")
+    planned = SamplingParams(0.7).footprint(vocab).bytes
+    assert SamplingParams().footprint(vocab).bytes == 0
     peaks = []
     for params in (
         SamplingParams(0.7, top_p=0.5, repetition_penalty=1.1),
@@ -198,6 +200,7 @@ def test_loading_peak_is_planned_and_given_back(tmp_path):
     write_random(tmp_path / "model", config)
     settings = {"weights": dict.fromkeys(("embed", "head", "attn", "ffn"), INT8)}
     gc.collect()
+    release_free_memory()  # loading does so too: what other tests freed must not be counted as its doing
     before = resident()
     with open_engine(tmp_path / "model", settings) as run:
         gc.collect()

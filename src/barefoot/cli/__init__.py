@@ -1,0 +1,1 @@
+"""The command line: thin, since all content comes from the registry, the planner and the engine."""

@@ -23,10 +23,9 @@ RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
-# Entries of numpy arrays that come and go; all others are regions of the arena. The tests measure both numbers.
-PASSING = ("encoder", "sampling")
+# Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
+PASSING = ("encoder",)
 ENCODE_BYTES_PER_WEIGHT = 17
-SAMPLE_BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -45,7 +44,6 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
-        + entry("sampling", "workspace", [Term("arrays", spec.vocab_size, SAMPLE_BYTES_PER_TOKEN)], phases=("decode",))
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
         + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
     )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
+from barefoot.core.measure import release_free_memory
 from barefoot.core.model import LayerSpec, ModelSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
@@ -76,6 +77,7 @@ class Engine:
                 spec, self._placement, self._tensors, self._files, self.arena, progress
             )
             self.arena.release("staging")
+            release_free_memory()  # what converting took must not stay beside keys and values
             self._allocate()
         except BaseException:
             self._files.close()

@@ -10,8 +10,11 @@ import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
+from barefoot.core.ledger import Footprint, Term, entry
 
 F32 = npt.NDArray[np.float32]
+
+BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class SamplingParams:
     def rng(self) -> np.random.Generator | None:
         """A new generator; None for a temperature of 0, since numpy.random takes 3 MiB when it is first used."""
         return np.random.default_rng(self.seed) if self.temperature > 0 else None
+
+    def footprint(self, vocab_size: int) -> Footprint:
+        """The passing arrays of drawing a token; none when greedy and unpenalized."""
+        if self.temperature == 0 and self.repetition_penalty == 1:
+            return Footprint()
+        return entry("sampling", "workspace", [Term("arrays", vocab_size, BYTES_PER_TOKEN)], phases=("decode",))
 
 
 def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator | None) -> int:

@@ -36,7 +36,8 @@ def steps(format_id: str, rows: U8, n_cols: int) -> F32:
     flipped = rows.copy().reshape(-1, blocks.block_bytes(format_id))
     flipped[:, start:end] ^= mask
     there = blocks.decode(format_id, flipped.reshape(rows.shape), n_cols)
-    return np.abs(there - blocks.decode(format_id, rows, n_cols))
+    step: F32 = np.abs(there - blocks.decode(format_id, rows, n_cols))
+    return step
 
 
 def dither(format_id: str, rows: U8, n_cols: int, rng: np.random.Generator) -> F32:

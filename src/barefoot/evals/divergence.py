@@ -26,7 +26,8 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
 def kl(reference: Floats, logits: Floats) -> NDArray[np.float64]:
     """KL(reference ‖ logits) of each position: (n, vocabulary) twice → (n,), in nats, never negative by rounding."""
     p, q = log_softmax(reference), log_softmax(logits)
-    return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    result: NDArray[np.float64] = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    return result
 
 
 def nll(logits: Floats, targets: NDArray[np.int64]) -> NDArray[np.float64]:

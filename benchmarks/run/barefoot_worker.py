@@ -1,0 +1,70 @@
+"""One fresh process of barefoot: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
+
+Settings as in llama_cpp_worker.py, with ``kv`` (a spec string) besides; no torch, no command line.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+
+from barefoot.core.measure import peak_resident
+from barefoot.core.registry import techniques
+from barefoot.core.spec import parse_composition
+from barefoot.engine.config import EngineConfig
+from barefoot.engine.runner import Engine
+from barefoot.engine.specs import model_spec
+from barefoot.io.inventory import Checkpoint
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    logits_of = settings.get("logits_of")
+    start = time.perf_counter()
+    checkpoint = Checkpoint(settings["model"])
+    config = EngineConfig(
+        context=settings["context"],
+        kv=parse_composition(settings.get("kv", "f16"), techniques("kv.stores"), "kv")[0],
+        chunk=settings.get("chunk", 128),
+        n_threads=settings["n_threads"],
+        activations=settings.get("activations", "int8"),
+        n_logits=64 if logits_of else 1,
+    )
+    engine = Engine(checkpoint, model_spec(checkpoint), config)
+    load_s = time.perf_counter() - start
+    if logits_of:
+        kept: list[np.ndarray] = []
+        for window in logits_of:
+            engine.reset()
+            engine.prefill(window[: len(window) // 2])
+            engine.prefill(window[len(window) // 2 : -1], all_logits=lambda _, logits: kept.append(logits.copy()))
+        np.save(settings["out"], np.concatenate(kept))
+        print(json.dumps({"n": sum(map(len, kept))}))
+        return
+    ids = [(7 * i) % 30_000 + 100 for i in range(settings["prefill"])]
+    engine.prefill(ids[:8])
+    engine.reset()
+    start = time.perf_counter()
+    engine.prefill(ids)
+    prefill_s = time.perf_counter() - start
+    token, start = 200, time.perf_counter()
+    for i in range(settings["decode"]):
+        engine.decode(token)
+        token = (token * 31 + i) % 30_000 + 100
+    decode_s = time.perf_counter() - start
+    print(
+        json.dumps(
+            {
+                "load_s": load_s,
+                "prefill_tokens_per_s": settings["prefill"] / prefill_s,
+                "decode_tokens_per_s": settings["decode"] / decode_s,
+                "peak_mib": (peak_resident() or 0) / 2**20,
+                "predicted_mib": engine.footprint.peak()[1] / 2**20,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

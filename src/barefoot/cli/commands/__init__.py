@@ -1,0 +1,23 @@
+"""The subcommands: one module each, found by lying in this folder.
+
+A command's module holds
+
+``HELP``       one line;
+``EXAMPLES``   command lines that work, printed below its help and in docs/cli.md;
+``JSON_KEYS``  name → meaning of each key of the object that ``--json`` writes;
+``configure(parser)``  adds its arguments;
+``execute(args) -> int``  does the work and returns the exit code.
+
+Importing it must stay cheap (no numpy): what is heavy is imported inside ``execute``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def all_commands() -> dict[str, ModuleType]:
+    """Name → module of every subcommand, by name."""
+    return {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}

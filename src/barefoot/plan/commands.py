@@ -1,0 +1,35 @@
+"""Commands to paste: the one place that spells the command line's flags for a job and what is stated about it."""
+
+from __future__ import annotations
+
+import shlex
+
+from barefoot.core.spec import format_technique
+from barefoot.core.units import GIB, MIB
+from barefoot.plan.job import RunJob, Stated, format_weights
+
+
+def spell_bytes(n: int) -> str:
+    """At least ``n`` bytes as ``parse_bytes`` reads them: whole MiB below 10 GiB, whole GiB above."""
+    return f"{-(-n // GIB)}GiB" if n >= 10 * GIB else f"{-(-n // MIB)}MiB"
+
+
+def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Stated, *, exact: bool = False) -> str:
+    """The command for ``job`` within ``budget_bytes`` of the place that computes, with what is stated as flags.
+
+    ``barefoot run`` on this machine, ``barefoot plan --device`` for another one. ``exact`` spells the budget in bytes.
+    """
+    words = ["barefoot", "run" if device == "this" else "plan", model]
+    words += ["--device", device] if device != "this" else []
+    words += ["--memory", str(budget_bytes) if exact else spell_bytes(budget_bytes)]
+    words += ["--context", str(job.context), "--max-tokens", str(job.max_tokens)]
+    words += ["--batch", str(job.batch)] if job.batch > 1 else []
+    words += ["--weights", format_weights(stated.weights)] if stated.weights else []
+    words += ["--kv", format_technique(stated.kv)] if stated.kv else []
+    words += ["--chunk", str(stated.chunk)] if stated.chunk is not None else []
+    words += ["--stream-layers", str(stated.streamed_layers)] if stated.streamed_layers is not None else []
+    if stated.stream_head is not None:
+        words.append("--stream-head" if stated.stream_head else "--no-stream-head")
+    words += ["--threads", str(stated.n_threads)] if stated.n_threads is not None else []
+    words += ["--activations", stated.activations] if stated.activations is not None else []
+    return shlex.join(words)

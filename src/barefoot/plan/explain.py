@@ -1,0 +1,150 @@
+"""explain — a technique's formula with a model's numbers in it, as data.
+
+The text is the head of the technique's own docstring, the bytes are its own terms: nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from barefoot.core.errors import Incompatible, InvalidInput
+from barefoot.core.ledger import Term
+from barefoot.core.model import ModelSpec
+from barefoot.core.registry import techniques
+from barefoot.core.spec import format_technique, parse_composition
+from barefoot.core.technique import Technique
+from barefoot.kv.stores import KVStore
+from barefoot.plan import quality
+from barefoot.plan.job import RunJob
+from barefoot.weights.formats import WeightFormat
+
+FAMILIES = ("weights.formats", "kv.stores")
+
+
+@dataclass(frozen=True)
+class Line:
+    """The terms of one part of the model (a group of matrices, or all layers' keys and values), and its loss."""
+
+    part: str
+    terms: tuple[Term, ...]
+    kl: float
+    source: str
+    stored_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a technique is and what it takes for a model. ``text`` is its docstring: idea, equations, layout, bytes."""
+
+    technique: str
+    family: str
+    papers: tuple[int, ...]
+    status: str
+    title: str
+    text: str
+    lines: tuple[Line, ...]
+    refused: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(line.bytes for line in self.lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "technique": self.technique,
+            "family": self.family,
+            "papers": list(self.papers),
+            "status": self.status,
+            "title": self.title,
+            "text": self.text,
+            "bytes": self.bytes,
+            "refused": self.refused,
+            "parts": [
+                {
+                    "part": line.part,
+                    "bytes": line.bytes,
+                    "stored_bytes": line.stored_bytes,
+                    "kl": line.kl,
+                    "source": line.source,
+                    "terms": [[t.name, t.count, t.bytes_each] for t in line.terms],
+                }
+                for line in self.lines
+            ],
+        }
+
+
+def find(text: str) -> Technique:
+    """The technique of a spec string, whatever its family.
+
+    Raises
+    ------
+    InvalidInput : unreadable, unknown, or a wrong knob.
+    """
+    name = text.split("(")[0].strip()
+    for family in FAMILIES:
+        if name in techniques(family):
+            return parse_composition(text, techniques(family), family)[0]
+    known = {n: cls for family in FAMILIES for n, cls in techniques(family).items()}
+    return parse_composition(text, known, "technique")[0]
+
+
+def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64) -> Explanation:
+    """The technique's text, and its terms for every part of the model that it could hold.
+
+    Parameters
+    ----------
+    technique : a weight format or a KV store, see :func:`find`.
+    spec : the model.
+    job : gives the KV store's context.
+    chunk : tokens of prefill at once, which window layers keep beyond their window.
+    """
+    text = sys.modules[type(technique).__module__].__doc__ or ""
+    title, _, rest = text.strip().partition("\n")
+    refused = None
+    try:
+        if isinstance(technique, WeightFormat):
+            lines = _weights(technique, spec)
+        elif isinstance(technique, KVStore):
+            loss = quality.kv_loss(spec, technique)
+            reference = 2 * 2 * spec.n_kv_heads * spec.head_dim
+            slots = sum(spec.kv_positions(i, job.context, chunk) for i in range(spec.n_layers))
+            terms = technique.terms(spec, job.context, chunk)
+            lines = (Line("kv", terms, loss.kl, loss.source, slots * reference),)
+        else:
+            raise InvalidInput(f"{technique.name} is neither a weight format nor a KV store")
+    except Incompatible as error:
+        lines, refused = (), str(error)
+    return Explanation(
+        technique=format_technique(technique),
+        family=technique.family,
+        papers=technique.papers,
+        status=technique.status,
+        title=title,
+        text=rest.strip(),
+        lines=lines,
+        refused=refused,
+    )
+
+
+def _weights(technique: WeightFormat, spec: ModelSpec) -> tuple[Line, ...]:
+    from barefoot.ops import blocks
+
+    lines = []
+    for group in dict.fromkeys(w.group for w in spec.weights if w.rows > 1):
+        matrices = [w for w in spec.weights if w.group == group and w.rows > 1]
+        totals: dict[tuple[str, int], int] = {}
+        for w in matrices:
+            for term in technique.terms(technique.layout(w.format), w.rows, w.cols, w.format):
+                totals[term.name, term.bytes_each] = totals.get((term.name, term.bytes_each), 0) + term.count
+        losses = [quality.weight_loss(spec, group, technique, s) for s in sorted({w.format for w in matrices})]
+        worst = max(losses, key=lambda loss: loss.kl)
+        stored = sum(w.rows * blocks.row_bytes(w.format, w.cols) for w in matrices)
+        terms = tuple(Term(name, count, size) for (name, size), count in totals.items())
+        lines.append(Line(group, terms, worst.kl, worst.source, stored))
+    return tuple(lines)

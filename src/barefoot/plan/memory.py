@@ -1,0 +1,73 @@
+"""The bytes of a whole job: the engine's footprint on the host, or a model spread over accelerators and their host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from barefoot.core.device import Device
+from barefoot.core.ledger import Entry, Footprint, Phase, Place, Term, entry
+from barefoot.core.model import ModelSpec
+from barefoot.core.units import MIB
+from barefoot.engine.config import EngineConfig
+from barefoot.ops import blocks
+from barefoot.plan.job import RunJob
+from barefoot.plan.operators import Site, layer_place, layout_of
+
+RUN_PHASES: tuple[Phase, ...] = ("load", "prefill", "decode")
+# Driver context and matrix-library workspaces of each accelerator; assumed, there is no process to measure.
+ACCELERATOR_RUNTIME_BYTES = 512 * MIB
+
+
+def host_footprint(spec: ModelSpec, config: EngineConfig, job: RunJob) -> Footprint:
+    """The engine's own footprint; each sequence of the batch has its own keys, values and logits."""
+    from barefoot.engine.footprint import footprint
+
+    def batched(e: Entry) -> Entry:
+        if job.batch == 1 or e.kind not in ("kv", "logits"):
+            return e
+        return dataclasses.replace(e, terms=tuple(Term(t.name, job.batch * t.count, t.bytes_each) for t in e.terms))
+
+    return Footprint(tuple(batched(e) for e in footprint(spec, config)))
+
+
+def layer_kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int, batch: int) -> int:
+    """Bytes of one layer's keys and values for all sequences."""
+    slots = spec.kv_positions(layer, config.context, config.chunk)
+    return 2 * batch * slots * spec.n_kv_heads * config.kv.row_bytes(spec.head_dim)
+
+
+def accelerator_footprint(
+    spec: ModelSpec, config: EngineConfig, job: RunJob, device: Device, n_host_layers: int
+) -> Footprint:
+    """A model on accelerators, its last ``n_host_layers`` layers with their keys and values in host memory.
+
+    Numbers are sums over all accelerators: weights and KV are shared out, activations and the runtime repeat on each.
+    """
+    site = Site("accelerator", 2, n_host_layers)
+    weights: Counter[tuple[Place, str, int]] = Counter()
+    for w in spec.weights:
+        at = site.place if w.layer is None else layer_place(spec, w.layer, config, site)
+        layout = layout_of(w, config, at)
+        n_blocks = w.rows * (w.cols // blocks.block_elements(layout))
+        weights[at, f"{w.group} {layout}", blocks.block_bytes(layout)] += n_blocks
+    row = config.kv.row_bytes(spec.head_dim)
+    rows: Counter[Place] = Counter()
+    for layer in range(spec.n_layers):
+        rows[layer_place(spec, layer, config, site)] += layer_kv_bytes(spec, config, layer, job.batch) // row
+    total = Footprint()
+    for at in dict.fromkeys(place for place, _, _ in weights):
+        terms = [Term(f"{name} blocks", n, size) for (place, name, size), n in weights.items() if place == at]
+        total += entry("model", "weights", terms, phases=RUN_PHASES, place=at)
+        if rows[at]:
+            total += entry(str(config.kv), "kv", [Term("kv rows", rows[at], row)], phases=RUN_PHASES, place=at)
+    n = device.n_accelerators
+    heads, ffn = (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, 2 * spec.d_ff
+    widest = 2 * spec.d_model + max(heads, ffn)  # residual and normed input, beside the wider half of a layer
+    tokens = max(config.chunk, job.batch)
+    activations = [Term("activations of a token", n * tokens, widest * site.activation_bytes)]
+    total += entry("model", "activations", activations, phases=("prefill", "decode"), place="accelerator")
+    logits = [Term("logits", job.batch * spec.vocab_size, 4)]
+    total += entry("model", "logits", logits, phases=("prefill", "decode"), place="accelerator")
+    runtime = [Term("driver and libraries (assumed)", n, ACCELERATOR_RUNTIME_BYTES)]
+    return total + entry("accelerator", "reserved", runtime, phases=RUN_PHASES, place="accelerator")

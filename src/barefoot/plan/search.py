@@ -1,0 +1,159 @@
+"""search — the best plan's values, over all frames and all options, and the smallest memory that any plan needs.
+
+Exact: frames are visited in the order of the least time that they can have, each is searched exactly, and the search
+ends when no frame left can be better. Bytes of the slots bound from below what a frame needs; whether a choice fits is
+decided by the whole job's footprint, which the engine obeys.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from barefoot.core.ledger import Footprint, Place
+from barefoot.engine.config import EngineConfig
+from barefoot.plan.choices import Frame, Problem, Tables
+from barefoot.plan.memory import accelerator_footprint, host_footprint
+from barefoot.plan.solve import Choice, best, by_bytes, by_speed, pace
+
+ANY_BYTES = 1 << 62
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A frame, a value for each slot, and the bytes of the whole job with them."""
+
+    frame: Frame
+    choice: Choice
+    config: EngineConfig
+    footprint: Footprint
+
+
+@dataclass(frozen=True)
+class _Least:
+    """The least that any choice within a frame costs."""
+
+    frame: Frame
+    bytes: tuple[int, int]
+    seconds: float
+    kl: float
+
+
+class Search:
+    """The search for one problem; ``fixed`` are bytes that are there whatever is chosen (runtime, tokenizer)."""
+
+    def __init__(self, problem: Problem, fixed: Footprint) -> None:
+        self.problem = problem
+        self.fixed = fixed
+        self.place: Place = "accelerator" if problem.device.n_accelerators else "host"
+        self._tables = Tables(problem)
+        self._sizes = Tables(problem, timed=False)
+        self._overhead = functools.cache(self._compute_overhead)
+
+    def footprint(self, frame: Frame, config: EngineConfig) -> Footprint:
+        """Every byte of the job."""
+        problem = self.problem
+        if self.place == "accelerator":
+            job = accelerator_footprint(problem.spec, config, problem.job, problem.device, frame.n_slow)
+        else:
+            job = host_footprint(problem.spec, config, problem.job)
+        return self.fixed + job
+
+    @functools.cached_property
+    def _frames(self) -> list[_Least]:
+        return [_least(frame, self._tables) for frame in self.problem.frames()]
+
+    def _compute_overhead(self, chunk: int, streams: bool, stream_head: bool) -> tuple[int, int]:
+        """Bytes beyond those of the slots, in both places, while the model runs: a bound for all such frames."""
+        frame = Frame(chunk, 0, stream_head)
+        if streams:
+            frame = min((f for f in self.problem.frames() if f.n_slow), key=lambda f: f.n_slow)
+            frame = Frame(chunk, frame.n_slow, stream_head)
+        slots = self._sizes.slots(frame)
+        cheapest = [min(s, key=lambda o: o.kl) for s in slots]
+        config = self.problem.config(frame, [o.value for o in cheapest])
+        total = self.footprint(frame, config)
+
+        def beyond(place: Place, index: int) -> int:
+            running = max(total.select(place=place, phase=phase).bytes for phase in ("prefill", "decode"))
+            return max(0, running - sum(o.bytes[index] for o in cheapest))
+
+        return beyond(self.place, 0), beyond("host", 1) if self.place == "accelerator" else 0
+
+    def _room(self, frame: Frame, budget: Mapping[Place, int]) -> tuple[int, int]:
+        main, second = self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)
+        host = budget["host"] - second if self.place == "accelerator" else 0
+        return budget[self.place] - main, host
+
+    def fits(self, footprint: Footprint, budget: Mapping[Place, int]) -> bool:
+        """Whether the peak of each place is within its budget."""
+        return all(footprint.peak(place)[1] <= allowed for place, allowed in budget.items())
+
+    def fastest(self, budget: Mapping[Place, int], max_kl: float) -> Solution | None:
+        """The fastest choice within the budget whose predicted KL is at most ``max_kl``; None if nothing fits."""
+        found: list[Solution] = []
+
+        def accept(frame: Frame, choice: Choice) -> bool:
+            config = self.problem.config(frame, choice.values)
+            total = self.footprint(frame, config)
+            if not self.fits(total, budget):
+                return False
+            found[:] = [Solution(frame, choice, config, total)]
+            return True
+
+        limit = None
+        for least in sorted(self._frames, key=lambda f: f.seconds):
+            if limit is not None and pace(least.seconds * (1 - 1e-12)) > limit[0]:
+                break
+            room = self._room(least.frame, budget)
+            if least.bytes[0] > room[0] or least.bytes[1] > room[1] or least.kl > max_kl + 1e-12:
+                continue
+            frame = least.frame
+            choice = best(
+                self._tables.slots(frame),
+                room,
+                max_kl=max_kl,
+                below=limit,
+                accept=functools.partial(accept, frame),
+            )
+            if choice is not None:
+                limit = by_speed(choice.bytes[0], choice.seconds, choice.kl)
+        return found[0] if found else None
+
+    def smallest(self, max_kl: float = math.inf, host: int | None = None) -> Solution | None:
+        """The choice with the least peak in the place that computes, whose predicted KL is at most ``max_kl``.
+
+        None when the KL can't be reached, or when the host beside accelerators (``host`` bytes) is too small.
+        """
+        frames = self.problem.frames()
+        chunk = min(f.chunk for f in frames)  # a smaller chunk never takes more bytes
+        bounds = [(self._bound(f), f) for f in frames if f.chunk == chunk]
+        found: Solution | None = None
+        peak = math.inf
+        for bound, frame in sorted(bounds, key=lambda item: item[0]):
+            if bound >= peak:
+                break
+            capacities = (ANY_BYTES, ANY_BYTES)
+            if self.place == "accelerator" and host is not None:
+                capacities = self._room(frame, {self.place: ANY_BYTES, "host": host})
+            choice = best(self._sizes.slots(frame), capacities, max_kl=max_kl, key=by_bytes)
+            if choice is None:
+                continue
+            config = self.problem.config(frame, choice.values)
+            total = self.footprint(frame, config)
+            if total.peak(self.place)[1] < peak:
+                found, peak = Solution(frame, choice, config, total), total.peak(self.place)[1]
+        return found
+
+    def _bound(self, frame: Frame) -> int:
+        """Bytes that any choice within the frame needs where the computation is."""
+        least = _least(frame, self._sizes)
+        return least.bytes[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
+
+
+def _least(frame: Frame, tables: Tables) -> _Least:
+    slots = tables.slots(frame)
+    size = (sum(min(o.bytes[0] for o in s) for s in slots), sum(min(o.bytes[1] for o in s) for s in slots))
+    return _Least(frame, size, sum(min(o.seconds for o in s) for s in slots), sum(min(o.kl for o in s) for s in slots))
