@@ -32,6 +32,7 @@ except ImportError:
 
 __all__ = [
     "PackedWeight",
+    "Program",
     "add_",
     "argmax",
     "attention",
@@ -70,6 +71,17 @@ if TYPE_CHECKING:
     from barefoot.ops.reference import PackedWeight
 else:
     PackedWeight = _impl.PackedWeight
+
+
+#: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
+#: ``matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and ``attention``, which take
+#: what the functions below take, with arrays of as many rows as it will ever have tokens; they record, and keep the
+#: arrays alive. ``run(n_tokens, n_past)`` calls them in order on the first ``n_tokens`` rows: ``n_past`` is the
+#: position of the first token. Arguments are checked op by op as it runs; weights may be bound between runs.
+if TYPE_CHECKING:
+    from barefoot.ops.reference import Program
+else:
+    Program = _impl.Program
 
 
 def matmul(
@@ -141,7 +153,7 @@ def glu(gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
 
 
 def add_(x: F32, y: F32) -> None:
-    """x += y; float32 arrays of one shape."""
+    """x += y; float32 arrays of one shape, or y [d] for every row of x [n_tokens, d]."""
     _impl.add_(x, y)
 
 

@@ -358,7 +358,7 @@ def pack_chunks(codes: U8, bits: int) -> U8:
         return codes
     if bits == 5:
         return np.concatenate(
-            [np.packbits(codes >> 4, axis=-1, bitorder="little"), pack_chunks(codes & 15, 4)], axis=-1
+            [np.packbits(codes >> 4, axis=-1, bitorder="little"), pack_chunks(codes & np.uint8(15), 4)], axis=-1
         )
     if bits == 4:
         return codes[..., :16] | (codes[..., 16:] << np.uint8(4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def decode_rows(weight: Any, rows: npt.ArrayLike | slice) -> F32:
     if weight.layout == "rows":
         packed = weight.buffer.reshape(weight.rows, -1)[rows]
         return blocks.decode(weight.format, packed, weight.cols)
-    ids = np.arange(weight.rows)[rows]
+    ids = np.arange(weight.rows)[rows if isinstance(rows, slice) else np.asarray(rows)]
     wanted, at = np.unique(ids // panels.ROWS, return_inverse=True)
     chosen = weight.buffer.reshape(weight.rows // panels.ROWS, -1)[wanted]
     packed = panels.unpack(weight.format, chosen, weight.cols)[at * panels.ROWS + ids % panels.ROWS]
@@ -200,6 +200,43 @@ def attention(
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
     out[...] = np.einsum("tgrp,gpd->tgrd", weights, values).reshape(n_tokens, -1)
+
+
+class Program:
+    """A recorded sequence of ops; ``run`` calls them on the first rows of their arrays."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[int, int], None]] = []
+
+    def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
+        self._calls.append(lambda n, past: matmul(x[:n], weights, [out[:n] for out in outs], **options))
+
+    def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
+        self._calls.append(lambda n, past: rmsnorm(x[:n], weight, eps, out[:n], **options))
+
+    def head_rmsnorm(self, x: F32, n_heads: int, head_dim: int, weight: F32, eps: float, **options: Any) -> None:
+        self._calls.append(lambda n, past: head_rmsnorm(x[:n], n_heads, head_dim, weight, eps, **options))
+
+    def rope(self, x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved: bool) -> None:
+        self._calls.append(lambda n, past: rope(x[:n], n_heads, head_dim, cos[:n], sin[:n], interleaved=interleaved))
+
+    def glu(self, gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
+        self._calls.append(lambda n, past: glu(gate[:n], up[:n], out[:n], activation=activation))
+
+    def add_(self, x: F32, y: F32) -> None:
+        self._calls.append(lambda n, past: add_(x[:n], y if y.ndim == 1 else y[:n]))
+
+    def kv_append(self, k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int) -> None:
+        self._calls.append(lambda n, past: kv_append(k[:n], v[:n], k_buf, v_buf, fmt, capacity, past))
+
+    def attention(self, q: F32, k_buf: U8, v_buf: U8, fmt: str, out: F32, **options: Any) -> None:
+        self._calls.append(
+            lambda n, past: attention(q[:n], k_buf, v_buf, fmt, out[:n], n_past=past, n_tokens=n, **options)
+        )
+
+    def run(self, n_tokens: int, n_past: int) -> None:
+        for call in self._calls:
+            call(n_tokens, n_past)
 
 
 def argmax(logits: F32) -> int:
