@@ -12,8 +12,9 @@ struct FormatKernels {
   void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
   void (*dot_rows)(const uint8_t* const*, const Quantized8&, int64_t, float*);
   void (*unpack_tile)(const uint8_t* const*, int, int64_t, int64_t, const Tile&);
-  void (*dot_panels)(const uint8_t*, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
-  void (*unpack_panel)(const uint8_t*, int, int64_t, int64_t, const Tile&);
+  int64_t chunks;  // of 32 columns in a block
+  void (*dot_panels)(const uint8_t*, int64_t, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
+  void (*unpack_panel)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
   void (*pack_panel)(const uint8_t*, int64_t, uint8_t*);
 };
 
@@ -29,8 +30,9 @@ constexpr FormatKernels kernels_of() {
   }
   if constexpr (has_panels<Format>) {
     k.layouts[1] = {&multiply_float<&dequantize_lane<Format>>, &dequantize_lane<Format>};
-    k.dot_panels = &dot_panels<Format>;
-    k.unpack_panel = &unpack_panel<Format>;
+    k.chunks = Format::elements / 32;
+    k.dot_panels = &dot_panels<PanelOf<Format>>;
+    k.unpack_panel = &unpack_panel<PanelOf<Format>>;
     k.pack_panel = &pack_panel<Format>;
   }
   return k;
@@ -99,14 +101,14 @@ inline void multiply_few(const MatmulArgs& m, const Quantized8& x, const Weight&
   }
 }
 
-// Rows r0 .. r0 + n - 1 and columns k0 .. k0 + columns - 1 into a tile of 32 rows; the last one stands in for missing ones.
+// Rows r0 .. r0 + n - 1 and columns k0 .. k0 + columns - 1 into a tile of 32 rows; others stand in for missing ones.
 inline void fill_tile(const Weight& w, int64_t n_cols, int64_t r0, int64_t n, int64_t k0, int64_t columns,
                       const Tile& tile) {
   const FormatKernels& k = All::kernels[w.format];
   const int64_t row_bytes = All::info[w.format].row_bytes(n_cols);
   if (w.layout == Layout::panels) {
     for (int64_t i = 0; i < kRowTile; i += kPanelRows)
-      k.unpack_panel(w.data + (r0 + (i < n ? i : 0)) * row_bytes, static_cast<int>(i), k0, columns, tile);
+      k.unpack_panel(w.data + (r0 + (i < n ? i : 0)) * row_bytes, k.chunks, static_cast<int>(i), k0, columns, tile);
     return;
   }
   const uint8_t* rows[kRowTile];
@@ -141,7 +143,7 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
     }
   } else if (w.layout == Layout::panels && m.n_tokens <= kFewPanelTokens) {
     const uint8_t* panels = w.data + begin * All::info[w.format].row_bytes(m.n_cols);
-    k.dot_panels(panels, (end - begin) / kPanelRows, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
+    k.dot_panels(panels, (end - begin) / kPanelRows, k.chunks, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
   } else if (w.layout == Layout::rows && m.n_tokens <= kFewTokens) {
     multiply_few(m, s.x, w, begin, end);
   } else {
