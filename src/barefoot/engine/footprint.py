@@ -11,16 +11,17 @@ from collections.abc import Iterable
 
 from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
-from barefoot.core.model import ModelSpec, WeightGroup, WeightSpec
+from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
-from barefoot.engine.placement import Placement, place, stream_buffer_bytes
-from barefoot.ops import attention_scratch_bytes, blocks, matmul_scratch_bytes
+from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
+from barefoot.ops import attention_scratch_bytes, blocks, matmul_scratch_bytes, panels
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
 
 RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
+ARRANGE_BYTES = 1 << 20  # of rows rearranged as panels at a time: within the cache of a core
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
@@ -61,7 +62,7 @@ def _padding(sizes: Iterable[int]) -> Term:
 def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Footprint:
     """An entry for each group of resident weights. Matrices of one shape are counted together."""
     shapes: dict[WeightGroup, Counter[tuple[int, int, str]]] = {}
-    for weight, _ in placement.resident:
+    for weight in (r.weight for r in placement.resident):
         shapes.setdefault(weight.group, Counter())[weight.rows, weight.cols, weight.format] += 1
     phases = _loading(placement) + RUNNING
     result = Footprint()
@@ -86,34 +87,35 @@ def _streams(spec: ModelSpec, placement: Placement) -> Footprint:
     return entry("stream", "weights", [Term("buffers", 2, n_bytes)], phases=RUNNING)
 
 
-def converted(placement: Placement) -> list[tuple[WeightSpec, str]]:
-    """Resident weights whose layout differs from what the file stores."""
-    return [(weight, layout) for weight, layout in placement.resident if layout != weight.format]
-
-
 def _loading(placement: Placement) -> tuple[Phase, ...]:
-    return ("load", "convert") if converted(placement) else ("load",)
+    return ("load", "convert") if any(r.converted for r in placement.resident) else ("load",)
 
 
-def tile_rows(weight: WeightSpec) -> int:
-    """Rows of a weight that are converted at a time."""
-    return min(weight.rows, max(1, CONVERT_ELEMENTS // weight.cols))
+def tile_rows(resident: Resident) -> int:
+    """Rows of a weight that pass through staging at a time, whole panels: to be converted, or only rearranged."""
+    weight = resident.weight
+    row_bytes = blocks.row_bytes(weight.format, weight.cols)
+    rows = CONVERT_ELEMENTS // weight.cols if resident.converted else ARRANGE_BYTES // row_bytes
+    return min(weight.rows, max(1, rows // panels.ROWS) * panels.ROWS)
 
 
 def staging_sizes(placement: Placement) -> tuple[int, int, int]:
-    """Bytes of the largest tile as stored and as float32, and the weights in it; zeros when nothing is converted."""
-    tiles = [(w, tile_rows(w)) for w, _ in converted(placement)]
-    raw = max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in tiles), default=0)
-    elements = max((rows * w.cols for w, rows in tiles), default=0)
+    """Bytes of the largest tile as stored, bytes as float32 and weights of the largest that is converted."""
+    tiles = [(r, tile_rows(r)) for r in placement.resident if r.converted or r.layout == "panels"]
+    raw = max((rows * blocks.row_bytes(r.weight.format, r.weight.cols) for r, rows in tiles), default=0)
+    elements = max((rows * r.weight.cols for r, rows in tiles if r.converted), default=0)
     return raw, elements * 4, elements
 
 
 def _staging(placement: Placement) -> Footprint:
     raw, decoded, elements = staging_sizes(placement)
-    if not elements:
+    if not raw:
         return Footprint()
+    phases = _loading(placement)
+    if not elements:
+        return entry("staging", "workspace", [_block("stored tile", raw)], phases=phases)
     return entry(
-        "staging", "workspace", [_block("stored tile", raw), _block("float tile", decoded)], phases=("load", "convert")
+        "staging", "workspace", [_block("stored tile", raw), _block("float tile", decoded)], phases=phases
     ) + entry("encoder", "workspace", [Term("arrays", elements, ENCODE_BYTES_PER_WEIGHT)], phases=("convert",))
 
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from barefoot.core.errors import InvalidInput
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
-from barefoot.ops import blocks
+from barefoot.ops import blocks, panels
 from barefoot.weights.formats.stored import Stored
 
 PAGE = 4096  # bytes; direct reads start and end on multiples of it, in the file and in memory
 HEAD_TILE_BYTES = 1 << 20  # rows of a streamed head that are read at a time
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A weight in memory: its block format, and whether its ``layout`` is rows or panels, which take the same bytes."""
+
+    weight: WeightSpec
+    format: str
+    layout: Literal["rows", "panels"]
+
+    @property
+    def converted(self) -> bool:
+        """Whether the file stores another format."""
+        return self.format != self.weight.format
 
 
 @dataclass(frozen=True)
@@ -22,13 +37,13 @@ class Placement:
 
     Attributes
     ----------
-    resident : (weight, block layout) of every weight in memory; vectors are f32.
+    resident : every weight in memory; vectors are f32.
     streamed : the matrices of each streamed layer, in layer order; they keep the file's blocks.
     head : the matrix of the logits.
     head_tile_rows : its rows that are read at a time; 0 when it is resident.
     """
 
-    resident: tuple[tuple[WeightSpec, str], ...]
+    resident: tuple[Resident, ...]
     streamed: tuple[tuple[WeightSpec, ...], ...]
     head: WeightSpec
     head_tile_rows: int
@@ -49,18 +64,24 @@ def place(spec: ModelSpec, config: EngineConfig) -> Placement:
     first_streamed = spec.n_layers - config.n_streamed_layers
     head_name = "embed" if spec.tied else "head"
     head = next(w for w in spec.weights if w.name == head_name)
-    resident: list[tuple[WeightSpec, str]] = []
+    resident: list[Resident] = []
     streamed: list[list[WeightSpec]] = [[] for _ in range(config.n_streamed_layers)]
     for weight in spec.weights:
         layer = weight.layer
         if weight.group == "norm":
-            resident.append((weight, "f32"))
+            resident.append(Resident(weight, "f32", "rows"))
         elif layer is not None and layer >= first_streamed:
             streamed[layer - first_streamed].append(weight)
         elif not (config.stream_head and weight is head):
-            resident.append((weight, config.weights.get(weight.group, Stored()).layout(weight.format)))
+            resident.append(_resident(weight, config))
     tile_rows = max(1, HEAD_TILE_BYTES // blocks.row_bytes(head.format, head.cols)) if config.stream_head else 0
     return Placement(tuple(resident), tuple(map(tuple, streamed)), head, min(tile_rows, head.rows))
+
+
+def _resident(weight: WeightSpec, config: EngineConfig) -> Resident:
+    format_id = config.weights.get(weight.group, Stored()).layout(weight.format)
+    fast = config.activations == "int8" and panels.supports(format_id, weight.rows, weight.cols)
+    return Resident(weight, format_id, "panels" if fast else "rows")
 
 
 def _check(spec: ModelSpec, config: EngineConfig) -> None:

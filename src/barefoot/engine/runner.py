@@ -92,6 +92,9 @@ class Engine:
         self._logits = self.arena.floats("logits", config.n_logits, spec.vocab_size)
         self._scratch = self.arena.take("scratch", scratch_bytes(spec, config))
         self._layers = [self._layer(i) for i in range(spec.n_layers)]
+        first_streamed = spec.n_layers - len(placement.streamed)
+        self._resident_layers = self._program(self._layers[:first_streamed])
+        self._streamed_layers = [(layer, self._program([layer])) for layer in self._layers[first_streamed:]]
         self._stream, self._n_tiles = None, 0
         if placement.streamed or placement.head_tile_rows:
             n_bytes = stream_buffer_bytes(spec, placement)
@@ -233,14 +236,11 @@ class Engine:
         self._highest = max(self._highest, self.position + views.n)
         self._embed(ids, views)
         self._buffers.tables.fill(self.position, views.n)
-        first_streamed = self.spec.n_layers - len(self._placement.streamed)
-        for index, layer in enumerate(self._layers):
-            if index >= first_streamed:
-                last = index + 1 == self.spec.n_layers
-                then = 0 if last and not (logits_follow and self._n_tiles) else index + 1 - first_streamed
-                self._bind(layer, index - first_streamed, then)
-            self._attention(layer, views)
-            self._feed_forward(layer, views)
+        self._resident_layers.run(views.n, self.position)
+        for item, (layer, program) in enumerate(self._streamed_layers):
+            last = item + 1 == len(self._streamed_layers)
+            self._bind(layer, item, 0 if last and not (logits_follow and self._n_tiles) else item + 1)
+            program.run(views.n, self.position)
         self.position += views.n
         return views
 
@@ -267,27 +267,37 @@ class Engine:
         packed = PackedWeight(weight.format, views.n, weight.cols, rows[: views.n * size])
         ops.embed(views.ids, packed, views.x, scale=scale)
 
-    def _matmul(self, x: F32, weights: list[PackedWeight], outs: list[F32], *, add: bool = False) -> None:
-        ops.matmul(x, weights, outs, activations=self.config.activations, add=add, scratch=self._scratch)
+    def _matmul(self, x: F32, weights: list[PackedWeight], outs: list[F32]) -> None:
+        ops.matmul(x, weights, outs, activations=self.config.activations, scratch=self._scratch)
 
-    def _attention(self, layer: _Layer, views: Views) -> None:
+    # --- a layer, recorded ------------------------------------------------------------------------------------------
+
+    def _program(self, layers: Sequence[_Layer]) -> ops.Program:
+        """The ops of these layers on the residual stream ``x``, for up to ``chunk`` tokens."""
+        program, views = ops.Program(), self._buffers.views(self.config.chunk)
+        for layer in layers:
+            self._attention(program, layer, views)
+            self._feed_forward(program, layer, views)
+        return program
+
+    def _attention(self, program: ops.Program, layer: _Layer, views: Views) -> None:
         spec, vectors = self.spec, layer.vectors
         q, k, v = views.q, views.k, views.v
-        ops.rmsnorm(views.x, vectors["attn_norm"], spec.norm_eps, views.attn_in)
-        self._matmul(views.attn_in, layer.qkv, [q, k, v])
+        program.rmsnorm(views.x, vectors["attn_norm"], spec.norm_eps, views.attn_in)
+        self._product(program, views.attn_in, layer.qkv, [q, k, v])
         if "q_bias" in vectors:
-            np.add(q, vectors["q_bias"], out=q)
-            np.add(k, vectors["k_bias"], out=k)
-            np.add(v, vectors["v_bias"], out=v)
+            program.add_(q, vectors["q_bias"])
+            program.add_(k, vectors["k_bias"])
+            program.add_(v, vectors["v_bias"])
         if "q_norm" in vectors:
-            ops.head_rmsnorm(q, spec.n_heads, spec.head_dim, vectors["q_norm"], spec.norm_eps)
-            ops.head_rmsnorm(k, spec.n_kv_heads, spec.head_dim, vectors["k_norm"], spec.norm_eps)
+            program.head_rmsnorm(q, spec.n_heads, spec.head_dim, vectors["q_norm"], spec.norm_eps)
+            program.head_rmsnorm(k, spec.n_kv_heads, spec.head_dim, vectors["k_norm"], spec.norm_eps)
         cos, sin = views.rope[layer.rope]
-        ops.rope(q, spec.n_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
-        ops.rope(k, spec.n_kv_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
+        program.rope(q, spec.n_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
+        program.rope(k, spec.n_kv_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
         row_format = self.config.kv.row_format
-        ops.kv_append(k, v, layer.keys, layer.values, row_format, layer.capacity, self.position)
-        ops.attention(
+        program.kv_append(k, v, layer.keys, layer.values, row_format, layer.capacity)
+        program.attention(
             q,
             layer.keys,
             layer.values,
@@ -297,29 +307,42 @@ class Engine:
             n_kv_heads=spec.n_kv_heads,
             head_dim=spec.head_dim,
             capacity=layer.capacity,
-            n_past=self.position,
-            n_tokens=views.n,
             scale=spec.attn_scale,
             window=layer.spec.window or 0,
             softcap=spec.attn_softcap,
             scratch=self._scratch,
         )
-        self._project(views.attn_out, layer.o, views.x, views.o, vectors.get("post_attn_norm"))
+        self._project(program, views.attn_out, layer.o, views.x, views.o, vectors.get("post_attn_norm"))
 
-    def _feed_forward(self, layer: _Layer, views: Views) -> None:
-        ops.rmsnorm(views.x, layer.vectors["ffn_norm"], self.spec.norm_eps, views.ffn_in)
-        self._matmul(views.ffn_in, layer.gate_up, [views.gate, views.up])
-        ops.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
-        self._project(views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
+    def _feed_forward(self, program: ops.Program, layer: _Layer, views: Views) -> None:
+        program.rmsnorm(views.x, layer.vectors["ffn_norm"], self.spec.norm_eps, views.ffn_in)
+        self._product(program, views.ffn_in, layer.gate_up, [views.gate, views.up])
+        program.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
+        self._project(program, views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
 
-    def _project(self, inputs: F32, weight: list[PackedWeight], x: F32, between: F32 | None, norm: F32 | None) -> None:
+    def _product(
+        self, program: ops.Program, x: F32, weights: list[PackedWeight], outs: list[F32], *, add: bool = False
+    ) -> None:
+        program.matmul(x, weights, outs, activations=self.config.activations, add=add, scratch=self._scratch)
+
+    def _project(
+        self,
+        program: ops.Program,
+        inputs: F32,
+        weight: list[PackedWeight],
+        x: F32,
+        between: F32 | None,
+        norm: F32 | None,
+    ) -> None:
         """Add a projection to the residual stream, through a norm where the model has one."""
         if norm is None or between is None:
-            self._matmul(inputs, weight, [x], add=True)
+            self._product(program, inputs, weight, [x], add=True)
             return
-        self._matmul(inputs, weight, [between])
-        ops.rmsnorm(between, norm, self.spec.norm_eps, between)
-        ops.add_(x, between)
+        self._product(program, inputs, weight, [between])
+        program.rmsnorm(between, norm, self.spec.norm_eps, between)
+        program.add_(x, between)
+
+    # --- logits -----------------------------------------------------------------------------------------------------
 
     def _last(self, views: Views, row: int) -> F32:
         logits: F32 = self._head(views, row, row + 1)[0]

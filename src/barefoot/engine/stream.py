@@ -114,6 +114,7 @@ class Stream:
         CorruptFile : the file could not be read; the item is tried again when it is asked for again.
         """
         slot = self._slot(index)
+        read_ahead = slot is not None
         if slot is None:
             slot = 0 if self._held[1] is not None and self._held[1][0] == then else 1
             self._read(slot, index)
@@ -125,7 +126,9 @@ class Stream:
             held[1].result()
         except BaseException:
             self._held[slot] = None
-            raise
+            if not read_ahead:
+                raise
+            return self.get(index, then)  # it failed some time ago, perhaps: the file may have come back since
         return self._buffers[slot]
 
     def spans(self, index: int) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""Loading: from the file straight into the arena, by pieces, converted tile by tile where the layout differs."""
+"""Loading: from the file straight into the arena, by pieces, converted and rearranged tile by tile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import staging_sizes, tile_rows
-from barefoot.engine.placement import Placement, stored_bytes
+from barefoot.engine.placement import Placement, Resident, stored_bytes
 from barefoot.engine.stream import byte_range
 from barefoot.io.types import TensorInfo
 from barefoot.ops import PackedWeight, blocks
@@ -37,14 +37,15 @@ def load(
     ------
     CorruptFile : the file can't be read to its end.
     """
-    total = sum(stored_bytes(weight) for weight, _ in placement.resident)
+    total = sum(stored_bytes(resident.weight) for resident in placement.resident)
     done = 0
     matrices: dict[str, PackedWeight] = {}
     vectors: dict[str, npt.NDArray[np.float32]] = {}
     loader = _Loader(placement, tensors, files, arena)
-    for weight, layout in placement.resident:
-        target = arena.take(f"weights.{weight.group}", weight.rows * blocks.row_bytes(layout, weight.cols))
-        for n_bytes in loader.fill(weight, layout, target):
+    for resident in placement.resident:
+        weight = resident.weight
+        target = arena.take(f"weights.{weight.group}", weight.rows * blocks.row_bytes(resident.format, weight.cols))
+        for n_bytes in loader.fill(resident, target):
             done += n_bytes
             if progress is not None:
                 progress(done, total)
@@ -54,7 +55,9 @@ def load(
                 vector += 1
             vectors[weight.name] = vector
         else:
-            matrices[weight.name] = PackedWeight(layout, weight.rows, weight.cols, target)
+            matrices[weight.name] = PackedWeight(
+                resident.format, weight.rows, weight.cols, target, layout=resident.layout
+            )
     return matrices, vectors
 
 
@@ -66,16 +69,17 @@ class _Loader:
     ) -> None:
         self._tensors, self._files = tensors, files
         raw, decoded, elements = staging_sizes(placement)
-        if elements:
+        if raw:
             self._raw = arena.take("staging", raw)
+        if elements:
             self._decoded = arena.take("staging", decoded).view(np.float32)
 
-    def fill(self, weight: WeightSpec, layout: str, target: U8) -> Iterator[int]:
+    def fill(self, resident: Resident, target: U8) -> Iterator[int]:
         """Fill ``target``, yielding the bytes of the file after each piece."""
-        if layout == weight.format:
-            yield from self._copy(weight, target)
+        if resident.converted or resident.layout == "panels":
+            yield from self._stage(resident, target)
         else:
-            yield from self._convert(weight, layout, target)
+            yield from self._copy(resident.weight, target)
 
     def _copy(self, weight: WeightSpec, target: U8) -> Iterator[int]:
         tensor = self._tensors[weight.source]
@@ -85,17 +89,27 @@ class _Loader:
             self._files.read(tensor.shard, offset + start, piece)
             yield piece.nbytes
 
-    def _convert(self, weight: WeightSpec, layout: str, target: U8) -> Iterator[int]:
+    def _stage(self, resident: Resident, target: U8) -> Iterator[int]:
+        weight = resident.weight
         tensor = self._tensors[weight.source]
-        step = tile_rows(weight)
+        step = tile_rows(resident)
         packed = target.reshape(weight.rows, -1)
         for first in range(0, weight.rows, step):
             n_rows = min(step, weight.rows - first)
             offset, n_bytes = byte_range(weight, tensor, first, n_rows)
-            raw = self._raw[:n_bytes]
-            self._files.read(tensor.shard, offset, raw)
-            tile = self._decoded[: n_rows * weight.cols].reshape(n_rows, weight.cols)
-            ids = np.arange(n_rows, dtype=np.int32)
-            ops.embed(ids, PackedWeight(weight.format, n_rows, weight.cols, raw), tile)
-            packed[first : first + n_rows] = blocks.encode(layout, tile)
+            rows = self._raw[:n_bytes]
+            self._files.read(tensor.shard, offset, rows)
+            if resident.converted:
+                rows = self._convert(resident, rows, n_rows)
+            if resident.layout == "panels":
+                ops.pack_panels(resident.format, rows, n_rows, weight.cols, packed[first : first + n_rows])
+            else:
+                packed[first : first + n_rows] = rows
             yield n_bytes
+
+    def _convert(self, resident: Resident, raw: U8, n_rows: int) -> U8:
+        weight = resident.weight
+        tile = self._decoded[: n_rows * weight.cols].reshape(n_rows, weight.cols)
+        ids = np.arange(n_rows, dtype=np.int32)
+        ops.embed(ids, PackedWeight(weight.format, n_rows, weight.cols, raw), tile)
+        return blocks.encode(resident.format, tile)

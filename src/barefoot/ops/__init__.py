@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import reference
+from barefoot.ops import panels, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
 from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes
 from barefoot.ops.threads import get as n_threads
@@ -32,6 +32,7 @@ except ImportError:
 
 __all__ = [
     "PackedWeight",
+    "Program",
     "add_",
     "argmax",
     "attention",
@@ -47,6 +48,8 @@ __all__ = [
     "matmul",
     "matmul_scratch_bytes",
     "n_threads",
+    "pack_panels",
+    "panels",
     "populate",
     "read_at",
     "rmsnorm",
@@ -61,12 +64,24 @@ U8 = npt.NDArray[np.uint8]
 _impl: Any = reference if _native is None else _native
 
 #: A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's uint8 buffer.
-#: ``PackedWeight(format, rows, cols, buffer=None)``; ``bind(buffer)`` points it at another buffer of exactly
-#: ``n_bytes`` bytes, of any alignment, and keeps that array alive. Attributes: format, rows, cols, n_bytes, buffer.
+#: ``PackedWeight(format, rows, cols, buffer=None, layout="rows")``; ``bind(buffer)`` points it at another buffer of
+#: exactly ``n_bytes`` bytes, of any alignment, and keeps that array alive. ``layout="panels"`` reads what
+#: ``pack_panels`` wrote. Attributes: format, rows, cols, layout, n_bytes, buffer.
 if TYPE_CHECKING:
     from barefoot.ops.reference import PackedWeight
 else:
     PackedWeight = _impl.PackedWeight
+
+
+#: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
+#: ``matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and ``attention``, which take
+#: what the functions below take, with arrays of as many rows as it will ever have tokens; they record, and keep the
+#: arrays alive. ``run(n_tokens, n_past)`` calls them in order on the first ``n_tokens`` rows: ``n_past`` is the
+#: position of the first token. Arguments are checked op by op as it runs; weights may be bound between runs.
+if TYPE_CHECKING:
+    from barefoot.ops.reference import Program
+else:
+    Program = _impl.Program
 
 
 def matmul(
@@ -91,6 +106,22 @@ def matmul(
     scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``
     """
     _impl.matmul(x, weights, outs, activations=activations, add=add, scratch=scratch)
+
+
+def pack_panels(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
+    """Rewrite row-major ``rows`` as panels (``barefoot.ops.panels``), from which products read several times faster.
+
+    Parameters
+    ----------
+    rows : uint8, n_rows * row_bytes: any whole panels of a matrix, n_rows a multiple of 16, so that a loader can
+        convert piece by piece
+    out : uint8 of the same size, not overlapping
+
+    Raises
+    ------
+    ValueError : ``panels.supports(format, n_rows, n_cols)`` is false, or sizes differ.
+    """
+    _impl.pack_panels(format, rows, n_rows, n_cols, out)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
@@ -122,7 +153,7 @@ def glu(gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
 
 
 def add_(x: F32, y: F32) -> None:
-    """x += y; float32 arrays of one shape."""
+    """x += y; float32 arrays of one shape, or y [d] for every row of x [n_tokens, d]."""
     _impl.add_(x, y)
 
 

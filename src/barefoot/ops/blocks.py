@@ -31,7 +31,6 @@ are equal bit for bit.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,14 +49,31 @@ SHIFTS_OF_2 = np.array([[0], [2], [4], [6]], np.uint8)
 
 
 @dataclass(frozen=True)
+class Group:
+    """Blocks that are one group: an f16 scale, an f16 minimum in some, and chunks of codes after this header."""
+
+    bits: int
+    has_minimum: bool = False
+    signed: bool = False  # 8-bit codes stored as two's complement: code 0 is the byte 0x80
+
+    @property
+    def header_bytes(self) -> int:
+        return 4 if self.has_minimum else 2
+
+
+@dataclass(frozen=True)
 class BlockFormat:
-    """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements)."""
+    """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements).
+
+    ``group`` describes the blocks that have a single scale; None for dense weights and super-blocks.
+    """
 
     name: str
     block_elements: int
     block_bytes: int
     decode_blocks: Callable[[U8], F32]
     encode_blocks: Callable[[F32], U8] | None = None
+    group: Group | None = None
 
 
 _FORMATS: dict[str, BlockFormat] = {}
@@ -119,11 +135,10 @@ def parts(format_id: str) -> tuple[tuple[str, int], ...]:
     fmt = lookup(format_id)
     if fmt.block_elements == 1:
         return (("values", fmt.block_bytes),)
-    integer = re.fullmatch(r"int\d_g\d+_(a?)sym", format_id)
-    if integer is None:
+    if fmt.encode_blocks is None or fmt.group is None:
         return (("blocks", fmt.block_bytes),)
-    scales = (("scales", 2), ("minimums", 2)) if integer[1] else (("scales", 2),)
-    return (("codes", fmt.block_bytes - sum(size for _, size in scales)), *scales)
+    scales = (("scales", 2), ("minimums", 2)) if fmt.group.has_minimum else (("scales", 2),)
+    return (("codes", fmt.block_bytes - fmt.group.header_bytes), *scales)
 
 
 def encode(format_id: str, weights: F32) -> U8:
@@ -163,9 +178,11 @@ def decode(format_id: str, rows: U8, n_cols: int) -> F32:
 # --- parts that several formats share -------------------------------------------------------------------------------
 
 
-def _register(name: str, elements: int, n_bytes: int) -> Callable[[Callable[[U8], F32]], Callable[[U8], F32]]:
+def _register(
+    name: str, elements: int, n_bytes: int, group: Group | None = None
+) -> Callable[[Callable[[U8], F32]], Callable[[U8], F32]]:
     def add(decode_blocks: Callable[[U8], F32]) -> Callable[[U8], F32]:
-        _FORMATS[name] = BlockFormat(name, elements, n_bytes, decode_blocks)
+        _FORMATS[name] = BlockFormat(name, elements, n_bytes, decode_blocks, group=group)
         return decode_blocks
 
     return add
@@ -224,33 +241,32 @@ _FORMATS["bf16"] = BlockFormat(
 # --- GGUF blocks of 32 ----------------------------------------------------------------------------------------------
 
 
-@_register("q4_0", 32, 18)
+@_register("q4_0", 32, 18, Group(4))
 def _q4_0(blocks: U8) -> F32:
     """0-1 d; 2-17 nibbles; w = d * (q - 8)."""
     return _scaled(_nibbles(blocks[:, 2:]).astype(np.int8) - 8, _f16(blocks, 0))
 
 
-@_register("q4_1", 32, 20)
+@_register("q4_1", 32, 20, Group(4, has_minimum=True))
 def _q4_1(blocks: U8) -> F32:
     """0-1 d; 2-3 m; 4-19 nibbles; w = d * q + m."""
     return _scaled(_nibbles(blocks[:, 4:]), _f16(blocks, 0), _f16(blocks, 2))
 
 
-@_register("q5_0", 32, 22)
+@_register("q5_0", 32, 22, Group(5))
 def _q5_0(blocks: U8) -> F32:
     """0-1 d; 2-5 bits (the fifth bit); 6-21 nibbles; w = d * (q - 16)."""
-    codes = _nibbles(blocks[:, 6:]) | (_bits(blocks[:, 2:6]) << 4)
+    codes = unpack_chunks(blocks[:, 2:], 5)
     return _scaled(codes.astype(np.int8) - 16, _f16(blocks, 0))
 
 
-@_register("q5_1", 32, 24)
+@_register("q5_1", 32, 24, Group(5, has_minimum=True))
 def _q5_1(blocks: U8) -> F32:
     """0-1 d; 2-3 m; 4-7 bits (the fifth bit); 8-23 nibbles; w = d * q + m."""
-    codes = _nibbles(blocks[:, 8:]) | (_bits(blocks[:, 4:8]) << 4)
-    return _scaled(codes, _f16(blocks, 0), _f16(blocks, 2))
+    return _scaled(unpack_chunks(blocks[:, 4:], 5), _f16(blocks, 0), _f16(blocks, 2))
 
 
-@_register("q8_0", 32, 34)
+@_register("q8_0", 32, 34, Group(8, signed=True))
 def _q8_0(blocks: U8) -> F32:
     """0-1 d; 2-33 signed bytes; w = d * q."""
     return _scaled(blocks[:, 2:].view(np.int8), _f16(blocks, 0))
@@ -336,10 +352,14 @@ def _q6_k(blocks: U8) -> F32:
 # --- own integer groups ---------------------------------------------------------------------------------------------
 
 
-def _pack_chunks(codes: U8, bits: int) -> U8:
-    """Codes (n, chunks, 32) to payload bytes (n, chunks, 4 * bits)."""
+def pack_chunks(codes: U8, bits: int) -> U8:
+    """Codes (..., 32) of 2, 3, 4, 5 or 8 bits to payload bytes (..., 4 * bits)."""
     if bits == 8:
         return codes
+    if bits == 5:
+        return np.concatenate(
+            [np.packbits(codes >> 4, axis=-1, bitorder="little"), pack_chunks(codes & np.uint8(15), 4)], axis=-1
+        )
     if bits == 4:
         return codes[..., :16] | (codes[..., 16:] << np.uint8(4))
     fields = (codes & 3).reshape(*codes.shape[:-1], 4, 8)
@@ -349,10 +369,12 @@ def _pack_chunks(codes: U8, bits: int) -> U8:
     return np.concatenate([pairs, np.packbits(codes >> 2, axis=-1, bitorder="little")], axis=-1)
 
 
-def _unpack_chunks(payload: U8, bits: int) -> U8:
-    """The inverse of ``_pack_chunks``."""
+def unpack_chunks(payload: U8, bits: int) -> U8:
+    """The inverse of ``pack_chunks``."""
     if bits == 8:
         return payload
+    if bits == 5:
+        return _nibbles(payload[..., 4:]) | (_bits(payload[..., :4]) << np.uint8(4))
     if bits == 4:
         return _nibbles(payload)
     fields = (payload[..., None, :8] >> SHIFTS_OF_2) & np.uint8(3)
@@ -366,12 +388,13 @@ def _to_f16(values: F32) -> npt.NDArray[np.float16]:
 
 def _integer_group(bits: int, group: int, symmetric: bool) -> BlockFormat:
     levels, half = (1 << bits) - 1, 1 << (bits - 1)
-    header = 2 if symmetric else 4
+    stored = Group(bits, has_minimum=not symmetric)
+    header = stored.header_bytes
     n_bytes = header + group * bits // 8
 
     def decode_blocks(blocks: U8) -> F32:
         payload = blocks[:, header:].reshape(len(blocks), group // 32, -1)
-        codes = _unpack_chunks(payload, bits).reshape(len(blocks), group)
+        codes = unpack_chunks(payload, bits).reshape(len(blocks), group)
         if symmetric:
             return _scaled(codes.astype(np.int16) - half, _f16(blocks, 0))
         return _scaled(codes, _f16(blocks, 0), _f16(blocks, 2))
@@ -388,11 +411,11 @@ def _integer_group(bits: int, group: int, symmetric: bool) -> BlockFormat:
         step = headers[0].astype(np.float32)
         ratio = np.divide(shifted, step, out=np.zeros_like(shifted), where=step != 0)
         codes = np.clip(np.rint(ratio) + zero, 0, levels).astype(np.uint8)
-        payload = _pack_chunks(codes.reshape(len(weights), group // 32, 32), bits)
+        payload = pack_chunks(codes.reshape(len(weights), group // 32, 32), bits)
         return np.concatenate([*(h.view(np.uint8) for h in headers), payload.reshape(len(weights), -1)], axis=1)
 
     name = f"int{bits}_g{group}_{'sym' if symmetric else 'asym'}"
-    return BlockFormat(name, group, n_bytes, decode_blocks, encode_blocks)
+    return BlockFormat(name, group, n_bytes, decode_blocks, encode_blocks, stored)
 
 
 for _bits_each in INTEGER_BITS:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows
+from barefoot.ops import blocks, kvrows, panels
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -20,13 +20,18 @@ ROWS_AT_A_TIME = 512
 
 
 class PackedWeight:
-    """A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's buffer."""
+    """A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's buffer.
 
-    __slots__ = ("buffer", "cols", "format", "rows")
+    ``layout``: ``"rows"``, or ``"panels"`` (``barefoot.ops.panels``) where the format and shape have it.
+    """
 
-    def __init__(self, format: str, rows: int, cols: int, buffer: U8 | None = None) -> None:
+    __slots__ = ("buffer", "cols", "format", "layout", "rows")
+
+    def __init__(self, format: str, rows: int, cols: int, buffer: U8 | None = None, layout: str = "rows") -> None:
         blocks.row_bytes(format, cols)
-        self.format, self.rows, self.cols = format, rows, cols
+        if layout not in ("rows", "panels") or (layout == "panels" and not panels.supports(format, rows, cols)):
+            raise ValueError(f"a {format} [{rows}, {cols}] weight has no layout {layout!r}")
+        self.format, self.rows, self.cols, self.layout = format, rows, cols, layout
         self.buffer: U8 | None = None
         if buffer is not None:
             self.bind(buffer)
@@ -48,8 +53,19 @@ def decode_rows(weight: Any, rows: npt.ArrayLike | slice) -> F32:
     """The weights float32 (n, cols) of the chosen rows."""
     if weight.buffer is None:
         raise ValueError(f"the {weight.format} [{weight.rows}, {weight.cols}] weight is not bound to a buffer")
-    packed = weight.buffer.reshape(weight.rows, -1)[rows]
+    if weight.layout == "rows":
+        packed = weight.buffer.reshape(weight.rows, -1)[rows]
+        return blocks.decode(weight.format, packed, weight.cols)
+    ids = np.arange(weight.rows)[rows if isinstance(rows, slice) else np.asarray(rows)]
+    wanted, at = np.unique(ids // panels.ROWS, return_inverse=True)
+    chosen = weight.buffer.reshape(weight.rows // panels.ROWS, -1)[wanted]
+    packed = panels.unpack(weight.format, chosen, weight.cols)[at * panels.ROWS + ids % panels.ROWS]
     return blocks.decode(weight.format, packed, weight.cols)
+
+
+def pack_panels(format_id: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
+    packed = panels.pack(format_id, rows.reshape(n_rows, -1), n_cols)
+    out.reshape(-1)[:] = packed.reshape(-1)
 
 
 def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
@@ -184,6 +200,43 @@ def attention(
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
     out[...] = np.einsum("tgrp,gpd->tgrd", weights, values).reshape(n_tokens, -1)
+
+
+class Program:
+    """A recorded sequence of ops; ``run`` calls them on the first rows of their arrays."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[int, int], None]] = []
+
+    def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
+        self._calls.append(lambda n, past: matmul(x[:n], weights, [out[:n] for out in outs], **options))
+
+    def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
+        self._calls.append(lambda n, past: rmsnorm(x[:n], weight, eps, out[:n], **options))
+
+    def head_rmsnorm(self, x: F32, n_heads: int, head_dim: int, weight: F32, eps: float, **options: Any) -> None:
+        self._calls.append(lambda n, past: head_rmsnorm(x[:n], n_heads, head_dim, weight, eps, **options))
+
+    def rope(self, x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved: bool) -> None:
+        self._calls.append(lambda n, past: rope(x[:n], n_heads, head_dim, cos[:n], sin[:n], interleaved=interleaved))
+
+    def glu(self, gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
+        self._calls.append(lambda n, past: glu(gate[:n], up[:n], out[:n], activation=activation))
+
+    def add_(self, x: F32, y: F32) -> None:
+        self._calls.append(lambda n, past: add_(x[:n], y if y.ndim == 1 else y[:n]))
+
+    def kv_append(self, k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int) -> None:
+        self._calls.append(lambda n, past: kv_append(k[:n], v[:n], k_buf, v_buf, fmt, capacity, past))
+
+    def attention(self, q: F32, k_buf: U8, v_buf: U8, fmt: str, out: F32, **options: Any) -> None:
+        self._calls.append(
+            lambda n, past: attention(q[:n], k_buf, v_buf, fmt, out[:n], n_past=past, n_tokens=n, **options)
+        )
+
+    def run(self, n_tokens: int, n_past: int) -> None:
+        for call in self._calls:
+            call(n_tokens, n_past)
 
 
 def argmax(logits: F32) -> int:

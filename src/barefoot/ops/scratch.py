@@ -20,7 +20,7 @@ MAX_SPLITS = 16  # ranges of keys that a single token's attention is split into
 def matmul_scratch_bytes(n_tokens: int, n_cols: int, activations: str = "int8", *, n_threads: int | None = None) -> int:
     """Bytes that ``matmul`` needs for ``n_tokens`` inputs of ``n_cols``; ``n_threads`` None means the current number.
 
-    int8: the quantized input (a byte each, one scale and one sum per 32, one sum per 16, float32), and for each thread
+    int8: the quantized input (a byte each, one scale and two sums per 32, one sum per 16, 4 bytes each), and per thread
     a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). float32: for each thread
     8 rows × up to 1,024 columns of float32.
     """
@@ -29,7 +29,7 @@ def matmul_scratch_bytes(n_tokens: int, n_cols: int, activations: str = "int8", 
     if activations == "float32":
         return ALIGN + n_threads * FLOAT_ROW_TILE * block * 4
     groups = -(-n_cols // 32)
-    quantized = round_up(n_tokens * n_cols, ALIGN) + 2 * round_up(n_tokens * groups * 4, ALIGN)
+    quantized = round_up(n_tokens * n_cols, ALIGN) + 3 * round_up(n_tokens * groups * 4, ALIGN)
     quantized += round_up(n_tokens * groups * 8, ALIGN)
     return ALIGN + quantized + n_threads * ROW_TILE * (block + block // 16 * 8)
 

@@ -47,13 +47,16 @@ inline void dot_tokens(const float* rows, int64_t row_stride, const float* token
     dot_block<1>(rows, row_stride, tokens + t * token_stride, token_stride, n, out + t * out_stride, out_stride);
 }
 
-template <class Format>
-void multiply_float(const uint8_t* data, int64_t row_bytes, int64_t row0, int64_t n_rows, const float* x,
+// n weights of a row from column k0 on, out of a matrix of n_cols.
+using Dequantize = void(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out);
+
+template <Dequantize* dequantize>
+void multiply_float(const uint8_t* data, int64_t row0, int64_t n_rows, const float* x,
                     int64_t n_tokens, int64_t n_cols, float* tile, float* out, int64_t out_stride, bool add) {
   const int64_t width = n_cols < kColumnBlock ? round_up(n_cols, 32) : kColumnBlock;
   for (int64_t k0 = 0; k0 < n_cols; k0 += kColumnBlock) {
     const int64_t n = n_cols - k0 < kColumnBlock ? n_cols - k0 : kColumnBlock;
-    for (int64_t r = 0; r < n_rows; ++r) dequantize<Format>(data + (row0 + r) * row_bytes, k0, n, tile + r * width);
+    for (int64_t r = 0; r < n_rows; ++r) dequantize(data, n_cols, row0 + r, k0, n, tile + r * width);
     for (int64_t r = n_rows; r % kRows; ++r) std::memset(tile + r * width, 0, n * sizeof(float));
     for (int64_t t = 0; t < n_tokens; ++t) {
       const int64_t block = t + kDotTokens <= n_tokens ? kDotTokens : 1;

@@ -43,6 +43,7 @@ struct BF16 {
 
 struct Quantized {
   static constexpr int elements = 32, group = 32, zero = 0;
+  static constexpr int code_bits = 0;        // of formats with one scale a block: those that have panels
   static constexpr bool wide = false;        // codes of 8 bits
   static constexpr bool has_offset = false;
 };
@@ -54,13 +55,13 @@ struct Signed8 : Quantized {
 
 struct Q4_0 : Quantized {
   static constexpr char name[] = "q4_0";
-  static constexpr int bytes = 18, zero = 8;
+  static constexpr int bytes = 18, code_bits = 4, zero = 8;
   static Codes codes(const uint8_t* b, int) { return nibbles(b + 2); }
   static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
 };
 struct Q4_1 : Quantized {
   static constexpr char name[] = "q4_1";
-  static constexpr int bytes = 20;
+  static constexpr int bytes = 20, code_bits = 4;
   static constexpr bool has_offset = true;
   static Codes codes(const uint8_t* b, int) { return nibbles(b + 4); }
   static void scales(const uint8_t* b, float* scale, float* offset) {
@@ -70,20 +71,20 @@ struct Q4_1 : Quantized {
 };
 struct Q5_0 : Quantized {
   static constexpr char name[] = "q5_0";
-  static constexpr int bytes = 22, zero = 16;
+  static constexpr int bytes = 22, code_bits = 5, zero = 16;
   static Codes codes(const uint8_t* b, int) { return nibbles(b + 6) | bits(b + 2, 16); }
   static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
 };
 struct Q5_1 : Quantized {
   static constexpr char name[] = "q5_1";
-  static constexpr int bytes = 24;
+  static constexpr int bytes = 24, code_bits = 5;
   static constexpr bool has_offset = true;
   static Codes codes(const uint8_t* b, int) { return nibbles(b + 8) | bits(b + 4, 16); }
   static void scales(const uint8_t* b, float* scale, float* offset) { Q4_1::scales(b, scale, offset); }
 };
 struct Q8_0 : Signed8 {
   static constexpr char name[] = "q8_0";
-  static constexpr int bytes = 34;
+  static constexpr int bytes = 34, code_bits = 8;
   static Codes codes(const uint8_t* b, int) { return plain_bytes(b + 2, flip); }
   static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
 };
@@ -192,7 +193,8 @@ template <int Bits, int Group, bool Symmetric>
 struct Integer : Quantized {
   static constexpr GroupName full_name = group_name(Bits, Group, Symmetric);
   static constexpr const char* name = full_name.text;
-  static constexpr int elements = Group, header = Symmetric ? 2 : 4, bytes = header + Group * Bits / 8;
+  static constexpr int elements = Group, code_bits = Bits, header = Symmetric ? 2 : 4;
+  static constexpr int bytes = header + Group * Bits / 8;
   static constexpr bool wide = Bits == 8, has_offset = !Symmetric;
   static constexpr int flip = wide && !kUnsignedBytes ? 0x80 : 0;
   static constexpr int zero = (Symmetric ? 1 << (Bits - 1) : 0) - flip;
@@ -230,6 +232,13 @@ using Formats =
 
 template <class Format>
 constexpr bool is_dense = Format::elements == 1;
+template <class Format>
+constexpr bool panels_exist() {
+  if constexpr (is_dense<Format>) return false;
+  else return Format::code_bits != 0;
+}
+template <class Format>
+constexpr bool has_panels = panels_exist<Format>();
 
 // Scales and offsets of one block with the zero point folded in: w = scale * code + offset.
 template <class Format>
@@ -243,8 +252,8 @@ inline void folded_scales(const uint8_t* block, float* scale, float* offset) {
 
 // n weights of a row from column k0 on, in float32, rounded exactly as blocks.decode does; k0 and n are whole blocks.
 template <class Format>
-inline void dequantize(const uint8_t* row, int64_t k0, int64_t n, float* out) {
-  const uint8_t* block = row + k0 / Format::elements * Format::bytes;
+inline void dequantize_row(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out) {
+  const uint8_t* block = data + (row * n_cols + k0) / Format::elements * Format::bytes;
   if constexpr (is_dense<Format>) {
     Format::to_float(block, n, out);
   } else {

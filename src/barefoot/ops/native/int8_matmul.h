@@ -6,6 +6,7 @@ struct Quantized8 {      // [n_tokens, n_cols] as codes and scales
   float* scale;          // one per token and 32 columns
   float* sum32;          // scale * sum of codes, per 32 columns
   float* sum16;          // the same per 16 columns
+  int32_t* minus2;       // -2 * sum of codes, per 32 columns: what zero points, all powers of two, are applied with
   int64_t n_cols;
 };
 
@@ -15,6 +16,7 @@ inline void quantize_token(const float* x, int64_t token, const Quantized8& to) 
   const int64_t n = to.n_cols, groups = n / kGroup;
   int8_t* code = to.code + token * n;
   float *scale = to.scale + token * groups, *sum32 = to.sum32 + token * groups, *sum16 = to.sum16 + token * groups * 2;
+  int32_t* minus2 = to.minus2 + token * groups;
   bool finite = true;
   for (int64_t g = 0; g < groups; ++g, x += kGroup, code += kGroup) {
     int32_t bits[kGroup];
@@ -44,6 +46,7 @@ inline void quantize_token(const float* x, int64_t token, const Quantized8& to) 
     sum16[2 * g] = scale[g] * static_cast<float>(low);
     sum16[2 * g + 1] = scale[g] * static_cast<float>(high);
     sum32[g] = scale[g] * static_cast<float>(low + high);
+    minus2[g] = -2 * (low + high);
   }
   if (!finite) {
     for (int64_t g = 0; g < groups; ++g) scale[g] = sum32[g] = sum16[2 * g] = sum16[2 * g + 1] = NAN;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -37,6 +38,8 @@ struct Constant {
 //
 #include "float_matmul.h"
 //
+#include "panels.h"
+//
 #include "matmul.h"
 //
 #include "fused.h"
@@ -47,8 +50,8 @@ struct Constant {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &rmsnorm,   &rope,
-    &glu,      &add,          &argmax, &kv_append,      &attention, &attention_scratch,
+    All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &rmsnorm,
+    &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

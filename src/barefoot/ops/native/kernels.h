@@ -15,6 +15,7 @@ constexpr int64_t kKeyTile = 64;
 constexpr int64_t kQueryTile = 32;
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
+constexpr int64_t kPanelRows = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -22,11 +23,15 @@ struct FormatInfo {
   const char* name;
   int64_t block_elements;
   int64_t block_bytes;
+  bool has_panels;
   int64_t row_bytes(int64_t n_cols) const { return n_cols / block_elements * block_bytes; }
 };
 
+enum class Layout { rows, panels };
+
 struct Weight {
   int format;  // index into Kernels::formats
+  Layout layout;
   int64_t rows;
   const uint8_t* data;
   float* out;  // [n_tokens, rows]
@@ -73,7 +78,8 @@ struct Kernels {
   int n_formats;
   void (*matmul)(const MatmulArgs&);
   int64_t (*matmul_scratch)(const MatmulArgs&);
-  void (*embed)(const int32_t* ids, int64_t n, int format, const uint8_t* data, int64_t cols, float scale, float* out);
+  void (*embed)(const int32_t* ids, int64_t n, const Weight& weight, int64_t cols, float scale, float* out);
+  void (*pack_panels)(int format, const uint8_t* rows, int64_t n_rows, int64_t n_cols, uint8_t* out);
   void (*rmsnorm)(const float* x, const float* weight, float eps, bool plus_one, int64_t n_rows, int64_t n, float* out);
   void (*rope)(float* x, int64_t n_tokens, int64_t n_heads, int64_t head_dim, const float* cos, const float* sin,
                int64_t half, bool interleaved);

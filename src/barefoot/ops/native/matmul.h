@@ -1,23 +1,39 @@
 // out_i (+)= x · W_i^T for several weights of any formats: lays out the scratch and hands rows to the threads.
 #pragma once
 
+struct LayoutKernels {
+  decltype(&multiply_float<&dequantize_row<F32>>) multiply_float;
+  Dequantize* dequantize;
+};
+
 struct FormatKernels {
   bool dense;
+  LayoutKernels layouts[2];  // by Layout
+  void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
   void (*dot_rows)(const uint8_t* const*, const Quantized8&, int64_t, float*);
   void (*unpack_tile)(const uint8_t* const*, int, int64_t, int64_t, const Tile&);
-  void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
-  void (*multiply_float)(const uint8_t*, int64_t, int64_t, int64_t, const float*, int64_t, int64_t, float*, float*,
-                         int64_t, bool);
-  void (*dequantize)(const uint8_t*, int64_t, int64_t, float*);
+  int64_t chunks;  // of 32 columns in a block
+  void (*dot_panels)(const uint8_t*, int64_t, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
+  void (*unpack_panel)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
+  void (*pack_panel)(const uint8_t*, int64_t, uint8_t*);
 };
 
 template <class Format>
 constexpr FormatKernels kernels_of() {
-  FormatKernels k{is_dense<Format>, nullptr, nullptr, nullptr, &multiply_float<Format>, &dequantize<Format>};
+  FormatKernels k{};
+  k.dense = is_dense<Format>;
+  k.layouts[0] = {&multiply_float<&dequantize_row<Format>>, &dequantize_row<Format>};
   if constexpr (!is_dense<Format>) {
+    k.multiply_tile = &multiply_tile_all<Format::group, Format::wide && !kUnsignedBytes>;
     k.dot_rows = &dot_rows<Format>;
     k.unpack_tile = &unpack_tile<Format>;
-    k.multiply_tile = &multiply_tile_all<Format::group, Format::wide && !kUnsignedBytes>;
+  }
+  if constexpr (has_panels<Format>) {
+    k.layouts[1] = {&multiply_float<&dequantize_lane<Format>>, &dequantize_lane<Format>};
+    k.chunks = Format::elements / 32;
+    k.dot_panels = &dot_panels<PanelOf<Format>>;
+    k.unpack_panel = &unpack_panel<PanelOf<Format>>;
+    k.pack_panel = &pack_panel<Format>;
   }
   return k;
 }
@@ -26,13 +42,14 @@ template <class List>
 struct Tables;
 template <class... Format>
 struct Tables<FormatList<Format...>> {
-  static constexpr FormatInfo info[] = {{Format::name, Format::elements, Format::bytes}...};
+  static constexpr FormatInfo info[] = {{Format::name, Format::elements, Format::bytes, has_panels<Format>}...};
   static constexpr FormatKernels kernels[] = {kernels_of<Format>()...};
 };
 using All = Tables<Formats>;
 
-constexpr int64_t kFewTokens = 3;    // up to here rows are dotted straight from their blocks
-constexpr int64_t kParallel = 8192;  // elements below which waking the threads costs more than it saves
+constexpr int64_t kFewTokens = 3;       // up to here rows are dotted straight from their blocks
+constexpr int64_t kFewPanelTokens = 24;  // and panels
+constexpr int64_t kParallel = 8192;     // elements below which waking the threads costs more than it saves
 
 struct MatmulScratch {
   Quantized8 x;
@@ -58,6 +75,7 @@ inline MatmulScratch lay_out(const MatmulArgs& m) {
     s.x.scale = reinterpret_cast<float*>(take(m.n_tokens * groups * 4));
     s.x.sum32 = reinterpret_cast<float*>(take(m.n_tokens * groups * 4));
     s.x.sum16 = reinterpret_cast<float*>(take(m.n_tokens * groups * 8));
+    s.x.minus2 = reinterpret_cast<int32_t*>(take(m.n_tokens * groups * 4));
   }
   s.tile_bytes = m.int8 ? kRowTile * (block + block / 16 * 8) : kFloatRowTile * block * 4;
   s.tiles = take(s.tile_bytes * m.n_threads);
@@ -67,40 +85,69 @@ inline MatmulScratch lay_out(const MatmulArgs& m) {
 
 inline int64_t matmul_scratch(const MatmulArgs& m) { return lay_out(m).bytes; }
 
-inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Weight& w, int64_t begin, int64_t end,
-                          uint8_t* tile_bytes) {
-  const FormatKernels& k = All::kernels[w.format];
+// The few-token kernel of rows [begin, end) in groups of four.
+inline void multiply_few(const MatmulArgs& m, const Quantized8& x, const Weight& w, int64_t begin, int64_t end) {
   const int64_t row_bytes = All::info[w.format].row_bytes(m.n_cols);
-  if (k.dense || !m.int8) {
-    for (int64_t r = begin; r < end; r += kFloatRowTile) {
-      const int64_t n = end - r < kFloatRowTile ? end - r : kFloatRowTile;
-      k.multiply_float(w.data, row_bytes, r, n, m.x, m.n_tokens, m.n_cols, reinterpret_cast<float*>(tile_bytes), w.out,
-                       w.rows, m.add);
+  for (int64_t r0 = begin; r0 < end; r0 += kRows) {
+    const int64_t n = end - r0 < kRows ? end - r0 : kRows;
+    const uint8_t* rows[kRows];
+    for (int64_t i = 0; i < kRows; ++i) rows[i] = w.data + (r0 + (i < n ? i : n - 1)) * row_bytes;
+    for (int64_t t = 0; t < m.n_tokens; ++t) {
+      float result[kRows];
+      All::kernels[w.format].dot_rows(rows, x, t, result);
+      float* to = w.out + t * w.rows + r0;
+      for (int64_t i = 0; i < n; ++i) to[i] = m.add ? to[i] + result[i] : result[i];
     }
+  }
+}
+
+// Rows r0 .. r0 + n - 1 and columns k0 .. k0 + columns - 1 into a tile of 32 rows; others stand in for missing ones.
+inline void fill_tile(const Weight& w, int64_t n_cols, int64_t r0, int64_t n, int64_t k0, int64_t columns,
+                      const Tile& tile) {
+  const FormatKernels& k = All::kernels[w.format];
+  const int64_t row_bytes = All::info[w.format].row_bytes(n_cols);
+  if (w.layout == Layout::panels) {
+    for (int64_t i = 0; i < kRowTile; i += kPanelRows)
+      k.unpack_panel(w.data + (r0 + (i < n ? i : 0)) * row_bytes, k.chunks, static_cast<int>(i), k0, columns, tile);
     return;
   }
   const uint8_t* rows[kRowTile];
-  const int64_t step = m.n_tokens <= kFewTokens ? kRows : kRowTile;
-  for (int64_t r0 = begin; r0 < end; r0 += step) {
-    const int n = static_cast<int>(end - r0 < step ? end - r0 : step);
-    for (int64_t i = 0; i < step; ++i) rows[i] = w.data + (r0 + (i < n ? i : n - 1)) * row_bytes;
-    if (step == kRows) {
-      for (int64_t t = 0; t < m.n_tokens; ++t) {
-        float result[kRows];
-        k.dot_rows(rows, s.x, t, result);
-        float* to = w.out + t * w.rows + r0;
-        for (int i = 0; i < n; ++i) to[i] = m.add ? to[i] + result[i] : result[i];
-      }
-      continue;
-    }
-    const int64_t block = m.n_cols < kColumnBlock ? round_up(m.n_cols, 32) : kColumnBlock;
-    Tile tile{tile_bytes, reinterpret_cast<float*>(tile_bytes + kRowTile * block), nullptr};
-    tile.offset = tile.scale + kRowTile * (block / 16);
+  for (int64_t i = 0; i < kRowTile; ++i) rows[i] = w.data + (r0 + (i < n ? i : n - 1)) * row_bytes;
+  k.unpack_tile(rows, kRowTile, k0, columns, tile);
+}
+
+inline void multiply_many(const MatmulArgs& m, const Quantized8& x, const Weight& w, int64_t begin, int64_t end,
+                          uint8_t* tile_bytes) {
+  const int64_t block = m.n_cols < kColumnBlock ? round_up(m.n_cols, 32) : kColumnBlock;
+  Tile tile{tile_bytes, reinterpret_cast<float*>(tile_bytes + kRowTile * block), nullptr};
+  tile.offset = tile.scale + kRowTile * (block / 16);
+  for (int64_t r0 = begin; r0 < end; r0 += kRowTile) {
+    const int64_t n = end - r0 < kRowTile ? end - r0 : kRowTile;
     for (int64_t k0 = 0; k0 < m.n_cols; k0 += kColumnBlock) {
       const int64_t columns = m.n_cols - k0 < kColumnBlock ? m.n_cols - k0 : kColumnBlock;
-      k.unpack_tile(rows, static_cast<int>(step), k0, columns, tile);
-      k.multiply_tile(tile, s.x, m.n_tokens, k0, columns, w.out + r0, w.rows, n, m.add || k0 > 0);
+      fill_tile(w, m.n_cols, r0, n, k0, columns, tile);
+      All::kernels[w.format].multiply_tile(tile, x, m.n_tokens, k0, columns, w.out + r0, w.rows, static_cast<int>(n),
+                                           m.add || k0 > 0);
     }
+  }
+}
+
+inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Weight& w, int64_t begin, int64_t end,
+                          uint8_t* tile) {
+  const FormatKernels& k = All::kernels[w.format];
+  if (k.dense || !m.int8) {
+    const auto multiply = k.layouts[static_cast<int>(w.layout)].multiply_float;
+    for (int64_t r = begin; r < end; r += kFloatRowTile) {
+      const int64_t n = end - r < kFloatRowTile ? end - r : kFloatRowTile;
+      multiply(w.data, r, n, m.x, m.n_tokens, m.n_cols, reinterpret_cast<float*>(tile), w.out, w.rows, m.add);
+    }
+  } else if (w.layout == Layout::panels && m.n_tokens <= kFewPanelTokens) {
+    const uint8_t* panels = w.data + begin * All::info[w.format].row_bytes(m.n_cols);
+    k.dot_panels(panels, (end - begin) / kPanelRows, k.chunks, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
+  } else if (w.layout == Layout::rows && m.n_tokens <= kFewTokens) {
+    multiply_few(m, s.x, w, begin, end);
+  } else {
+    multiply_many(m, s.x, w, begin, end, tile);
   }
 }
 
@@ -134,14 +181,20 @@ inline void matmul(const MatmulArgs& m) {
   });
 }
 
-inline void embed(const int32_t* ids, int64_t n, int format, const uint8_t* data, int64_t cols, float scale,
-                  float* out) {
-  const int64_t row_bytes = All::info[format].row_bytes(cols);
+inline void embed(const int32_t* ids, int64_t n, const Weight& weight, int64_t cols, float scale, float* out) {
+  Dequantize* const dequantize = All::kernels[weight.format].layouts[static_cast<int>(weight.layout)].dequantize;
   const int threads = n * cols < kParallel ? 1 : n_threads();
   parallel_for(n, threads, [&](int64_t i, int) {
     float* row = out + i * cols;
-    All::kernels[format].dequantize(data + ids[i] * row_bytes, 0, cols, row);
+    dequantize(weight.data, cols, ids[i], 0, cols, row);
     if (scale != 1.0f)
       for (int64_t k = 0; k < cols; ++k) row[k] *= scale;
+  });
+}
+
+inline void pack_panels(int format, const uint8_t* rows, int64_t n_rows, int64_t n_cols, uint8_t* out) {
+  const int64_t panel_bytes = kPanelRows * All::info[format].row_bytes(n_cols);
+  parallel_for(n_rows / kPanelRows, n_rows * n_cols < kParallel ? 1 : n_threads(), [&](int64_t panel, int) {
+    All::kernels[format].pack_panel(rows + panel * panel_bytes, n_cols, out + panel * panel_bytes);
   });
 }

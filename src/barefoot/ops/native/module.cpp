@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cerrno>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -102,7 +103,8 @@ void expect_same_shape(const char* what, const A& a, const B& b) {
 
 class PackedWeight {
  public:
-  PackedWeight(const std::string& format, int64_t rows, int64_t cols, nb::object buffer) : rows_(rows), cols_(cols) {
+  PackedWeight(const std::string& format, int64_t rows, int64_t cols, nb::object buffer, const std::string& layout)
+      : rows_(rows), cols_(cols) {
     const Kernels& table = portable::kernels;
     while (format_ < table.n_formats && format != table.formats[format_].name) ++format_;
     if (format_ == table.n_formats) refuse("unknown weight format '" + format + "'");
@@ -110,6 +112,9 @@ class PackedWeight {
       refuse("a weight needs 1 to 2^31 - 1 rows and columns, got [" + text(rows) + ", " + text(cols) + "]");
     if (cols % info().block_elements)
       refuse(format + " stores blocks of " + text(info().block_elements) + " columns, got " + text(cols) + " columns");
+    if (layout == "panels" && info().has_panels && rows % kPanelRows == 0) layout_ = Layout::panels;
+    else if (layout != "rows")
+      refuse("a " + format + " [" + text(rows) + ", " + text(cols) + "] weight has no layout '" + layout + "'");
     if (!buffer.is_none()) bind(nb::cast<Bytes>(buffer, false));
   }
 
@@ -121,6 +126,8 @@ class PackedWeight {
   const FormatInfo& info() const { return portable::kernels.formats[format_]; }
   int format() const { return format_; }
   const char* format_name() const { return info().name; }
+  Layout layout() const { return layout_; }
+  const char* layout_name() const { return layout_ == Layout::rows ? "rows" : "panels"; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t n_bytes() const { return rows_ * info().row_bytes(cols_); }
@@ -135,36 +142,58 @@ class PackedWeight {
 
  private:
   int format_ = 0;
+  Layout layout_ = Layout::rows;
   int64_t rows_, cols_;
   Bytes buffer_;
 };
 
-void matmul(Matrix x, nb::sequence weights, nb::sequence outs, const std::string& activations, bool add,
-            BytesOut scratch) {
-  const bool int8 = activations == "int8";
-  if (!int8 && activations != "float32") refuse("activations must be int8 or float32, got '" + activations + "'");
-  const size_t n = nb::len(weights);
-  expect_size("number of outs", static_cast<int64_t>(n), static_cast<int64_t>(nb::len(outs)));
+struct Products {  // what matmul multiplies with, and where the results go
+  std::vector<nb::object> kept;
+  std::vector<const PackedWeight*> weights;
+  std::vector<MatrixOut> outs;
+  bool int8;
+};
+
+Products products(nb::sequence weights, nb::sequence outs, const std::string& activations) {
+  if (activations != "int8" && activations != "float32")
+    refuse("activations must be int8 or float32, got '" + activations + "'");
+  Products p{{}, {}, {}, activations == "int8"};
+  expect_size("number of outs", static_cast<int64_t>(nb::len(weights)), static_cast<int64_t>(nb::len(outs)));
+  for (nb::handle weight : weights) {
+    p.weights.push_back(nb::cast<const PackedWeight*>(weight));
+    p.kept.push_back(nb::borrow(weight));
+  }
+  for (nb::handle out : outs) {
+    if (!nb::try_cast(out, p.outs.emplace_back(), false))
+      throw nb::type_error("outs must be writable, C-contiguous float32 arrays [n_tokens, rows]");
+  }
+  return p;
+}
+
+void multiply(Matrix x, const Products& p, bool add, BytesOut scratch) {
+  const size_t n = p.weights.size();
   std::vector<Weight> views(n);
   std::vector<Bytes> kept(n);
   for (size_t i = 0; i < n; ++i) {
-    const auto& weight = nb::cast<const PackedWeight&>(weights[i]);
-    MatrixOut out;
-    if (!nb::try_cast(outs[i], out, false))
-      throw nb::type_error("outs must be writable, C-contiguous float32 arrays [n_tokens, rows]");
+    const PackedWeight& weight = *p.weights[i];
     expect_size("columns of the weight", dim(x, 1), weight.cols());
-    expect_size("tokens of the output", dim(x, 0), dim(out, 0));
-    expect_size("columns of the output", weight.rows(), dim(out, 1));
+    expect_size("tokens of the output", dim(x, 0), dim(p.outs[i], 0));
+    expect_size("columns of the output", weight.rows(), dim(p.outs[i], 1));
     kept[i] = weight.bound();
-    views[i] = {weight.format(), weight.rows(), kept[i].data(), out.data()};
+    views[i] = {weight.format(), weight.layout(), weight.rows(), kept[i].data(), p.outs[i].data()};
   }
   if (x.size() == 0 || n == 0) return;
-  const MatmulArgs args{x.data(),           dim(x, 0), dim(x, 1), views.data(),   static_cast<int>(n),
-                        int8, add, scratch.data(), n_threads()};
+  const MatmulArgs args{x.data(), dim(x, 0), dim(x, 1),      views.data(), static_cast<int>(n),
+                        p.int8,   add,       scratch.data(), n_threads()};
   const int64_t needed = kernels().matmul_scratch(args);
   expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
   nb::gil_scoped_release release;
   kernels().matmul(args);
+}
+
+void matmul(Matrix x, nb::sequence weights, nb::sequence outs, const std::string& activations, bool add,
+            BytesOut scratch) {
+  multiply(std::move(x), products(weights, outs, activations), add, std::move(scratch));
 }
 
 void embed(Array<const int32_t, nb::ndim<1>> ids, const PackedWeight& weight, MatrixOut out, float scale) {
@@ -177,7 +206,16 @@ void embed(Array<const int32_t, nb::ndim<1>> ids, const PackedWeight& weight, Ma
       refuse("token ids must be 0 to " + text(weight.rows() - 1) + ", got " + text(ids.data()[i]));
   }
   nb::gil_scoped_release release;
-  kernels().embed(ids.data(), n, weight.format(), kept.data(), weight.cols(), scale, out.data());
+  const Weight view{weight.format(), weight.layout(), weight.rows(), kept.data(), nullptr};
+  kernels().embed(ids.data(), n, view, weight.cols(), scale, out.data());
+}
+
+void pack_panels(const std::string& format, Bytes rows, int64_t n_rows, int64_t n_cols, BytesOut out) {
+  const PackedWeight shape(format, n_rows, n_cols, nb::none(), "panels");  // checks that there are such panels
+  expect_size("bytes of rows", shape.n_bytes(), static_cast<int64_t>(rows.size()));
+  expect_size("bytes of out", shape.n_bytes(), static_cast<int64_t>(out.size()));
+  nb::gil_scoped_release release;
+  kernels().pack_panels(shape.format(), rows.data(), n_rows, n_cols, out.data());
 }
 
 // --- fused ---
@@ -218,9 +256,12 @@ void glu(Array<const float> gate, Array<const float> up, Array<float> out, const
 }
 
 void add_(Array<float> x, Array<const float> y) {
-  expect_same_shape("x and y", x, y);
+  const bool each_row = x.ndim() == 2 && y.ndim() == 1;
+  if (each_row) expect_size("length of y", dim(x, 1), dim(y, 0));
+  else expect_same_shape("x and y", x, y);
+  const auto n = static_cast<int64_t>(y.size()), n_rows = each_row ? dim(x, 0) : 1;
   nb::gil_scoped_release release;
-  kernels().add(x.data(), y.data(), static_cast<int64_t>(x.size()));
+  for (int64_t row = 0; row < n_rows; ++row) kernels().add(x.data() + row * n, y.data(), n);
 }
 
 int64_t argmax(Vector logits) {
@@ -290,6 +331,114 @@ void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, M
   kernels().attention(args);
 }
 
+// --- programs ---
+
+// The first n rows of an array that the caller keeps alive.
+template <class A>
+A first(const A& array, int64_t n) {
+  if (array.ndim() == 0 || n > dim(array, 0)) refuse("a program's arrays have " + text(array.ndim() ? dim(array, 0) : 0) +
+                                                      " rows, and it is run on " + text(n) + " tokens");
+  size_t shape[8] = {};
+  if (array.ndim() > 8) refuse("arrays of more than 8 dimensions");
+  for (size_t i = 0; i < array.ndim(); ++i) shape[i] = array.shape(i);
+  shape[0] = static_cast<size_t>(n);
+  return A(array.data(), array.ndim(), shape);
+}
+
+class Program {
+ public:
+  using Call = std::function<void(int64_t n_past)>;
+  using Recorded = std::function<Call(int64_t n_tokens)>;
+
+  void record(Recorded op) {
+    recorded_.push_back(std::move(op));
+    n_tokens_ = -1;
+  }
+
+  void run(int64_t n_tokens, int64_t n_past) {
+    if (n_tokens < 1) refuse("a program runs on 1 token or more, got " + text(n_tokens));
+    if (n_tokens != n_tokens_) {
+      n_tokens_ = -1;
+      calls_.clear();
+      for (const Recorded& op : recorded_) calls_.push_back(op(n_tokens));
+      n_tokens_ = n_tokens;
+    }
+    for (const Call& call : calls_) call(n_past);
+  }
+
+ private:
+  std::vector<Recorded> recorded_;
+  std::vector<Call> calls_;  // for the number of tokens of the last run: decoding repeats 1
+  int64_t n_tokens_ = -1;
+};
+
+// Each op records itself with its full arrays, and is called with their first rows.
+void record_matmul(Program& program, Matrix x, nb::sequence weights, nb::sequence outs, const std::string& activations,
+                   bool add, BytesOut scratch) {
+  program.record([=, all = products(weights, outs, activations)](int64_t n) -> Program::Call {
+    Products p = all;
+    for (MatrixOut& out : p.outs) out = first(out, n);
+    return [=, x = first(x, n)](int64_t) { multiply(x, p, add, scratch); };
+  });
+}
+
+void record_rmsnorm(Program& program, Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, x = first(x, n), out = first(out, n)](int64_t) { rmsnorm(x, weight, eps, out, plus_one); };
+  });
+}
+
+void record_head_rmsnorm(Program& program, MatrixOut x, int64_t n_heads, int64_t head_dim, Vector weight, float eps,
+                         bool plus_one) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, x = first(x, n)](int64_t) { head_rmsnorm(x, n_heads, head_dim, weight, eps, plus_one); };
+  });
+}
+
+void record_rope(Program& program, MatrixOut x, int64_t n_heads, int64_t head_dim, Matrix cos, Matrix sin,
+                 bool interleaved) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, x = first(x, n), cos = first(cos, n), sin = first(sin, n)](int64_t) {
+      rope(x, n_heads, head_dim, cos, sin, interleaved);
+    };
+  });
+}
+
+void record_glu(Program& program, Array<const float> gate, Array<const float> up, Array<float> out,
+                const std::string& activation) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, gate = first(gate, n), up = first(up, n), out = first(out, n)](int64_t) {
+      glu(gate, up, out, activation);
+    };
+  });
+}
+
+void record_add(Program& program, Array<float> x, Array<const float> y) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [x = first(x, n), y = y.ndim() == 1 ? y : first(y, n)](int64_t) { add_(x, y); };
+  });
+}
+
+void record_kv_append(Program& program, Matrix k, Matrix v, KvBytesOut k_buf, KvBytesOut v_buf, const std::string& fmt,
+                      int64_t capacity) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, k = first(k, n), v = first(v, n)](int64_t n_past) {
+      kv_append(k, v, k_buf, v_buf, fmt, capacity, n_past);
+    };
+  });
+}
+
+void record_attention(Program& program, Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out,
+                      int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t capacity, float scale,
+                      int64_t window, float softcap, BytesOut scratch) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, q = first(q, n), out = first(out, n)](int64_t n_past) {
+      attention(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, n_past, n, scale, window, softcap,
+                scratch);
+    };
+  });
+}
+
 // --- system ---
 
 void read_at(int fd, int64_t offset, BytesOut array) {
@@ -324,10 +473,11 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled kernels of barefoot; barefoot.ops describes them.";
 
   nb::class_<PackedWeight>(m, "PackedWeight")
-      .def(nb::init<const std::string&, int64_t, int64_t, nb::object>(), "format"_a, "rows"_a, "cols"_a,
-           "buffer"_a = nb::none())
+      .def(nb::init<const std::string&, int64_t, int64_t, nb::object, const std::string&>(), "format"_a, "rows"_a,
+           "cols"_a, "buffer"_a = nb::none(), "layout"_a = "rows")
       .def("bind", &PackedWeight::bind, "buffer"_a.noconvert())
       .def_prop_ro("format", &PackedWeight::format_name)
+      .def_prop_ro("layout", &PackedWeight::layout_name)
       .def_prop_ro("rows", &PackedWeight::rows)
       .def_prop_ro("cols", &PackedWeight::cols)
       .def_prop_ro("n_bytes", &PackedWeight::n_bytes)
@@ -337,6 +487,8 @@ NB_MODULE(_native, m) {
         "add"_a = false, "scratch"_a.noconvert());
   m.def("embed", &barefoot::embed, "ids"_a.noconvert(), "weight"_a, "out"_a.noconvert(), nb::kw_only(),
         "scale"_a = 1.0f);
+  m.def("pack_panels", &barefoot::pack_panels, "format"_a, "rows"_a.noconvert(), "n_rows"_a, "n_cols"_a,
+        "out"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
@@ -352,6 +504,26 @@ NB_MODULE(_native, m) {
   m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
         "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "n_past"_a,
         "n_tokens"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert());
+  nb::class_<Program>(m, "Program")
+      .def(nb::init<>())
+      .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
+           "add"_a = false, "scratch"_a.noconvert())
+      .def("rmsnorm", &record_rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
+           nb::kw_only(), "plus_one"_a = false)
+      .def("head_rmsnorm", &record_head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
+           "eps"_a, nb::kw_only(), "plus_one"_a = false)
+      .def("rope", &record_rope, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "cos"_a.noconvert(),
+           "sin"_a.noconvert(), nb::kw_only(), "interleaved"_a)
+      .def("glu", &record_glu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(), nb::kw_only(),
+           "activation"_a = "silu")
+      .def("add_", &record_add, "x"_a.noconvert(), "y"_a.noconvert())
+      .def("kv_append", &record_kv_append, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
+           "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a)
+      .def("attention", &record_attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
+           "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "scale"_a,
+           "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert())
+      .def("run", &Program::run, "n_tokens"_a, "n_past"_a);
+
   m.def("read_at", &barefoot::read_at, "fd"_a, "offset"_a, "array"_a.noconvert());
   m.def("populate", &barefoot::populate, "array"_a.noconvert());
 

@@ -40,12 +40,16 @@ void wait_while(const std::atomic<T>& value, T old) {
 }
 
 class Pool {
+  static constexpr uint32_t kOpen = 1u << 31;
+
  public:
   void resize(int n) {
     std::lock_guard lock(busy_);
     set_workers(n - 1);
   }
 
+  // The caller opens a region, works in it and closes it when no task is left: it waits for workers that came, never
+  // for one that the system has not woken yet, so a busy machine costs no more than the help that is missing.
   void run(int64_t n_tasks, int n, int max_threads, void (*body)(void*, int64_t, int), void* context) {
     std::lock_guard lock(busy_);
     set_workers(n - 1);
@@ -54,11 +58,12 @@ class Pool {
     n_tasks_ = n_tasks;
     max_threads_ = max_threads;
     next_.store(0, std::memory_order_relaxed);
-    running_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
+    inside_.store(kOpen, std::memory_order_release);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     take_tasks(0);
-    for (int32_t left; (left = running_.load(std::memory_order_acquire)) != 0;) wait_while(running_, left);
+    uint32_t left = inside_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    for (; left != 0; left = inside_.load(std::memory_order_acquire)) wait_while(inside_, left);
   }
 
  private:
@@ -67,38 +72,47 @@ class Pool {
     for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;) body_(context_, task, thread);
   }
 
+  // A worker that comes late may find its region closed, or the next one open: both are right.
+  bool enter() {
+    uint32_t inside = inside_.load(std::memory_order_relaxed);
+    while (inside & kOpen)
+      if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) return true;
+    return false;
+  }
+
   void work(int thread, uint32_t seen) {
     for (;;) {
       wait_while(generation_, seen);
-      ++seen;
-      if (stop_) return;
+      seen = generation_.load(std::memory_order_acquire);
+      if (stop_.load(std::memory_order_acquire)) return;
+      if (!enter()) continue;
       take_tasks(thread);
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+      if (inside_.fetch_sub(1, std::memory_order_acq_rel) == 1) inside_.notify_one();
     }
   }
 
   void set_workers(int n) {
     if (static_cast<int>(workers_.size()) == n) return;
-    stop_ = true;
+    stop_.store(true, std::memory_order_release);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     for (auto& worker : workers_) worker.join();
     workers_.clear();
-    stop_ = false;
+    stop_.store(false, std::memory_order_release);
     const uint32_t seen = generation_.load(std::memory_order_relaxed);
     for (int i = 0; i < n; ++i) workers_.emplace_back(&Pool::work, this, i + 1, seen);
   }
 
   std::mutex busy_;
   std::vector<std::thread> workers_;
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   void (*body_)(void*, int64_t, int) = nullptr;
   void* context_ = nullptr;
   int64_t n_tasks_ = 0;
   int max_threads_ = 1;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
-  alignas(64) std::atomic<int32_t> running_{0};
+  alignas(64) std::atomic<uint32_t> inside_{0};  // workers in the region, and kOpen while more may come
 };
 
 std::atomic<int> wanted_threads{1};

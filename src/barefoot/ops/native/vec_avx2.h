@@ -73,6 +73,20 @@ inline Quads repeat_quad(const int8_t* p) {
   std::memcpy(&quad, p, 4);
   return _mm256_set1_epi32(quad);
 }
+inline void store_quads(uint8_t* p, Quads a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline I set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
+template <int Count>
+inline I shift_left(I a) {
+  return {_mm256_slli_epi32(a.v, Count)};
+}
+template <int Shift>
+inline Quads field(Quads a, int mask) {
+  if constexpr (Shift > 0) a = _mm256_srli_epi16(a, Shift);
+  if constexpr (Shift < 0) a = _mm256_slli_epi16(a, -Shift);
+  return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+inline Quads merge(Quads a, Quads b) { return _mm256_or_si256(a, b); }
+inline Quads flip_signs(Quads a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
 template <bool Wide>
 inline I dot_quads(I sum, Quads w, Quads x) {
   const __m256i pairs16 = Wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))

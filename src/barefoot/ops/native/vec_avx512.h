@@ -76,6 +76,20 @@ inline Quads repeat_quad(const int8_t* p) {
   std::memcpy(&quad, p, 4);
   return _mm512_set1_epi32(quad);
 }
+inline void store_quads(uint8_t* p, Quads a) { _mm512_storeu_si512(p, a); }
+inline I set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
+template <int Count>
+inline I shift_left(I a) {
+  return {_mm512_slli_epi32(a.v, Count)};
+}
+template <int Shift>
+inline Quads field(Quads a, int mask) {
+  if constexpr (Shift > 0) a = _mm512_srli_epi16(a, Shift);
+  if constexpr (Shift < 0) a = _mm512_slli_epi16(a, -Shift);
+  return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+inline Quads merge(Quads a, Quads b) { return _mm512_or_si512(a, b); }
+inline Quads flip_signs(Quads a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }
 template <bool Wide>
 inline I dot_quads(I sum, Quads w, Quads x) {
 #if defined(BAREFOOT_VNNI)

@@ -163,6 +163,35 @@ inline Quads repeat_quad(const int8_t* p) {
   for (int i = 0; i < kLanes; ++i) std::memcpy(r.v + 4 * i, p, 4);
   return r;
 }
+inline void store_quads(uint8_t* p, Quads a) { std::memcpy(p, a.v, sizeof a.v); }
+inline I set1(int32_t a) {
+  I r;
+  BAREFOOT_EACH r.v[i] = a;
+  return r;
+}
+template <int Count>
+inline I shift_left(I a) {
+  BAREFOOT_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << Count);
+  return a;
+}
+// Each byte shifted right by Shift (left if negative), then only the bits of mask.
+template <int Shift>
+inline Quads field(Quads a, int mask) {
+  for (int i = 0; i < 4 * kLanes; ++i) {
+    const int byte = static_cast<uint8_t>(a.v[i]);
+    const int moved = Shift < 0 ? byte << (Shift < 0 ? -Shift : 0) : byte >> (Shift < 0 ? 0 : Shift);
+    a.v[i] = static_cast<int8_t>(moved & mask);
+  }
+  return a;
+}
+inline Quads merge(Quads a, Quads b) {
+  for (int i = 0; i < 4 * kLanes; ++i) a.v[i] |= b.v[i];
+  return a;
+}
+inline Quads flip_signs(Quads a) {  // unsigned bytes to signed ones 128 below
+  for (int i = 0; i < 4 * kLanes; ++i) a.v[i] = static_cast<int8_t>(a.v[i] ^ -128);
+  return a;
+}
 template <bool Wide>
 inline I dot_quads(I sum, Quads w, Quads x) {
 #if defined(__ARM_FEATURE_DOTPROD)
