@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Full
 from tokenizers import models, pre_tokenizers
 
 from barefoot.core.errors import CorruptFile, InvalidInput
+from barefoot.core.measure import TracedPeak
 from barefoot.io.chat import ChatTemplate, _break_control, _segments, find_chat_template
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import Tokenizer
@@ -108,6 +109,41 @@ def test_the_guard_itself_has_teeth(tokenizer: Tokenizer):
 def test_hostile_templates_end_in_one_error(tokenizer: Tokenizer, source: str):
     with pytest.raises(CorruptFile, match="chat template"):
         ChatTemplate(source, True).render([{"role": "user", "content": "x"}], tokenizer)
+
+
+DOUBLING = 60  # 2^60 characters, if nothing stops it
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "{% set ns.x = ns.x + ns.x %}",
+        "{% set ns.x = ns.x ~ ns.x %}",
+        "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
+        "{% set ns.x = [ns.x, ns.x] | join %}",
+        "{% set ns.x = ''.join([ns.x, ns.x]) %}",
+        "{% set ns.x = ns.x | replace('a', 'aa') %}",
+        "{% set ns.x = ns.x.replace('a', 'aa') %}",
+        "{% set ns.x = ns.x | urlencode | urlencode %}{% set ns.x = ns.x | replace('25', '2525') %}",
+        "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns.x = twice(ns.x) %}",
+        "{% set ns.l = ns.l + ns.l %}",
+    ],
+)
+def test_a_text_that_doubles_itself_is_stopped_early(tokenizer: Tokenizer, statement: str):
+    source = "{% set ns = namespace(x='a%', l=[1]) %}{% for _ in range(" + str(DOUBLING) + ") %}" + statement
+    messages = [{"role": "user", "content": "hello"}]
+    with TracedPeak() as meter:
+        with pytest.raises(CorruptFile, match="the chat template fails: SecurityError"):
+            ChatTemplate(source + "{% endfor %}", True).render(messages, tokenizer)
+    assert meter.result is not None
+    assert meter.result.added < 8 << 20
+
+
+def test_bounded_operations_still_do_their_work(tokenizer: Tokenizer):
+    source = (
+        "{% for m in messages %}{{ [m.role, 'x'] | join('-') }}{{ m.content.replace('a', 'b') ~ (1 + 2) }}{% endfor %}"
+    )
+    assert pieces(tokenizer, source, "banana")[0] == "user-xbbnbnb3"
 
 
 def test_a_template_may_reject(tokenizer: Tokenizer):

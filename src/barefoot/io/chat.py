@@ -9,9 +9,10 @@ third noncharacter keeps the template's text from completing it.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -73,11 +74,12 @@ class ChatTemplate:
         if len(self.source) > MAX_TEMPLATE_CHARS:
             raise CorruptFile(f"chat template of {len(self.source)} characters, at most {MAX_TEMPLATE_CHARS} are read")
         parts: list[str] = []
+        left = limit
         try:
-            for part in _environment().from_string(self.source).generate(**names):
+            for part in _environment(limit).from_string(self.source).generate(**names):
                 parts.append(part)
-                limit -= len(part)
-                if limit < 0:
+                left -= len(part)
+                if left < 0:
                     raise CorruptFile("the chat template writes far more than the messages hold")
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise CorruptFile(f"the chat template fails: {type(error).__name__}: {error}") from None
@@ -145,11 +147,21 @@ def _segments(rendered: str) -> list[Segment]:
     return [segment for segment in segments if segment[0]]
 
 
-def _environment() -> Any:
+def _environment(limit: int) -> Any:
+    """A sandbox in which no text or list grows beyond ``limit`` elements, however often it is joined to itself.
+
+    Everything that makes a longer text out of shorter ones passes one of the bounded operations: ``+``, ``~``, block
+    assignments and macros (``concat``), ``join`` and ``replace`` as filters and as methods, and every other filter.
+    """
+    from jinja2.compiler import CodeGenerator
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     steps = 0
+
+    def bounded(size: int) -> None:
+        if size > limit:
+            raise SecurityError(f"a value of more than {limit} characters")
 
     def bounded_range(*bounds: int) -> range:
         nonlocal steps
@@ -159,32 +171,75 @@ def _environment() -> Any:
             raise SecurityError(f"more than {MAX_STEPS} steps")
         return found
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        """Also without the single operations that make a huge text or number out of small ones; what a template can
-        still grow by joining a text to itself again and again ends in the writer's own memory."""
+    def join(parts: Iterable[Any], separator: str = "") -> str:
+        found, size = [], 0
+        for part in map(str, parts):
+            size += len(part) + len(separator)
+            bounded(size)
+            found.append(part)
+        return separator.join(found)
 
-        intercepted_binops = frozenset({"*", "**", "%"})
+    def join_filter(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
+        return join((v[attribute] for v in value) if attribute else value, str(d))
+
+    def replace(text: Any, old: str, new: str, count: int = -1) -> str:
+        before = str(text)
+        bounded(len(before) + (before.count(old) if old else len(before) + 1) * len(new))
+        return before.replace(old, new, count)
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # keeps the marks by which jinja2 passes environment or context
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = function(*args, **kwargs)
+            bounded(len(found) if isinstance(found, (str, list, tuple)) else 0)
+            return found
+
+        return call
+
+    class Generator(CodeGenerator):
+        def visit_Concat(self, node: Any, frame: Any) -> None:
+            self.write("environment.concat((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        code_generator_class = Generator
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
+        concat = staticmethod(join)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-            if not numbers or operator == "**":
+            if operator == "+" and not numbers:
+                bounded(len(left) + len(right))
+            elif not numbers or operator == "**":
                 raise SecurityError(f"{operator} on {type(left).__name__} and {type(right).__name__}")
             return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+            text, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+            if isinstance(text, str) and name == "join":
+                return join(args[0], text)
+            if isinstance(text, str) and name == "replace":
+                return replace(text, *args)
+            return super().call(context, function, *args, **kwargs)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             growing = isinstance(obj, str) and attr in _GROWING
             return not growing and super().is_safe_attribute(obj, attr, value)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    for name in ("format", "center", "indent", "wordwrap"):
+    for name in ("format", "center", "indent", "wordwrap", "batch", "slice"):
         del environment.filters[name]
+    environment.filters |= {"tojson": _to_json, "join": join_filter, "replace": replace}
+    environment.filters = {name: checked(function) for name, function in environment.filters.items()}
     del environment.globals["lipsum"]
     environment.globals |= {"range": bounded_range, "raise_exception": _reject, "strftime_now": _now}
-    environment.filters["tojson"] = _to_json
     return environment
 
 
-_GROWING = frozenset({"format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs"})
+_GROWING = frozenset({"format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "translate"})
 
 
 def _reject(message: str) -> None:

@@ -1,6 +1,6 @@
 """barefoot beside llama.cpp on the same file: decode, prefill, peak memory; perplexity and KL at equal file.
 
-    python -m benchmarks.run.llama_cpp MODEL.gguf NAME [--peer-python PYTHON] [--rounds 5] [--text FILE]
+    python -m benchmarks.run.beside_llama_cpp MODEL.gguf NAME [--peer-python PYTHON] [--rounds 5] [--text FILE]
 
 Each round is two fresh processes, one of each, in turn. The peer runs in the interpreter that ``--peer-python`` names,
 where llama-cpp-python is built for this processor. Quality is measured against barefoot's own float32 path on the same
@@ -97,7 +97,7 @@ def main() -> None:
 
     ratios = {metric: ratio(metric) for metric in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_mib", "load_s")}
     save(
-        f"run/llama_cpp_{args.name}",
+        f"run/beside_llama_cpp_{args.name}",
         {
             "config": base | {"model": Path(args.model).name, "rounds": args.rounds},
             "card": facts,
