@@ -13,7 +13,6 @@ import numpy as np
 
 from barefoot.core.measure import peak_resident
 
-
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # numbers of GGML's types
 
 

@@ -1,16 +1,17 @@
 // Attention of one token, straight from the KV rows. Its queries are few, so float32 copies of the tiles would cost more
 // than the products themselves; every key and value is read once for up to four queries.
 //
-// f16 and f32 rows are widened in registers. q8 and q4 rows are multiplied as integers, where head_dim is whole groups:
-// queries are rounded to 16 bits per group of 32 (32,384 levels to either side of zero, two signed bytes), and so are,
-// per tile and group of values, the probabilities times the values' scales (32,767 levels).
+// f16 and f32 rows are widened in registers, for up to four queries a key head; with more, a transposed copy pays.
+// q8 and q4 rows are multiplied as integers, where head_dim is whole groups: queries are rounded to 16 bits per group
+// of 32 (32,384 levels to either side of zero, as two signed bytes), and so are, per tile and group of values, the
+// probabilities times the values' scales (32,767 levels).
 #pragma once
 
-constexpr int kTokenQueries = 4;                 // that share a load
-constexpr int kHighPlane = 254;                  // code = 254 * high + low, both in -127..127
+constexpr int kTokenQueries = 4;            // that share a load
+constexpr int kHighPlane = 254;             // code = 254 * high + low, both in -127..127
 constexpr float kQueryLevels = 127 * 254 + 126;  // one more would round high to 128
 constexpr float kWeightLevels = 32767;
-constexpr int64_t kMostPackedQueries = 32;       // whose codes fit beside a tile's in the scratch
+constexpr int64_t kMostPackedQueries = 32;  // whose codes fit beside a tile's in the scratch
 
 // Rows of a tile; the last one stands twice, for loops over pairs.
 struct TileRows {
@@ -21,8 +22,13 @@ inline TileRows tile_rows(const KvShape& kv, const uint8_t* buffer, int64_t head
   TileRows rows;
   const int64_t row_bytes = kv.row_bytes();
   const uint8_t* const begin = buffer + head * kv.capacity * row_bytes;
-  int64_t slot = base % kv.capacity;
-  for (int64_t j = 0; j < n; ++j, slot = slot + 1 < kv.capacity ? slot + 1 : 0) rows.at[j] = begin + slot * row_bytes;
+  const uint8_t* const end = begin + kv.capacity * row_bytes;
+  const uint8_t* row = begin + base % kv.capacity * row_bytes;
+  for (int64_t j = 0; j < n; ++j) {
+    rows.at[j] = row;
+    row += row_bytes;
+    if (row == end) row = begin;
+  }
   rows.at[n] = rows.at[n - 1];
   rows.n = n;
   return rows;
@@ -187,19 +193,26 @@ struct PackedTiles {
       }
   }
 
-  // Scales (and minima) of all rows, 0 behind the last one.
-  void take_scales(const TileRows& rows) const {
+  // Scales (and minima) of all rows, 0 behind the last one; what else is done with each group is up to body.
+  template <class Body>
+  void take_groups(const TileRows& rows, Body body) const {
+    const auto halves = [](float* at) { return reinterpret_cast<uint8_t*>(at) + 2 * kKeyTile; };
+    for (int64_t j = 0; j < rows.n; ++j) {
+      const uint8_t* group = rows.at[j];
+      for (int64_t g = 0; g < n_groups; ++g, group += Row::bytes) {
+        std::memcpy(halves(scale + g * kKeyTile) + 2 * j, group, 2);
+        if constexpr (Row::has_low) std::memcpy(halves(low + g * kKeyTile) + 2 * j, group + 2, 2);
+        body(group);
+      }
+    }
+    // Each row of halves stands in the upper part of the floats that it becomes, so reads stay ahead of writes.
+    const auto widen = [&](float* to) {
+      std::memset(halves(to) + 2 * rows.n, 0, 2 * (kKeyTile - rows.n));
+      for (int64_t j = 0; j < kKeyTile; j += kLanes) store(to + j, load_half(halves(to) + 2 * j));
+    };
     for (int64_t g = 0; g < n_groups; ++g) {
-      uint16_t half[2][kKeyTile] = {};
-      for (int64_t j = 0; j < rows.n; ++j) {
-        const uint8_t* const group = rows.at[j] + g * Row::bytes;
-        half[0][j] = read<uint16_t>(group);
-        if constexpr (Row::has_low) half[1][j] = read<uint16_t>(group + 2);
-      }
-      for (int64_t j = 0; j < kKeyTile; j += kLanes) {
-        store(scale + g * kKeyTile + j, load_half(half[0] + j));
-        if constexpr (Row::has_low) store(low + g * kKeyTile + j, load_half(half[1] + j));
-      }
+      widen(scale + g * kKeyTile);
+      if constexpr (Row::has_low) widen(low + g * kKeyTile);
     }
   }
 
@@ -233,10 +246,11 @@ struct PackedTiles {
   }
 
   void score(const TileRows& keys) const {
-    take_scales(keys);
-    for (int64_t j = 0; j < keys.n; ++j)
-      for (int64_t g = 0; g < n_groups; ++g)
-        store(codes + j * dim + g * kGroup, Row::key(keys.at[j] + g * Row::bytes));
+    uint8_t* to = codes;
+    take_groups(keys, [&](const uint8_t* group) {
+      store(to, Row::key(group));
+      to += kGroup;
+    });
     // Four codes move as one float, untouched.
     const float* const rows = s.tile;
     for (int64_t j = 0; j < keys.n; j += kLanes) {
@@ -293,7 +307,7 @@ struct PackedTiles {
   }
 
   void mix(const TileRows& values) const {
-    take_scales(values);
+    take_groups(values, [](const uint8_t*) {});
     for (int64_t g = 0; g < n_groups; ++g)
       query_blocks(l.sharing, [&](auto queries, int64_t i) { this->template mix_block<queries.value>(values, i, g); });
   }
@@ -318,7 +332,7 @@ inline void attend_one(const AttentionArgs& a, const AttentionLayout& l, const A
                        int64_t first, int64_t last) {
   const int64_t dim = a.kv.head_dim;
   const bool packed = a.kv.format == KvFormat::q8 || a.kv.format == KvFormat::q4;
-  if (packed ? dim % kGroup != 0 || l.sharing > kMostPackedQueries : dim % kLanes != 0)
+  if (packed ? dim % kGroup != 0 || l.sharing > kMostPackedQueries : dim % kLanes != 0 || l.sharing > kTokenQueries)
     return attend(a, l, s, head, 0, 1, first, last);
   start_queries(a, l, s, head, 0, l.sharing);
   if (a.kv.format == KvFormat::q8) attend_rows(a, l, s, PackedTiles<Row8>(l, s, dim), head, first, last);

@@ -12,7 +12,7 @@ constexpr int64_t kColumnBlock = 1024;
 constexpr int64_t kRowTile = 32;
 constexpr int64_t kFloatRowTile = 8;
 constexpr int64_t kKeyTile = 64;
-constexpr int64_t kQueryTile = 32;
+constexpr int64_t kQueryTile = 96;
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
 

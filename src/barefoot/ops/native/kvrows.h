@@ -1,6 +1,27 @@
 // KV rows (layouts in kvrows.py): decoding to float32, and storing new positions.
 #pragma once
 
+// One group of q8 or q4 of any even size; with a constant size q8 becomes straight vector code.
+inline void decode_kv_group(KvFormat format, const uint8_t* p, int64_t size, float* out) {
+  const float scale = half_at(p);
+  if (format == KvFormat::q8) {
+    for (int64_t i = 0; i < size; ++i) out[i] = scale * static_cast<float>(static_cast<int8_t>(p[2 + i]));
+    return;
+  }
+  const float low = half_at(p + 2);
+  for (int64_t i = 0; i < size / 2; ++i) {
+    out[i] = scale * static_cast<float>(p[4 + i] & 15) + low;
+    out[size / 2 + i] = scale * static_cast<float>(p[4 + i] >> 4) + low;
+  }
+}
+
+inline void decode_whole_q4(const uint8_t* p, float* out) {
+  const float scale = half_at(p), low = half_at(p + 2);
+  uint8_t code[kGroup];
+  store(code, nibbles(p + 4));
+  for (int i = 0; i < kGroup; ++i) out[i] = scale * static_cast<float>(code[i]) + low;
+}
+
 inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64_t width) {
   const int64_t n = kv.head_dim;
   if (kv.format == KvFormat::f32) {
@@ -8,21 +29,13 @@ inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64
   } else if (kv.format == KvFormat::f16) {
     F16::to_float(p, n, out);
   } else {
-    for (int64_t at = 0; at < n; at += kGroup) {
-      const int64_t size = n - at < kGroup ? n - at : kGroup;
-      const float scale = half_at(p);
-      if (kv.format == KvFormat::q8) {
-        for (int64_t i = 0; i < size; ++i) out[at + i] = scale * static_cast<float>(static_cast<int8_t>(p[2 + i]));
-        p += 2 + size;
-      } else {
-        const float low = half_at(p + 2);
-        for (int64_t i = 0; i < size / 2; ++i) {
-          out[at + i] = scale * static_cast<float>(p[4 + i] & 15) + low;
-          out[at + size / 2 + i] = scale * static_cast<float>(p[4 + i] >> 4) + low;
-        }
-        p += 4 + size / 2;
-      }
+    const bool q8 = kv.format == KvFormat::q8;
+    const int64_t whole = n / kGroup * kGroup;
+    for (int64_t at = 0; at < whole; at += kGroup, p += q8 ? 2 + kGroup : 4 + kGroup / 2) {
+      if (q8) decode_kv_group(KvFormat::q8, p, kGroup, out + at);
+      else decode_whole_q4(p, out + at);
     }
+    if (whole < n) decode_kv_group(kv.format, p, n - whole, out + whole);
   }
   for (int64_t i = n; i < width; ++i) out[i] = 0.0f;
 }
