@@ -13,7 +13,7 @@ constexpr float kQueryLevels = 127 * 254 + 126;  // one more would round high to
 constexpr float kWeightLevels = 32767;
 constexpr int64_t kMostPackedQueries = 32;  // whose codes fit beside a tile's in the scratch
 
-// Rows of a tile; the last one stands twice, for loops over pairs.
+// Rows of a tile, on their way to the cache; the last one stands twice, for loops over pairs.
 struct TileRows {
   const uint8_t* at[kKeyTile + 1];
   int64_t n;
@@ -31,6 +31,11 @@ inline TileRows tile_rows(const KvShape& kv, const uint8_t* buffer, int64_t head
   }
   rows.at[n] = rows.at[n - 1];
   rows.n = n;
+#if defined(__GNUC__)
+  // They are wanted after the tile before them: without this, memory would rest while that one is worked on.
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows.at[j] + b);
+#endif
   return rows;
 }
 
@@ -318,12 +323,18 @@ struct PackedTiles {
 template <class Tiles>
 inline void attend_rows(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, const Tiles& tiles,
                         int64_t head, int64_t first, int64_t last) {
+  const auto rows_from = [&](const uint8_t* buffer, int64_t base) {
+    return tile_rows(a.kv, buffer, head, base, last - base < kKeyTile ? last - base : kKeyTile);
+  };
+  TileRows keys = rows_from(a.k, first);
   for (int64_t base = first; base < last; base += kKeyTile) {
-    const int64_t n = last - base < kKeyTile ? last - base : kKeyTile;
-    tiles.score(tile_rows(a.kv, a.k, head, base, n));
+    const TileRows values = rows_from(a.v, base);
+    tiles.score(keys);
     for (int64_t i = 0; i < l.sharing; ++i)
-      soften(s.score + i * kKeyTile, 0, n, kKeyTile, a.softcap, s.top + i, s.total + i, s.sum + i * l.width, l.width);
-    tiles.mix(tile_rows(a.kv, a.v, head, base, n));
+      soften(s.score + i * kKeyTile, 0, keys.n, kKeyTile, a.softcap, s.top + i, s.total + i, s.sum + i * l.width,
+             l.width);
+    if (base + kKeyTile < last) keys = rows_from(a.k, base + kKeyTile);
+    tiles.mix(values);
   }
 }
 
