@@ -232,20 +232,25 @@ def test_results_do_not_depend_on_threads(isa, case, threads, rng):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(
+    ("fmt", "n_heads", "n_kv_heads", "head_dim"),
+    [("f16", 9, 3, 80), ("f16", 9, 3, 64), ("q8", 64, 2, 32), ("q4", 9, 3, 64), ("q4", 33, 1, 96)],
+)
 @pytest.mark.parametrize("n_tokens", [1, 2, 50])
-def test_the_stated_scratch_is_exactly_what_is_used(n_tokens, threads, rng):
+def test_the_stated_scratch_is_exactly_what_is_used(isa, n_tokens, fmt, n_heads, n_kv_heads, head_dim, threads, rng):
     threads(2)
-    case = cases.AttentionCase("f16", 9, 3, 80, 64, 3, n_tokens)
+    case = cases.AttentionCase(fmt, n_heads, n_kv_heads, head_dim, 64, 3, n_tokens)
     k_buf, v_buf = cases.filled_store(case, rng)
     q = queries(case, rng)
-    size = ops.attention_scratch_bytes(n_tokens, 9, 3, 80, n_threads=2)
+    size = ops.attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim, n_threads=2)
     guarded = np.full(size + 64, 0xA5, np.uint8)
-    shape = {"n_heads": 9, "n_kv_heads": 3, "head_dim": 80, "capacity": 64, "n_past": 3, "n_tokens": n_tokens}
+    shape = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+    shape |= {"capacity": 64, "n_past": 3, "n_tokens": n_tokens}
     out = np.empty_like(q)
-    ops.attention(q, k_buf, v_buf, "f16", out, **shape, scale=0.1, scratch=guarded[:size])
+    ops.attention(q, k_buf, v_buf, fmt, out, **shape, scale=0.1, scratch=guarded[:size])
     assert (guarded[size:] == 0xA5).all()
     with pytest.raises(ValueError, match=f"scratch: expected {size}, got {size - 1}"):
-        ops.attention(q, k_buf, v_buf, "f16", out, **shape, scale=0.1, scratch=guarded[: size - 1])
+        ops.attention(q, k_buf, v_buf, fmt, out, **shape, scale=0.1, scratch=guarded[: size - 1])
 
 
 def test_wrong_arguments_are_refused(rng):
