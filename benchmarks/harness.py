@@ -62,9 +62,10 @@ def child(
     script: Path, settings: Mapping[str, Any], python: str = sys.executable, timeout: float = 1800
 ) -> dict[str, Any]:
     """Run ``script`` in a fresh process, ``settings`` as its JSON argument; its last line of output is the result."""
-    done = subprocess.run(
-        [python, str(script), json.dumps(settings)], capture_output=True, text=True, timeout=timeout, check=False
-    )
+    # Not as `python script`, which would let modules beside the script shadow installed ones (llama_cpp).
+    start = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [python, "-c", start, str(script), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     if done.returncode:
         raise RuntimeError(f"{script.name} failed with {done.returncode}:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

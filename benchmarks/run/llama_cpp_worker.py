@@ -1,7 +1,7 @@
 """One fresh process of llama.cpp: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings: model, prefill, decode, n_threads, context, n_batch; or ``logits_of`` (windows of token ids) and ``out`` to
-keep the logits of the second halves instead of timing.
+Settings: model, prefill, decode, n_threads, context, n_batch, kv (f16, q8_0 or q4_0); or ``logits_of`` (windows of
+token ids) and ``out`` to keep the logits of the second halves instead of timing.
 """
 
 import json
@@ -12,6 +12,8 @@ import llama_cpp
 import numpy as np
 
 from barefoot.core.measure import peak_resident
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # numbers of GGML's types
 
 
 def main() -> None:
@@ -27,6 +29,8 @@ def main() -> None:
         logits_all="logits_of" in settings,
         verbose=False,
         flash_attn=settings.get("flash_attn", True),
+        type_k=KV_TYPES[settings.get("kv", "f16")],
+        type_v=KV_TYPES[settings.get("kv", "f16")],
     )
     load_s = time.perf_counter() - start
     if "logits_of" in settings:

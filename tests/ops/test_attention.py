@@ -28,14 +28,62 @@ def queries(case, rng):
     return rng.standard_normal((case.n_tokens, case.n_heads * case.head_dim)).astype(np.float32)
 
 
+def rounds_to_16_bits(case, n_tokens):
+    """Whether the kernels multiply the codes of this case as integers."""
+    return case.format in ("q8", "q4") and case.head_dim % 32 == 0 and n_tokens == 1
+
+
+def rounded_queries(q):
+    """Queries as integer kernels see them: 32,384 levels to either side of zero, a scale for each 32 elements."""
+    groups = q.reshape(-1, 32).astype(np.float64)
+    step = np.abs(groups).max(axis=1, keepdims=True) / 32384
+    return (np.rint(groups / step) * step).reshape(q.shape).astype(np.float32)
+
+
+def weight_rounding(case, q, k_buf, v_buf):
+    """Six standard deviations of what rounding the weights of one token's values adds, float64 [n_heads * head_dim].
+
+    Within 64 keys and a group of values, probability times scale is rounded to steps of 1/32767 of the largest, and
+    the error of each, uniform within half a step, is multiplied by the code.
+    """
+    last = case.n_past + 1
+    positions = np.arange(max(0, last - case.window) if case.window else 0, last)
+    k, v = (
+        kvrows.decode(case.format, buffer[:, positions % case.capacity], case.head_dim).astype(np.float64)
+        for buffer in (k_buf, v_buf)
+    )
+    n_groups, sharing = case.head_dim // 32, case.n_heads // case.n_kv_heads
+    group_bytes = v_buf.shape[2] // n_groups
+    headers = v_buf[:, positions % case.capacity].reshape(case.n_kv_heads, len(positions), n_groups, group_bytes)
+    scale = np.ascontiguousarray(headers[..., :2]).view(np.float16)[..., 0].astype(np.float64)
+    low = 0 if case.format == "q8" else np.ascontiguousarray(headers[..., 2:4]).view(np.float16).astype(np.float64)
+    codes = (v.reshape(*scale.shape, 32) - low) / scale[..., None]
+    scores = np.einsum("ghd,gnd->ghn", q.reshape(case.n_kv_heads, sharing, -1), k) * case.head_dim**-0.5
+    if case.softcap:
+        scores = case.softcap * np.tanh(scores / case.softcap)
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    variance = np.zeros((case.n_kv_heads, sharing, n_groups, 32))
+    for at in range(0, len(positions), 64):
+        tile = slice(at, at + 64)
+        step = (weights[:, :, tile, None] * scale[:, None, tile]).max(axis=2) / 32767
+        variance += step[..., None] ** 2 / 12 * (codes[:, tile] ** 2).sum(axis=1)[:, None]
+    return 6 * np.sqrt(variance).reshape(1, -1)
+
+
 @pytest.mark.parametrize("fmt", kvrows.FORMATS)
 def test_attention_equals_the_reference(isa, fmt, rng, threads):
     for i, case in enumerate(c for c in cases.ATTENTION if c.format == fmt):
         threads(1 + i % 3)
         k_buf, v_buf = cases.filled_store(case, rng)
-        q = queries(case, rng)
-        error = np.abs(attend(case, q, k_buf, v_buf) - attend(case, q, k_buf, v_buf, reference)).max()
-        assert error < 3e-6, case
+        q, bound = queries(case, rng), 3e-6
+        got = attend(case, q, k_buf, v_buf)
+        if rounds_to_16_bits(case, case.n_tokens) and ops.isa() != "numpy":
+            q = rounded_queries(q)
+            bound = bound + weight_rounding(case, q, k_buf, v_buf)
+            assert bound.max() < 5e-4, case
+        error = np.abs(got - attend(case, q, k_buf, v_buf, reference))
+        assert (error < bound).all(), case
 
 
 @pytest.mark.parametrize(("window", "softcap", "n_past"), [(0, 0.0, 0), (5, 0.0, 30), (4, 3.0, 9)])
@@ -105,6 +153,54 @@ def test_nan_and_infinity_in_a_key_reach_only_the_queries_that_see_it(isa, fmt, 
     assert np.isfinite(out[:, 1]).all()
 
 
+@pytest.mark.parametrize("fmt", kvrows.FORMATS)
+def test_nan_in_one_row_spoils_one_token_no_further_than_it_must(isa, fmt, rng):
+    case = cases.AttentionCase(fmt, 4, 2, 64, 70, 69, 1)
+    k, v = (rng.standard_normal((70, 128)).astype(np.float32) for _ in range(2))
+    q = queries(case, rng)
+
+    def output(keys, values, of=q):
+        k_buf, v_buf = (np.zeros((2, 70, ops.kv_row_bytes(fmt, 64)), np.uint8) for _ in range(2))
+        ops.kv_append(keys, values, k_buf, v_buf, fmt, 70, 0)
+        return attend(case, of, k_buf, v_buf).reshape(2, 2, 2, 32)  # KV head, query of it, group of 32, element
+
+    good = output(k, v)
+    assert np.isfinite(good).all()
+    for row in (0, 66, 69):  # both tiles, and the last of an odd number of rows or not
+        bad = k.copy()
+        bad[row, 3] = np.inf if row == 66 else np.nan
+        out = output(bad, v)
+        assert np.isnan(out[0]).all()
+        assert np.array_equal(out[1], good[1])
+        bad = v.copy()
+        bad[row, 64 + 40] = np.nan
+        out = output(k, bad)
+        spoiled = np.isnan(out)
+        assert spoiled[1, :, 1, 8].all()
+        assert np.array_equal(out[~spoiled], good[~spoiled])
+        assert spoiled.sum() == (2 * 32 if fmt in ("q8", "q4") else 2)
+    bad = q.copy()
+    bad[0, 70] = np.nan
+    out = output(k, v, bad)
+    assert np.isnan(out[0, 1]).all()
+    assert np.array_equal(np.delete(out.reshape(4, 64), 1, 0), np.delete(good.reshape(4, 64), 1, 0))
+
+
+@pytest.mark.parametrize("sharing", [1, 2, 3, 4, 5, 32, 33])
+@pytest.mark.parametrize("fmt", kvrows.FORMATS)
+def test_one_token_for_any_number_of_queries_a_key(isa, fmt, sharing, rng):
+    case = cases.AttentionCase(fmt, 2 * sharing, 2, 32, 66, 100, 1, 65, 0.0)  # an odd number of keys, wrapped
+    k_buf, v_buf = cases.filled_store(case, rng)
+    q = queries(case, rng)
+    got = attend(case, q, k_buf, v_buf)
+    exact = attend(case, q, k_buf, v_buf, reference)
+    assert np.abs(got - exact).max() < (2e-4 if fmt in ("q8", "q4") else 3e-6)
+    alone = cases.AttentionCase(fmt, 2, 2, 32, 66, 100, 1, 65, 0.0)
+    first = q.reshape(2, sharing, 32)[:, 0].reshape(1, -1).copy()
+    if sharing <= (32 if fmt in ("q8", "q4") else 4):  # beyond, tiles are copied to float32
+        assert np.array_equal(got.reshape(2, sharing, 32)[:, 0].reshape(1, -1), attend(alone, first, k_buf, v_buf))
+
+
 @pytest.mark.parametrize(("capacity", "window"), [(96, 0), (50, 20)])
 @pytest.mark.parametrize("fmt", kvrows.FORMATS)
 def test_chunked_prefill_equals_one_shot(isa, fmt, capacity, window, rng):
@@ -120,7 +216,9 @@ def test_chunked_prefill_equals_one_shot(isa, fmt, capacity, window, rng):
     whole = [np.zeros((2, 96, ops.kv_row_bytes(fmt, 32)), np.uint8) for _ in range(2)]
     ops.kv_append(k, v, *whole, fmt, 96, 0)
     one_shot = attend(cases.AttentionCase(fmt, 6, 2, 32, 96, 0, 96, window), q, *whole)
-    assert np.abs(np.concatenate(pieces) - one_shot).max() < 2e-6
+    error, alone = np.abs(np.concatenate(pieces) - one_shot), 30
+    assert np.delete(error, alone, axis=0).max() < 2e-6
+    assert error[alone].max() < (2e-4 if fmt in ("q8", "q4") else 2e-6)  # rounded to 16 bits
 
 
 @pytest.mark.parametrize("case", [c for c in cases.ATTENTION if (c.format, c.head_dim) == ("q8", 64)])
@@ -134,20 +232,25 @@ def test_results_do_not_depend_on_threads(isa, case, threads, rng):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(
+    ("fmt", "n_heads", "n_kv_heads", "head_dim"),
+    [("f16", 9, 3, 80), ("f16", 9, 3, 64), ("q8", 64, 2, 32), ("q4", 9, 3, 64), ("q4", 33, 1, 96)],
+)
 @pytest.mark.parametrize("n_tokens", [1, 2, 50])
-def test_the_stated_scratch_is_exactly_what_is_used(n_tokens, threads, rng):
+def test_the_stated_scratch_is_exactly_what_is_used(isa, n_tokens, fmt, n_heads, n_kv_heads, head_dim, threads, rng):
     threads(2)
-    case = cases.AttentionCase("f16", 9, 3, 80, 64, 3, n_tokens)
+    case = cases.AttentionCase(fmt, n_heads, n_kv_heads, head_dim, 64, 3, n_tokens)
     k_buf, v_buf = cases.filled_store(case, rng)
     q = queries(case, rng)
-    size = ops.attention_scratch_bytes(n_tokens, 9, 3, 80, n_threads=2)
+    size = ops.attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim, n_threads=2)
     guarded = np.full(size + 64, 0xA5, np.uint8)
-    shape = {"n_heads": 9, "n_kv_heads": 3, "head_dim": 80, "capacity": 64, "n_past": 3, "n_tokens": n_tokens}
+    shape = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+    shape |= {"capacity": 64, "n_past": 3, "n_tokens": n_tokens}
     out = np.empty_like(q)
-    ops.attention(q, k_buf, v_buf, "f16", out, **shape, scale=0.1, scratch=guarded[:size])
+    ops.attention(q, k_buf, v_buf, fmt, out, **shape, scale=0.1, scratch=guarded[:size])
     assert (guarded[size:] == 0xA5).all()
     with pytest.raises(ValueError, match=f"scratch: expected {size}, got {size - 1}"):
-        ops.attention(q, k_buf, v_buf, "f16", out, **shape, scale=0.1, scratch=guarded[: size - 1])
+        ops.attention(q, k_buf, v_buf, fmt, out, **shape, scale=0.1, scratch=guarded[: size - 1])
 
 
 def test_wrong_arguments_are_refused(rng):

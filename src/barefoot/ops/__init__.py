@@ -192,6 +192,11 @@ def attention(
 ) -> None:
     """Causal attention over the store: query i sits at position n_past + i and sees the positions up to its own.
 
+    Sums in float32 of the rows as they decode, with one exception: a single token over q8 or q4 rows whose head_dim is
+    a multiple of 32 (and at most 32 queries share a key head) works on the codes. Queries are then rounded to 32,384
+    levels to either side of zero per 32 elements, and probabilities times value scales to 32,767 levels per 64 keys
+    and 32 elements. For a given number of tokens the result does not depend on the number of threads.
+
     q, out : float32 [n_tokens, n_heads * head_dim], not the same array
     k_buf, v_buf : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)], already holding these tokens
     window : how many positions a query sees, its own included; 0 = all. The store must hold every position that a

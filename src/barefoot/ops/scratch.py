@@ -13,7 +13,7 @@ COLUMN_BLOCK = 1024  # columns of a weight tile that are unpacked at a time
 ROW_TILE = 32  # rows of an unpacked int8 tile
 FLOAT_ROW_TILE = 8  # rows of an unpacked float tile
 KEY_TILE = 64  # keys of one step of the online softmax
-QUERY_TILE = 32  # queries (tokens × heads that share a key head) of one attention task
+QUERY_TILE = 96  # queries (tokens × heads that share a key head) of one attention task
 MAX_SPLITS = 16  # ranges of keys that a single token's attention is split into
 
 
@@ -39,7 +39,7 @@ def attention_scratch_bytes(
 ) -> int:
     """Bytes that ``attention`` needs for ``n_tokens`` queries, whatever the number of keys.
 
-    For each thread, float32: its queries and their outputs (up to 32, or the heads of one token that share a key head),
+    For each thread, float32: its queries and their outputs (up to 96, or the heads of one token that share a key head),
     a tile of 64 keys or values and another of transposed keys, scores, maxima and sums. A single token also holds up to
     16 partial outputs per head.
     """

@@ -1,89 +1,5 @@
-// KV rows (layouts in kvrows.py) and causal attention over them by tiles of keys with a running softmax.
+// Causal attention over KV rows by tiles of keys with a running softmax, in float32.
 #pragma once
-
-inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64_t width) {
-  const int64_t n = kv.head_dim;
-  if (kv.format == KvFormat::f32) {
-    F32::to_float(p, n, out);
-  } else if (kv.format == KvFormat::f16) {
-    F16::to_float(p, n, out);
-  } else {
-    for (int64_t at = 0; at < n; at += kGroup) {
-      const int64_t size = n - at < kGroup ? n - at : kGroup;
-      const float scale = half_at(p);
-      if (kv.format == KvFormat::q8) {
-        for (int64_t i = 0; i < size; ++i) out[at + i] = scale * static_cast<float>(static_cast<int8_t>(p[2 + i]));
-        p += 2 + size;
-      } else {
-        const float low = half_at(p + 2);
-        for (int64_t i = 0; i < size / 2; ++i) {
-          out[at + i] = scale * static_cast<float>(p[4 + i] & 15) + low;
-          out[at + size / 2 + i] = scale * static_cast<float>(p[4 + i] >> 4) + low;
-        }
-        p += 4 + size / 2;
-      }
-    }
-  }
-  for (int64_t i = n; i < width; ++i) out[i] = 0.0f;
-}
-
-inline void encode_kv_group(KvFormat format, const float* x, int64_t n, uint8_t* p) {
-  const bool q8 = format == KvFormat::q8;
-  float low = x[0], high = x[0];
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) {
-    finite = finite && std::fabs(x[i]) <= 3.4028234663852886e38f;
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-  }
-  const float span = q8 ? (high > -low ? high : 0.0f - low) / 127.0f : (high - low) / 15.0f;
-  uint16_t scale16 = float_to_half(span), low16 = q8 ? 0 : float_to_half(low);
-  finite = finite && (scale16 & 0x7c00) != 0x7c00 && (low16 & 0x7c00) != 0x7c00;
-  if (!finite) scale16 = 0x7e00, low16 = 0;  // NaN
-  const float scale = half_to_float(scale16), base = half_to_float(low16);
-  const float inverse = finite && scale != 0.0f ? 1.0f / scale : 0.0f;
-  const auto code = [&](int64_t i) {
-    if (!finite) return 0;
-    const float steps = (x[i] - base) * inverse;
-    const float bottom = q8 ? -127.0f : 0.0f, top = q8 ? 127.0f : 15.0f;
-    return static_cast<int>(std::nearbyint(steps < bottom ? bottom : steps > top ? top : steps));
-  };
-  std::memcpy(p, &scale16, 2);
-  if (q8) {
-    for (int64_t i = 0; i < n; ++i) p[2 + i] = static_cast<uint8_t>(code(i));
-  } else {
-    std::memcpy(p + 2, &low16, 2);
-    for (int64_t i = 0; i < n / 2; ++i) p[4 + i] = static_cast<uint8_t>(code(i) | code(n / 2 + i) << 4);
-  }
-}
-
-inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer) {
-  const int64_t row_bytes = kv.row_bytes(), n = kv.head_dim;
-  const auto one_token = [&](int64_t token, int) {
-    const int64_t slot = (start + token) % kv.capacity;
-    for (int64_t h = 0; h < kv.n_kv_heads; ++h) {
-      const float* x = rows + (token * kv.n_kv_heads + h) * n;
-      uint8_t* p = buffer + (h * kv.capacity + slot) * row_bytes;
-      if (kv.format == KvFormat::f32) {
-        std::memcpy(p, x, n * sizeof(float));
-        continue;
-      }
-      if (kv.format == KvFormat::f16) {
-        for (int64_t i = 0; i < n; ++i) {
-          const uint16_t half = float_to_half(x[i]);
-          std::memcpy(p + 2 * i, &half, 2);
-        }
-        continue;
-      }
-      for (int64_t at = 0; at < n; at += kGroup) {
-        const int64_t size = n - at < kGroup ? n - at : kGroup;
-        encode_kv_group(kv.format, x + at, size, p);
-        p += kv.format == KvFormat::q8 ? 2 + size : 4 + size / 2;
-      }
-    }
-  };
-  parallel_for(n_tokens, n_tokens * kv.n_kv_heads * n < kParallel ? 1 : n_threads(), one_token);
-}
 
 struct AttentionScratch {  // of one thread
   float *q, *sum, *tile, *turned, *score, *top, *total;
@@ -197,10 +113,10 @@ inline void soften(float* score, int64_t first, int64_t last, int64_t n, float s
   for (int64_t d = 0; d < width; d += kLanes) store(sum + d, load(sum + d) * scale);
 }
 
-// The queries of tokens [t0, t0 + n_tokens) that share key head `head`, over positions [first, last).
-inline void attend(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
-                   int64_t t0, int64_t n_tokens, int64_t first, int64_t last) {
-  const int64_t dim = a.kv.head_dim, width = l.width, n_queries = n_tokens * l.sharing, row_bytes = a.kv.row_bytes();
+// Scaled copies of the queries from token t0 on that share key head `head`, padded with zeros, and empty sums.
+inline void start_queries(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
+                          int64_t t0, int64_t n_queries) {
+  const int64_t dim = a.kv.head_dim, width = l.width;
   for (int64_t i = 0; i < n_queries; ++i) {
     const float* q = a.q + ((t0 + i / l.sharing) * a.n_heads + head * l.sharing + i % l.sharing) * dim;
     for (int64_t d = 0; d < width; ++d) s.q[i * width + d] = d < dim ? q[d] * a.scale : 0.0f;
@@ -208,6 +124,13 @@ inline void attend(const AttentionArgs& a, const AttentionLayout& l, const Atten
     s.top[i] = -INFINITY;
     s.total[i] = 0.0f;
   }
+}
+
+// The queries of tokens [t0, t0 + n_tokens) that share key head `head`, over positions [first, last).
+inline void attend(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
+                   int64_t t0, int64_t n_tokens, int64_t first, int64_t last) {
+  const int64_t dim = a.kv.head_dim, width = l.width, n_queries = n_tokens * l.sharing, row_bytes = a.kv.row_bytes();
+  start_queries(a, l, s, head, t0, n_queries);
   const auto decode_tile = [&](const uint8_t* buffer, int64_t base, int64_t n) {
     int64_t slot = base % a.kv.capacity;
     for (int64_t j = 0; j < n; ++j, slot = slot + 1 < a.kv.capacity ? slot + 1 : 0)
@@ -264,43 +187,4 @@ inline void attend_tiles(const AttentionArgs& a, const AttentionLayout& l) {
       write_output(s.sum + i * l.width, s.total[i], dim, out);
     }
   });
-}
-
-// One token: a task is a key head and a range of keys; the ranges are then put together in order. How the keys are
-// split depends on their number only, so the result is the same for any number of threads.
-inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
-  const int64_t last = a.n_past + 1, oldest = last - a.window, first = a.window > 0 && oldest > 0 ? oldest : 0;
-  const int64_t fair = round_up((last - first + kMaxSplits - 1) / kMaxSplits, kKeyTile);
-  const int64_t range = fair > 4 * kKeyTile ? fair : 4 * kKeyTile, n_splits = (last - first + range - 1) / range;
-  const int64_t stride = l.width + 2, dim = a.kv.head_dim;
-  const int threads = (last - first) * a.n_heads * dim < kParallel ? 1 : a.n_threads;
-  parallel_for(n_splits * a.kv.n_kv_heads, threads, [&](int64_t task, int thread) {
-    const int64_t head = task / n_splits, split = task % n_splits, begin = first + split * range;
-    const AttentionScratch s = scratch_of(l, thread);
-    attend(a, l, s, head, 0, 1, begin, begin + range < last ? begin + range : last);
-    for (int64_t i = 0; i < l.sharing; ++i) {
-      float* part = l.partial + ((head * l.sharing + i) * kMaxSplits + split) * stride;
-      std::memcpy(part, s.sum + i * l.width, l.width * sizeof(float));
-      part[l.width] = s.top[i];
-      part[l.width + 1] = s.total[i];
-    }
-  });
-  for (int64_t h = 0; h < a.n_heads; ++h) {
-    float* into = l.partial + h * kMaxSplits * stride;
-    for (int64_t split = 1; split < n_splits; ++split) {
-      const float* part = into + split * stride;
-      const float top = part[l.width] > into[l.width] ? part[l.width] : into[l.width];
-      const float keep = std::exp(into[l.width] - top), take = std::exp(part[l.width] - top);
-      for (int64_t d = 0; d < dim; ++d) into[d] = into[d] * keep + part[d] * take;
-      into[l.width + 1] = into[l.width + 1] * keep + part[l.width + 1] * take;
-      into[l.width] = top;
-    }
-    write_output(into, into[l.width + 1], dim, a.out + h * dim);
-  }
-}
-
-inline void attention(const AttentionArgs& a) {
-  const AttentionLayout l = lay_out(a);
-  if (a.n_tokens == 1) attend_splits(a, l);
-  else attend_tiles(a, l);
 }

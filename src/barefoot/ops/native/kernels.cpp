@@ -44,7 +44,11 @@ struct Constant {
 //
 #include "fused.h"
 //
+#include "kvrows.h"
+//
 #include "attention.h"
+//
+#include "attention_token.h"
 
 }  // namespace
 

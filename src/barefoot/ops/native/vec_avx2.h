@@ -67,6 +67,7 @@ inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 using Quads = __m256i;
 inline I zero_int() { return {_mm256_setzero_si256()}; }
+inline I set_int(int32_t a) { return {_mm256_set1_epi32(a)}; }
 inline Quads load_quads(const uint8_t* p) { return load_256(p); }
 inline Quads repeat_quad(const int8_t* p) {
   int quad;
@@ -92,4 +93,34 @@ inline I dot_quads(I sum, Quads w, Quads x) {
   const __m256i pairs16 = Wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
                                : _mm256_maddubs_epi16(w, x);
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs16, _mm256_set1_epi16(1)))};
+}
+
+struct Woven {
+  __m256i v[4];  // pairs of elements 0..7, 16..23, 8..15, 24..31
+};
+struct Sums32 {
+  __m256i v[4];
+};
+inline Woven weave(Codes a, Codes b) {
+  const __m256i low = _mm256_unpacklo_epi8(a.v, b.v), high = _mm256_unpackhi_epi8(a.v, b.v);
+  return {{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(low)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(low, 1)),
+           _mm256_cvtepi8_epi16(_mm256_castsi256_si128(high)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(high, 1))}};
+}
+inline Sums32 zero_sums() {
+  const __m256i zero = _mm256_setzero_si256();
+  return {{zero, zero, zero, zero}};
+}
+inline void add_rows(Sums32& sum, const Woven& rows, const int16_t* weights) {
+  int pair;
+  std::memcpy(&pair, weights, 4);
+  const __m256i both = _mm256_set1_epi32(pair);
+  for (int i = 0; i < 4; ++i) sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(rows.v[i], both));
+}
+inline void add_scaled(float* to, const Sums32& sum, float scale, float offset) {
+  const __m256 factor = _mm256_set1_ps(scale), more = _mm256_set1_ps(offset);
+  constexpr int order[] = {0, 16, 8, 24};
+  for (int i = 0; i < 4; ++i) {
+    const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum.v[i]), factor, more);
+    _mm256_storeu_ps(to + order[i], _mm256_add_ps(_mm256_loadu_ps(to + order[i]), value));
+  }
 }

@@ -70,6 +70,7 @@ inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 using Quads = __m512i;
 inline I zero_int() { return {_mm512_setzero_si512()}; }
+inline I set_int(int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline Quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Quads repeat_quad(const int8_t* p) {
   int quad;
@@ -99,4 +100,38 @@ inline I dot_quads(I sum, Quads w, Quads x) {
   const __m512i pairs16 = _mm512_maddubs_epi16(Wide ? _mm512_abs_epi8(w) : w, x);
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs16, _mm512_set1_epi16(1)))};
 #endif
+}
+
+struct Woven {
+  __m512i low, high;  // pairs of elements 0..7, 16..23 and of 8..15, 24..31
+};
+struct Sums32 {
+  __m512i low, high;
+};
+inline Woven weave(Codes a, Codes b) {
+  return {_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(a.v, b.v)), _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(a.v, b.v))};
+}
+inline Sums32 zero_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline void add_rows(Sums32& sum, const Woven& rows, const int16_t* weights) {
+  int pair;
+  std::memcpy(&pair, weights, 4);
+  const __m512i both = _mm512_set1_epi32(pair);
+#if defined(BAREFOOT_VNNI)
+  sum.low = _mm512_dpwssd_epi32(sum.low, rows.low, both);
+  sum.high = _mm512_dpwssd_epi32(sum.high, rows.high, both);
+#else
+  sum.low = _mm512_add_epi32(sum.low, _mm512_madd_epi16(rows.low, both));
+  sum.high = _mm512_add_epi32(sum.high, _mm512_madd_epi16(rows.high, both));
+#endif
+}
+inline void add_scaled(float* to, const Sums32& sum, float scale, float offset) {
+  const __m512 factor = _mm512_set1_ps(scale), more = _mm512_set1_ps(offset);
+  const __m512i first = _mm512_shuffle_i64x2(sum.low, sum.high, 0x44);
+  const __m512i second = _mm512_shuffle_i64x2(sum.low, sum.high, 0xee);
+  const auto add = [&](float* at, __m512i part) {
+    const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), factor, more);
+    _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), value));
+  };
+  add(to, first);
+  add(to + 16, second);
 }

@@ -153,6 +153,11 @@ struct Quads {
   int8_t v[4 * kLanes];
 };
 inline I zero_int() { return I{}; }
+inline I set_int(int32_t a) {
+  I r;
+  BAREFOOT_EACH r.v[i] = a;
+  return r;
+}
 inline Quads load_quads(const uint8_t* p) {
   Quads r;
   std::memcpy(r.v, p, sizeof r.v);
@@ -247,6 +252,30 @@ inline Codes plain_bytes(const uint8_t* p, int flip) {  // flip: 0, or 0x80 to t
   return r;
 }
 inline void store(uint8_t* p, Codes a) { std::memcpy(p, a.v, 32); }
+
+// --- weighted sums of rows of 32 signed codes, two rows at a time, in 32 integers ---
+
+struct Woven {
+  int16_t v[32][2];
+};
+struct Sums32 {
+  int32_t v[32];
+};
+inline Woven weave(Codes a, Codes b) {
+  Woven r;
+  for (int i = 0; i < 32; ++i) {
+    r.v[i][0] = static_cast<int8_t>(a.v[i]);
+    r.v[i][1] = static_cast<int8_t>(b.v[i]);
+  }
+  return r;
+}
+inline Sums32 zero_sums() { return Sums32{}; }
+inline void add_rows(Sums32& sum, const Woven& rows, const int16_t* weights) {  // of the two rows
+  for (int i = 0; i < 32; ++i) sum.v[i] += rows.v[i][0] * weights[0] + rows.v[i][1] * weights[1];
+}
+inline void add_scaled(float* to, const Sums32& sum, float scale, float offset) {  // to += scale * sum + offset
+  for (int i = 0; i < 32; ++i) to[i] += static_cast<float>(sum.v[i]) * scale + offset;
+}
 
 struct Lanes8 {
   float v[8];

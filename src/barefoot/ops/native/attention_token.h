@@ -1,0 +1,392 @@
+// Attention of one token, straight from the KV rows. Its queries are few, so float32 copies of the tiles would cost more
+// than the products themselves; every key and value is read once for up to four queries.
+//
+// f16 and f32 rows are widened in registers, for up to four queries a key head; with more, a transposed copy pays.
+// q8 and q4 rows are multiplied as integers, where head_dim is whole groups: queries are rounded to 16 bits per group
+// of 32 (32,384 levels to either side of zero, as two signed bytes), and so are, per tile and group of values, the
+// probabilities times the values' scales (32,767 levels).
+#pragma once
+
+constexpr int kTokenQueries = 4;            // that share a load
+constexpr int kHighPlane = 254;             // code = 254 * high + low, both in -127..127
+constexpr float kQueryLevels = 127 * 254 + 126;  // one more would round high to 128
+constexpr float kWeightLevels = 32767;
+constexpr int64_t kMostPackedQueries = 32;  // whose codes fit beside a tile's in the scratch
+
+// Rows of a tile, on their way to the cache; the last one stands twice, for loops over pairs.
+struct TileRows {
+  const uint8_t* at[kKeyTile + 1];
+  int64_t n;
+};
+inline TileRows tile_rows(const KvShape& kv, const uint8_t* buffer, int64_t head, int64_t base, int64_t n) {
+  TileRows rows;
+  const int64_t row_bytes = kv.row_bytes();
+  const uint8_t* const begin = buffer + head * kv.capacity * row_bytes;
+  const uint8_t* const end = begin + kv.capacity * row_bytes;
+  const uint8_t* row = begin + base % kv.capacity * row_bytes;
+  for (int64_t j = 0; j < n; ++j) {
+    rows.at[j] = row;
+    row += row_bytes;
+    if (row == end) row = begin;
+  }
+  rows.at[n] = rows.at[n - 1];
+  rows.n = n;
+#if defined(__GNUC__)
+  // They are wanted after the tile before them: without this, memory would rest while that one is worked on.
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows.at[j] + b);
+#endif
+  return rows;
+}
+
+// Call body with Constant<1 .. kTokenQueries> and the first query of each block.
+template <class Body>
+inline void query_blocks(int64_t n_queries, Body body) {
+  static_assert(kTokenQueries == 4);
+  int64_t i = 0;
+  for (; i + 4 <= n_queries; i += 4) body(Constant<4>{}, i);
+  switch (n_queries - i) {
+    case 3: return body(Constant<3>{}, i);
+    case 2: return body(Constant<2>{}, i);
+    case 1: return body(Constant<1>{}, i);
+  }
+}
+
+// --- rows of floats ---
+
+struct HalfRow {
+  static F part(const uint8_t* row, int64_t d) { return load_half(row + 2 * d); }
+};
+struct FloatRow {
+  static F part(const uint8_t* row, int64_t d) { return load(row + 4 * d); }
+};
+
+template <class Row, int Queries>
+inline void dot_float_rows(const TileRows& keys, const float* q, int64_t dim, int64_t width, float* score) {
+  for (int64_t j = 0; j < keys.n; ++j) {
+    F sum[Queries];
+    for (int i = 0; i < Queries; ++i) sum[i] = set1(0.0f);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const F key = Row::part(keys.at[j], d);
+      for (int i = 0; i < Queries; ++i) sum[i] = fma(load(q + i * width + d), key, sum[i]);
+    }
+    for (int i = 0; i < Queries; ++i) score[i * kKeyTile + j] = reduce_add(sum[i]);
+  }
+}
+
+template <class Row, int Queries, int Vectors>
+inline void mix_float_rows(const TileRows& values, const float* score, int64_t d, int64_t width, float* out) {
+  F sum[Queries][Vectors];
+  for (int i = 0; i < Queries; ++i)
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = load(out + i * width + d + v * kLanes);
+  for (int64_t j = 0; j < values.n; ++j) {
+    F part[Vectors];
+    for (int v = 0; v < Vectors; ++v) part[v] = Row::part(values.at[j], d + v * kLanes);
+    for (int i = 0; i < Queries; ++i) {
+      const F weight = set1(score[i * kKeyTile + j]);
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(weight, part[v], sum[i][v]);
+    }
+  }
+  for (int i = 0; i < Queries; ++i)
+    for (int v = 0; v < Vectors; ++v) store(out + i * width + d + v * kLanes, sum[i][v]);
+}
+
+template <class Row>
+struct FloatTiles {
+  const AttentionLayout& l;
+  const AttentionScratch& s;
+  int64_t dim;
+
+  void score(const TileRows& keys) const {
+    query_blocks(l.sharing, [&](auto queries, int64_t i) {
+      dot_float_rows<Row, queries.value>(keys, s.q + i * l.width, dim, l.width, s.score + i * kKeyTile);
+    });
+  }
+  void mix(const TileRows& values) const {
+    query_blocks(l.sharing, [&](auto queries, int64_t i) {
+      const float* const score = s.score + i * kKeyTile;
+      float* const out = s.sum + i * l.width;
+      int64_t d = 0;
+      for (; d + kMixVectors * kLanes <= dim; d += kMixVectors * kLanes)
+        mix_float_rows<Row, queries.value, kMixVectors>(values, score, d, l.width, out);
+      for (; d < dim; d += kLanes) mix_float_rows<Row, queries.value, 1>(values, score, d, l.width, out);
+    });
+  }
+};
+
+// --- rows of codes ---
+
+struct Row8 {
+  static constexpr int bytes = 2 + kGroup;
+  static constexpr bool wide = !kUnsignedBytes, has_low = false;
+  static constexpr int zero = kUnsignedBytes ? 128 : 0;
+  static Codes key(const uint8_t* group) { return plain_bytes(group + 2, zero); }
+  static Codes value(const uint8_t* group) { return plain_bytes(group + 2, 0); }
+};
+struct Row4 {
+  static constexpr int bytes = 4 + kGroup / 2;
+  static constexpr bool wide = false, has_low = true;
+  static constexpr int zero = 0;
+  static Codes key(const uint8_t* group) { return nibbles(group + 4); }
+  static Codes value(const uint8_t* group) { return nibbles(group + 4); }
+};
+
+// One group of a query: q = scale * (254 * high + low).
+struct QueryGroup {
+  float scale, sum;         // sum: of q as rounded
+  int32_t high_start, low_start;  // what the zero point of the keys' codes takes off
+};
+
+inline void round_query(const float* q, int zero, int8_t* high, int8_t* low, QueryGroup* group) {
+  float largest = 0.0f, total = 0.0f;
+  for (int i = 0; i < kGroup; ++i) {
+    const float magnitude = std::fabs(q[i]);
+    largest = magnitude > largest ? magnitude : largest;
+    total += magnitude;
+  }
+  const bool used = largest >= kSmallest && total <= 3.4028234663852886e38f;
+  const float inverse = used ? kQueryLevels / largest : 0.0f;
+  int32_t sum_high = 0, sum_low = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+    const float shifted = (used ? q[i] : 0.0f) * inverse + 12582912.0f;
+    const float shifted_high = (shifted - 12582912.0f) * (1.0f / kHighPlane) + 12582912.0f;
+    int32_t whole, part;
+    std::memcpy(&whole, &shifted, 4);
+    std::memcpy(&part, &shifted_high, 4);
+    part -= 0x4b400000;
+    const int32_t rest = whole - 0x4b400000 - kHighPlane * part;
+    high[i] = static_cast<int8_t>(part);
+    low[i] = static_cast<int8_t>(rest);
+    sum_high += part;
+    sum_low += rest;
+  }
+  group->scale = largest / kQueryLevels + 0.0f * total;  // NaN where the group holds NaN or infinity
+  if (!used && group->scale == group->scale) group->scale = 0.0f;
+  group->sum = group->scale * static_cast<float>(kHighPlane * sum_high + sum_low);
+  group->high_start = -zero * sum_high;
+  group->low_start = -zero * sum_low;
+}
+
+template <class Row>
+struct PackedTiles {
+  const AttentionLayout& l;
+  const AttentionScratch& s;
+  int64_t dim, n_groups;
+  // Over the float tile: codes of keys [kKeyTile][dim], then scales and minima [n_groups][kKeyTile].
+  uint8_t* codes;
+  float *scale, *low;
+  // Over the float transposed tile: four codes of each key [dim / 4, whole vectors][kKeyTile], then the queries,
+  // [sharing] each.
+  uint8_t* quads;
+  int8_t *q_high, *q_low;   // [dim]
+  QueryGroup* q_group;      // [n_groups]
+
+  PackedTiles(const AttentionLayout& layout, const AttentionScratch& scratch, int64_t head_dim)
+      : l(layout), s(scratch), dim(head_dim), n_groups(head_dim / kGroup) {
+    codes = reinterpret_cast<uint8_t*>(s.tile);
+    scale = s.tile + kKeyTile * dim / 4;
+    low = scale + n_groups * kKeyTile;
+    quads = reinterpret_cast<uint8_t*>(s.turned);
+    q_group = reinterpret_cast<QueryGroup*>(s.turned + kKeyTile * round_up(dim / 4, kLanes));
+    q_high = reinterpret_cast<int8_t*>(q_group + l.sharing * n_groups);
+    q_low = q_high + l.sharing * dim;
+    for (int64_t i = 0; i < l.sharing; ++i)
+      for (int64_t g = 0; g < n_groups; ++g) {
+        const int64_t at = i * dim + g * kGroup;
+        round_query(s.q + i * l.width + g * kGroup, Row::zero, q_high + at, q_low + at, q_group + i * n_groups + g);
+      }
+  }
+
+  // Scales (and minima) of all rows, 0 behind the last one; what else is done with each group is up to body.
+  template <class Body>
+  void take_groups(const TileRows& rows, Body body) const {
+    const auto halves = [](float* at) { return reinterpret_cast<uint8_t*>(at) + 2 * kKeyTile; };
+    for (int64_t j = 0; j < rows.n; ++j) {
+      const uint8_t* group = rows.at[j];
+      for (int64_t g = 0; g < n_groups; ++g, group += Row::bytes) {
+        std::memcpy(halves(scale + g * kKeyTile) + 2 * j, group, 2);
+        if constexpr (Row::has_low) std::memcpy(halves(low + g * kKeyTile) + 2 * j, group + 2, 2);
+        body(group);
+      }
+    }
+    // Each row of halves stands in the upper part of the floats that it becomes, so reads stay ahead of writes.
+    const auto widen = [&](float* to) {
+      std::memset(halves(to) + 2 * rows.n, 0, 2 * (kKeyTile - rows.n));
+      for (int64_t j = 0; j < kKeyTile; j += kLanes) store(to + j, load_half(halves(to) + 2 * j));
+    };
+    for (int64_t g = 0; g < n_groups; ++g) {
+      widen(scale + g * kKeyTile);
+      if constexpr (Row::has_low) widen(low + g * kKeyTile);
+    }
+  }
+
+  template <int Queries>
+  void score_block(int64_t i0, int64_t j) const {
+    F score[Queries];
+    for (int i = 0; i < Queries; ++i) score[i] = set1(0.0f);
+    for (int64_t g = 0; g < n_groups; ++g) {
+      const QueryGroup* const group = q_group + i0 * n_groups + g;
+      I high[Queries], rest[Queries];
+      for (int i = 0; i < Queries; ++i) {
+        high[i] = set_int(group[i * n_groups].high_start);
+        rest[i] = set_int(group[i * n_groups].low_start);
+      }
+      for (int64_t c = g * kGroup; c < (g + 1) * kGroup; c += 4) {
+        const Quads key = load_quads(quads + c * kKeyTile + 4 * j);
+        for (int i = 0; i < Queries; ++i) {
+          high[i] = dot_quads<Row::wide>(high[i], key, repeat_quad(q_high + (i0 + i) * dim + c));
+          rest[i] = dot_quads<Row::wide>(rest[i], key, repeat_quad(q_low + (i0 + i) * dim + c));
+        }
+      }
+      const F key_scale = load(scale + g * kKeyTile + j);
+      for (int i = 0; i < Queries; ++i) {
+        const F whole = fma(to_float(high[i]), set1(kHighPlane), to_float(rest[i]));
+        score[i] = fma(whole * set1(group[i * n_groups].scale), key_scale, score[i]);
+        if constexpr (Row::has_low)
+          score[i] = fma(load(low + g * kKeyTile + j), set1(group[i * n_groups].sum), score[i]);
+      }
+    }
+    for (int i = 0; i < Queries; ++i) store(s.score + (i0 + i) * kKeyTile + j, score[i]);
+  }
+
+  void score(const TileRows& keys) const {
+    uint8_t* to = codes;
+    take_groups(keys, [&](const uint8_t* group) {
+      store(to, Row::key(group));
+      to += kGroup;
+    });
+    // Four codes move as one float, untouched.
+    const float* const rows = s.tile;
+    for (int64_t j = 0; j < keys.n; j += kLanes) {
+      for (int64_t c = 0; c < dim / 4; c += kLanes)
+        transpose_block(rows + j * dim / 4 + c, dim / 4, s.turned + c * kKeyTile + j, kKeyTile);
+      query_blocks(l.sharing, [&](auto queries, int64_t i) { this->template score_block<queries.value>(i, j); });
+    }
+  }
+
+  // weight[j] = score[j] * scale[j] in steps of the returned size, which is NaN if any of them is.
+  static float round_weights(const float* score, const float* scale, int16_t* weight) {
+    float product[kKeyTile];
+    F top = set1(0.0f), sum = set1(0.0f);
+    for (int64_t j = 0; j < kKeyTile; j += kLanes) {
+      const F each = load(score + j) * load(scale + j);  // not negative
+      store(product + j, each);
+      top = max(each, top);
+      sum = sum + each;
+    }
+    const float largest = reduce_max(top);
+    const bool used = largest >= kSmallest;
+    const float inverse = used ? kWeightLevels / largest : 0.0f;
+    for (int64_t j = 0; j < kKeyTile; ++j) {
+      const float shifted = product[j] * inverse + 12582912.0f;
+      int32_t bits;
+      std::memcpy(&bits, &shifted, 4);
+      weight[j] = static_cast<int16_t>(bits);  // the low half of a rounded number below 2^15
+    }
+    return (used ? largest / kWeightLevels : 0.0f) + 0.0f * reduce_add(sum);
+  }
+
+  template <int Queries>
+  void mix_block(const TileRows& values, int64_t i0, int64_t g) const {
+    int16_t weight[Queries][kKeyTile];
+    float step[Queries], offset[Queries];
+    Sums32 sum[Queries];
+    for (int i = 0; i < Queries; ++i) {
+      const float* const score = s.score + (i0 + i) * kKeyTile;
+      step[i] = round_weights(score, scale + g * kKeyTile, weight[i]);
+      offset[i] = 0.0f;
+      if constexpr (Row::has_low) {
+        F lows = set1(0.0f);
+        for (int64_t j = 0; j < kKeyTile; j += kLanes) lows = fma(load(score + j), load(low + g * kKeyTile + j), lows);
+        offset[i] = reduce_add(lows);
+      }
+      sum[i] = zero_sums();
+    }
+    for (int64_t j = 0; j < values.n; j += 2) {
+      const Woven rows = weave(Row::value(values.at[j] + g * Row::bytes), Row::value(values.at[j + 1] + g * Row::bytes));
+      for (int i = 0; i < Queries; ++i) add_rows(sum[i], rows, weight[i] + j);
+    }
+    for (int i = 0; i < Queries; ++i)
+      add_scaled(s.sum + (i0 + i) * l.width + g * kGroup, sum[i], step[i], offset[i]);
+  }
+
+  void mix(const TileRows& values) const {
+    take_groups(values, [](const uint8_t*) {});
+    for (int64_t g = 0; g < n_groups; ++g)
+      query_blocks(l.sharing, [&](auto queries, int64_t i) { this->template mix_block<queries.value>(values, i, g); });
+  }
+};
+
+// --- all keys of a range ---
+
+template <class Tiles>
+inline void attend_rows(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, const Tiles& tiles,
+                        int64_t head, int64_t first, int64_t last) {
+  const auto rows_from = [&](const uint8_t* buffer, int64_t base) {
+    return tile_rows(a.kv, buffer, head, base, last - base < kKeyTile ? last - base : kKeyTile);
+  };
+  TileRows keys = rows_from(a.k, first);
+  for (int64_t base = first; base < last; base += kKeyTile) {
+    const TileRows values = rows_from(a.v, base);
+    tiles.score(keys);
+    for (int64_t i = 0; i < l.sharing; ++i)
+      soften(s.score + i * kKeyTile, 0, keys.n, kKeyTile, a.softcap, s.top + i, s.total + i, s.sum + i * l.width,
+             l.width);
+    if (base + kKeyTile < last) keys = rows_from(a.k, base + kKeyTile);
+    tiles.mix(values);
+  }
+}
+
+// The queries of one token that share key head `head`, over positions [first, last), all of which it sees.
+inline void attend_one(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
+                       int64_t first, int64_t last) {
+  const int64_t dim = a.kv.head_dim;
+  const bool packed = a.kv.format == KvFormat::q8 || a.kv.format == KvFormat::q4;
+  if (packed ? dim % kGroup != 0 || l.sharing > kMostPackedQueries : dim % kLanes != 0 || l.sharing > kTokenQueries)
+    return attend(a, l, s, head, 0, 1, first, last);
+  start_queries(a, l, s, head, 0, l.sharing);
+  if (a.kv.format == KvFormat::q8) attend_rows(a, l, s, PackedTiles<Row8>(l, s, dim), head, first, last);
+  else if (a.kv.format == KvFormat::q4) attend_rows(a, l, s, PackedTiles<Row4>(l, s, dim), head, first, last);
+  else if (a.kv.format == KvFormat::f16) attend_rows(a, l, s, FloatTiles<HalfRow>{l, s, dim}, head, first, last);
+  else attend_rows(a, l, s, FloatTiles<FloatRow>{l, s, dim}, head, first, last);
+}
+
+// One token: a task is a key head and a range of keys; the ranges are then put together in order. How the keys are
+// split depends on their number only, so the result is the same for any number of threads.
+inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
+  const int64_t last = a.n_past + 1, oldest = last - a.window, first = a.window > 0 && oldest > 0 ? oldest : 0;
+  const int64_t fair = round_up((last - first + kMaxSplits - 1) / kMaxSplits, kKeyTile);
+  const int64_t range = fair > 4 * kKeyTile ? fair : 4 * kKeyTile, n_splits = (last - first + range - 1) / range;
+  const int64_t stride = l.width + 2, dim = a.kv.head_dim;
+  const int threads = (last - first) * a.n_heads * dim < kParallel ? 1 : a.n_threads;
+  parallel_for(n_splits * a.kv.n_kv_heads, threads, [&](int64_t task, int thread) {
+    const int64_t head = task / n_splits, split = task % n_splits, begin = first + split * range;
+    const AttentionScratch s = scratch_of(l, thread);
+    attend_one(a, l, s, head, begin, begin + range < last ? begin + range : last);
+    for (int64_t i = 0; i < l.sharing; ++i) {
+      float* part = l.partial + ((head * l.sharing + i) * kMaxSplits + split) * stride;
+      std::memcpy(part, s.sum + i * l.width, l.width * sizeof(float));
+      part[l.width] = s.top[i];
+      part[l.width + 1] = s.total[i];
+    }
+  });
+  for (int64_t h = 0; h < a.n_heads; ++h) {
+    float* into = l.partial + h * kMaxSplits * stride;
+    for (int64_t split = 1; split < n_splits; ++split) {
+      const float* part = into + split * stride;
+      const float top = part[l.width] > into[l.width] ? part[l.width] : into[l.width];
+      const float keep = std::exp(into[l.width] - top), take = std::exp(part[l.width] - top);
+      for (int64_t d = 0; d < dim; ++d) into[d] = into[d] * keep + part[d] * take;
+      into[l.width + 1] = into[l.width + 1] * keep + part[l.width + 1] * take;
+      into[l.width] = top;
+    }
+    write_output(into, into[l.width + 1], dim, a.out + h * dim);
+  }
+}
+
+inline void attention(const AttentionArgs& a) {
+  const AttentionLayout l = lay_out(a);
+  if (a.n_tokens == 1) attend_splits(a, l);
+  else attend_tiles(a, l);
+}
