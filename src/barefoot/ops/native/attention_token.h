@@ -241,7 +241,7 @@ struct PackedTiles {
       }
       const F key_scale = load(scale + g * kKeyTile + j);
       for (int i = 0; i < Queries; ++i) {
-        const F whole = fma(to_float(high[i]), set1(kHighPlane), to_float(rest[i]));
+        const F whole = fma(to_float(high[i]), set1(static_cast<float>(kHighPlane)), to_float(rest[i]));
         score[i] = fma(whole * set1(group[i * n_groups].scale), key_scale, score[i]);
         if constexpr (Row::has_low)
           score[i] = fma(load(low + g * kKeyTile + j), set1(group[i * n_groups].sum), score[i]);
