@@ -91,6 +91,7 @@ void dot_panel(const uint8_t* panel, const Quantized8& x, int64_t token, float* 
         I sum[Tokens];
         for (int t = 0; t < Tokens; ++t) {
           if constexpr (Format::has_offset || Format::zero == 0) sum[t] = zero_int();
+          else if constexpr (Format::zero == 1) sum[t] = set1(minus2[t][g32] / 2);
           else sum[t] = shift_left<log2(Format::zero / 2)>(set1(minus2[t][g32]));
         }
         for_quads([&](auto q) {
