@@ -166,9 +166,7 @@ def _scales(weight: Any, packed: U8, group: blocks.Group, n_groups: int) -> tupl
     """What the two sums of a group are multiplied with, float64 (rows, groups) each."""
     header = packed.reshape(len(packed), n_groups, -1)[..., : ROWS * group.header_bytes]
     halves = np.ascontiguousarray(header).view(np.float16).astype(np.float64).reshape(len(packed), n_groups, -1, ROWS)
-    scales, *minimums = (
-        halves[:, :, i].transpose(0, 2, 1).reshape(weight.rows, n_groups) for i in range(halves.shape[2])
-    )
+    scales, *minimums = halves.transpose(2, 0, 3, 1).reshape(-1, weight.rows, n_groups)
     offsets = scales * (((1 << group.bits) - 1) / 2 - group.zero)
     return scales, offsets + minimums[0] if minimums else offsets
 

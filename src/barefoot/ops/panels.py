@@ -44,7 +44,7 @@ PLANES = {
     3: (2, 1),
     2: (2,),
     1: (1,),
-}  # bits of a code: bits of its planes, low bits first
+}  # bits of a code: of its planes, low ones first
 
 
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:

@@ -25,8 +25,8 @@ def matmul_scratch_bytes(
 
     int8: the quantized input (a byte each, one scale and two sums per 32, one sum per 16, 4 bytes each), and per thread
     a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). float32: for each thread
-    8 rows × up to 1,024 columns of float32. ``looks_up``: any of the weights has the layout "lut"; up to 8 tokens of int8
-    then also take their tables, 16 bytes for 4 inputs, and a scale and a sum per 32.
+    8 rows × up to 1,024 columns of float32. ``looks_up``: any of the weights has the layout "lut"; up to 8
+    tokens of int8 then also take their tables, 16 bytes for 4 inputs, and a scale and a sum per 32.
     """
     n_threads = threads.get() if n_threads is None else n_threads
     block = min(round_up(n_cols, 32), COLUMN_BLOCK)
