@@ -15,7 +15,7 @@ JSON_KEYS = {
     "versions": "of barefoot, Python and the libraries that it uses; null for optional ones that are missing",
     "system": "operating system and processor",
     "kernels": "backend: what computes, compiled kernels or numpy; available: instruction sets to choose from",
-    "layouts": "fastest layout of a matrix for decoding, by bits of its codes and size, with the seconds of each; or null",
+    "layouts": "fastest layout for decoding by bits of a code and size of a matrix, with seconds; null if not measured",
     "threads": "logical cores that may be used",
     "memory": "total_bytes, available_bytes, cgroup_limit_bytes, each with where it comes from",
     "speeds": "bandwidths and arithmetic, each with where it comes from",
