@@ -107,3 +107,27 @@ def test_refusals_name_the_reason():
 def test_bits_per_weight_count_the_scales(name, bits):
     assert blocks.bits_per_weight(name) == bits
     assert blocks.row_bytes(name, 1024) == 1024 * bits / 8
+
+
+@pytest.mark.parametrize("name", ["ternary_g32", "ternary_g64", "ternary_g128"])
+def test_ternary_keeps_what_lies_beyond_its_threshold(name, rng):
+    group = blocks.block_elements(name)
+    weights = rng.standard_normal((5, 3 * group)).astype(np.float32)
+    decoded = blocks.decode(name, blocks.encode(name, weights), 3 * group)
+    for row, original in zip(decoded.reshape(-1, group), weights.reshape(-1, group), strict=True):
+        magnitude = np.abs(original)
+        kept = magnitude > 0.7 * magnitude.mean()
+        scale = np.float16(magnitude[kept].mean())
+        assert np.array_equal(row, np.where(kept, np.sign(original) * scale, 0))
+    assert blocks.bits_per_weight(name) == 2 + 16 / group
+    exact = (0.25 * rng.integers(-1, 2, (4, 2 * group))).astype(np.float32)
+    assert np.array_equal(blocks.decode(name, blocks.encode(name, exact), 2 * group), exact)
+    assert not blocks.decode(name, blocks.encode(name, np.zeros((1, group), np.float32)), group).any()
+
+
+def test_one_bit_stores_the_two_means(rng):
+    weights = np.where(np.arange(64) % 3 == 0, 5.0, -1.0) + 0.25 * (np.arange(64) % 2)
+    decoded = blocks.decode("int1_g64_asym", blocks.encode("int1_g64_asym", weights.astype(np.float32)[None]), 64)[0]
+    high = weights > 2
+    assert np.allclose(decoded[high], weights[high].mean(), atol=4e-3)
+    assert np.allclose(decoded[~high], weights[~high].mean(), atol=4e-3)

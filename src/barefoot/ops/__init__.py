@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import panels, reference
+from barefoot.ops import lut, panels, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
 from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes
 from barefoot.ops.threads import get as n_threads
@@ -45,9 +45,11 @@ __all__ = [
     "isa",
     "kv_append",
     "kv_row_bytes",
+    "lut",
     "matmul",
     "matmul_scratch_bytes",
     "n_threads",
+    "pack_lut",
     "pack_panels",
     "panels",
     "populate",
@@ -66,7 +68,8 @@ _impl: Any = reference if _native is None else _native
 #: A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's uint8 buffer.
 #: ``PackedWeight(format, rows, cols, buffer=None, layout="rows")``; ``bind(buffer)`` points it at another buffer of
 #: exactly ``n_bytes`` bytes, of any alignment, and keeps that array alive. ``layout="panels"`` reads what
-#: ``pack_panels`` wrote. Attributes: format, rows, cols, layout, n_bytes, buffer.
+#: ``pack_panels`` wrote, ``layout="lut"`` what ``pack_lut`` wrote. Attributes: format, rows, cols, layout, n_bytes,
+#: buffer.
 if TYPE_CHECKING:
     from barefoot.ops.reference import PackedWeight
 else:
@@ -103,7 +106,8 @@ def matmul(
     activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric; a token that holds
         NaN or infinity gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights block by block and
         sums in float32. Dense weights (f32, f16, bf16) always take float32.
-    scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``
+    scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``; with ``looks_up=True`` if a weight
+        has the layout ``"lut"``, whose products round tables of sums instead of x (``barefoot.ops.lut``)
     """
     _impl.matmul(x, weights, outs, activations=activations, add=add, scratch=scratch)
 
@@ -122,6 +126,21 @@ def pack_panels(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> Non
     ValueError : ``panels.supports(format, n_rows, n_cols)`` is false, or sizes differ.
     """
     _impl.pack_panels(format, rows, n_rows, n_cols, out)
+
+
+def pack_lut(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
+    """Rewrite row-major ``rows`` in the layout ``"lut"`` (``barefoot.ops.lut``), whose products are table look-ups.
+
+    Parameters
+    ----------
+    rows : uint8, n_rows * row_bytes: any whole panels of a matrix, n_rows a multiple of 64
+    out : uint8 of the same size, not overlapping
+
+    Raises
+    ------
+    ValueError : ``lut.supports(format, n_rows, n_cols)`` is false, or sizes differ.
+    """
+    _impl.pack_lut(format, rows, n_rows, n_cols, out)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:

@@ -10,7 +10,8 @@ Three kinds of payload carry the codes of 32 consecutive elements (a *chunk*):
 * pairs, 8 bytes: bits 2k..2k+1 of byte j are element 8k + j (k = 0..3, j = 0..7);
 * bits, 4 bytes: bit i of the 32-bit number is element i.
 
-Own integer groups, ``int{8,4,3,2}_g{32,64,128}_{sym,asym}``: a block is one group of 32, 64 or 128 elements:
+Own integer groups, ``int{8,4,3,2}_g{32,64,128}_{sym,asym}`` and ``int1_g{32,64,128}_asym``: a block is one group of 32,
+64 or 128 elements:
 
 ====== ========================================================================================
 bytes  content
@@ -18,11 +19,14 @@ bytes  content
 0-1    scale, f16
 2-3    minimum, f16; only in ``asym``
 rest   one chunk after the other. int8: 32 bytes, byte j is element j. int4: nibbles. int2: pairs.
-       int3: pairs (the low two bits of each code), then bits (the high bit): 12 bytes.
+       int3: pairs (the low two bits of each code), then bits (the high bit): 12 bytes. int1: bits.
 ====== ========================================================================================
 
 ``asym``: w = scale * q + minimum; ``sym``: w = scale * (q - 2^(b-1)); q in 0..2^b - 1. Example: ``int4_g32_asym``
 stores 32 weights in 4 + 16 = 20 bytes, 5 bits a weight; its first code is ``row[4] & 15``, the 17th ``row[4] >> 4``.
+
+``ternary_g{32,64,128}``: scale, f16; then pairs; w = scale * (q - 1), q in 0..2. Two bits are stored where
+log2(3) = 1.58 would do: the planes of two bits are what the products read. With g128, 2.125 bits a weight.
 
 Blocks of GGUF files (q4_0 .. q6_k) are carried exactly as the file has them; each is described at its decoder. The
 arithmetic of ``decode`` is that of the ``gguf`` package's ``dequantize``, float32, in the same order, so the results
@@ -55,6 +59,7 @@ class Group:
     bits: int
     has_minimum: bool = False
     signed: bool = False  # 8-bit codes stored as two's complement: code 0 is the byte 0x80
+    zero: int = 0  # the code that stands for 0 where there is no minimum
 
     @property
     def header_bytes(self) -> int:
@@ -241,7 +246,7 @@ _FORMATS["bf16"] = BlockFormat(
 # --- GGUF blocks of 32 ----------------------------------------------------------------------------------------------
 
 
-@_register("q4_0", 32, 18, Group(4))
+@_register("q4_0", 32, 18, Group(4, zero=8))
 def _q4_0(blocks: U8) -> F32:
     """0-1 d; 2-17 nibbles; w = d * (q - 8)."""
     return _scaled(_nibbles(blocks[:, 2:]).astype(np.int8) - 8, _f16(blocks, 0))
@@ -253,7 +258,7 @@ def _q4_1(blocks: U8) -> F32:
     return _scaled(_nibbles(blocks[:, 4:]), _f16(blocks, 0), _f16(blocks, 2))
 
 
-@_register("q5_0", 32, 22, Group(5))
+@_register("q5_0", 32, 22, Group(5, zero=16))
 def _q5_0(blocks: U8) -> F32:
     """0-1 d; 2-5 bits (the fifth bit); 6-21 nibbles; w = d * (q - 16)."""
     codes = unpack_chunks(blocks[:, 2:], 5)
@@ -353,7 +358,7 @@ def _q6_k(blocks: U8) -> F32:
 
 
 def pack_chunks(codes: U8, bits: int) -> U8:
-    """Codes (..., 32) of 2, 3, 4, 5 or 8 bits to payload bytes (..., 4 * bits)."""
+    """Codes (..., 32) of 1, 2, 3, 4, 5 or 8 bits to payload bytes (..., 4 * bits)."""
     if bits == 8:
         return codes
     if bits == 5:
@@ -362,6 +367,8 @@ def pack_chunks(codes: U8, bits: int) -> U8:
         )
     if bits == 4:
         return codes[..., :16] | (codes[..., 16:] << np.uint8(4))
+    if bits == 1:
+        return np.packbits(codes, axis=-1, bitorder="little")
     fields = (codes & 3).reshape(*codes.shape[:-1], 4, 8)
     pairs: U8 = np.bitwise_or.reduce(fields << SHIFTS_OF_2, axis=-2)
     if bits == 2:
@@ -377,6 +384,8 @@ def unpack_chunks(payload: U8, bits: int) -> U8:
         return _nibbles(payload[..., 4:]) | (_bits(payload[..., :4]) << np.uint8(4))
     if bits == 4:
         return _nibbles(payload)
+    if bits == 1:
+        return _bits(payload)
     fields = (payload[..., None, :8] >> SHIFTS_OF_2) & np.uint8(3)
     codes = fields.reshape(*payload.shape[:-1], 32)
     return codes if bits == 2 else codes | (_bits(payload[..., 8:]) << np.uint8(2))
@@ -386,9 +395,22 @@ def _to_f16(values: F32) -> npt.NDArray[np.float16]:
     return np.clip(values, -F16_MAX, F16_MAX).astype(np.float16)
 
 
+def _two_means(weights: F32) -> tuple[F32, F32]:
+    """The means of the lower and the upper part of each row, split half-way between them (Lloyd's iteration)."""
+    low, high = weights.min(axis=1), weights.max(axis=1)
+    for _ in range(8):
+        upper = weights > ((low + high) / 2)[:, None]
+        n_upper = upper.sum(axis=1)
+        total_upper = weights.sum(axis=1, where=upper)
+        total_lower = weights.sum(axis=1, where=~upper)
+        high = np.where(n_upper > 0, total_upper / np.maximum(n_upper, 1), high).astype(np.float32)
+        low = (total_lower / np.maximum(weights.shape[1] - n_upper, 1)).astype(np.float32)
+    return low, high
+
+
 def _integer_group(bits: int, group: int, symmetric: bool) -> BlockFormat:
     levels, half = (1 << bits) - 1, 1 << (bits - 1)
-    stored = Group(bits, has_minimum=not symmetric)
+    stored = Group(bits, has_minimum=not symmetric, zero=half if symmetric else 0)
     header = stored.header_bytes
     n_bytes = header + group * bits // 8
 
@@ -405,9 +427,10 @@ def _integer_group(bits: int, group: int, symmetric: bool) -> BlockFormat:
             headers = [_to_f16(extreme / np.float32(-half))]
             shifted, zero = weights, half
         else:
-            minimum = _to_f16(weights.min(axis=1, keepdims=True))
+            low, high = _two_means(weights) if bits == 1 else (weights.min(axis=1), weights.max(axis=1))
+            minimum = _to_f16(low[:, None])
             shifted, zero = weights - minimum.astype(np.float32), 0
-            headers = [_to_f16(shifted.max(axis=1, keepdims=True) / np.float32(levels)), minimum]
+            headers = [_to_f16((high[:, None] - minimum.astype(np.float32)) / np.float32(levels)), minimum]
         step = headers[0].astype(np.float32)
         ratio = np.divide(shifted, step, out=np.zeros_like(shifted), where=step != 0)
         codes = np.clip(np.rint(ratio) + zero, 0, levels).astype(np.uint8)
@@ -423,3 +446,33 @@ for _bits_each in INTEGER_BITS:
         for _symmetric in (True, False):
             _format = _integer_group(_bits_each, _group, _symmetric)
             _FORMATS[_format.name] = _format
+for _group in GROUP_SIZES:
+    _format = _integer_group(1, _group, False)
+    _FORMATS[_format.name] = _format
+
+
+# --- ternary groups -------------------------------------------------------------------------------------------------
+
+
+def _ternary_group(group: int) -> BlockFormat:
+    def decode_blocks(blocks: U8) -> F32:
+        codes = unpack_chunks(blocks[:, 2:].reshape(len(blocks), group // 32, -1), 2).reshape(len(blocks), group)
+        return _scaled(codes.astype(np.int8) - 1, _f16(blocks, 0))
+
+    def encode_blocks(weights: F32) -> U8:
+        magnitude = np.abs(weights)
+        kept = magnitude > np.float32(0.7) * magnitude.mean(axis=1, keepdims=True)
+        scale = _to_f16(
+            magnitude.sum(axis=1, keepdims=True, where=kept) / np.maximum(kept.sum(axis=1, keepdims=True), 1)
+        )
+        codes = (1 + np.sign(weights) * kept).astype(np.uint8)
+        payload = pack_chunks(codes.reshape(len(weights), group // 32, 32), 2).reshape(len(weights), -1)
+        return np.concatenate([scale.view(np.uint8), payload], axis=1)
+
+    stored = Group(2, zero=1)
+    return BlockFormat(f"ternary_g{group}", group, 2 + group // 4, decode_blocks, encode_blocks, stored)
+
+
+for _group in GROUP_SIZES:
+    _format = _ternary_group(_group)
+    _FORMATS[_format.name] = _format

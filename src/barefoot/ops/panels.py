@@ -15,7 +15,7 @@ bytes   content
 rest    one chunk of 32 columns after the other, ``64 * bits`` bytes each: the planes of the codes' bits, low bits first
 ======= ============================================================================================================
 
-Codes of 8, 4 and 2 bits are one plane; of 5 bits a plane of 4 and a plane of 1; of 3 bits a plane of 2 and one of 1.
+Codes of 8, 4, 2 and 1 bits are one plane; of 5 bits a plane of 4 and a plane of 1; of 3 bits a plane of 2 and one of 1.
 A plane of w bits is w vectors of 64 bytes with 8 / w quads each: bits ``w f .. w f + w - 1`` of byte ``4 r + j`` of
 vector v belong to row r, column ``4 (8 / w v + f) + j`` of the chunk. So in a 4-bit plane byte 4r + j of vector v holds
 column 8v + j in its low half and 8v + 4 + j in its high half. Codes are unsigned: q8_0 stores q + 128.
@@ -37,7 +37,14 @@ U8 = npt.NDArray[np.uint8]
 ROWS = 16  # rows of a panel
 CHUNK = 32  # columns whose planes lie together
 QUADS = CHUNK // 4
-PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # bits of a code: bits of its planes, low bits first
+PLANES = {
+    8: (8,),
+    5: (4, 1),
+    4: (4,),
+    3: (2, 1),
+    2: (2,),
+    1: (1,),
+}  # bits of a code: of its planes, low ones first
 
 
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:

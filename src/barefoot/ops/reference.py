@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows, panels
+from barefoot.ops import blocks, kvrows, lut, panels
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -17,19 +17,21 @@ U8 = npt.NDArray[np.uint8]
 GROUP = 32  # activations that share a scale
 SMALLEST = np.float32(2.0**-100)  # groups of smaller magnitude count as zero
 ROWS_AT_A_TIME = 512
+LAYOUTS: dict[str, Any] = {"panels": panels, "lut": lut}  # beside rows
 
 
 class PackedWeight:
     """A matrix [rows, cols] in one of the formats of ``barefoot.ops.blocks``, read from a caller's buffer.
 
-    ``layout``: ``"rows"``, or ``"panels"`` (``barefoot.ops.panels``) where the format and shape have it.
+    ``layout``: ``"rows"``, or ``"panels"`` (``barefoot.ops.panels``) or ``"lut"``
+    (``barefoot.ops.lut``) where the format and shape have it.
     """
 
     __slots__ = ("buffer", "cols", "format", "layout", "rows")
 
     def __init__(self, format: str, rows: int, cols: int, buffer: U8 | None = None, layout: str = "rows") -> None:
         blocks.row_bytes(format, cols)
-        if layout not in ("rows", "panels") or (layout == "panels" and not panels.supports(format, rows, cols)):
+        if layout != "rows" and not (layout in LAYOUTS and LAYOUTS[layout].supports(format, rows, cols)):
             raise ValueError(f"a {format} [{rows}, {cols}] weight has no layout {layout!r}")
         self.format, self.rows, self.cols, self.layout = format, rows, cols, layout
         self.buffer: U8 | None = None
@@ -57,15 +59,20 @@ def decode_rows(weight: Any, rows: npt.ArrayLike | slice) -> F32:
         packed = weight.buffer.reshape(weight.rows, -1)[rows]
         return blocks.decode(weight.format, packed, weight.cols)
     ids = np.arange(weight.rows)[rows if isinstance(rows, slice) else np.asarray(rows)]
-    wanted, at = np.unique(ids // panels.ROWS, return_inverse=True)
-    chosen = weight.buffer.reshape(weight.rows // panels.ROWS, -1)[wanted]
-    packed = panels.unpack(weight.format, chosen, weight.cols)[at * panels.ROWS + ids % panels.ROWS]
+    layout = LAYOUTS[weight.layout]
+    wanted, at = np.unique(ids // layout.ROWS, return_inverse=True)
+    chosen = weight.buffer.reshape(weight.rows // layout.ROWS, -1)[wanted]
+    packed = layout.unpack(weight.format, chosen, weight.cols)[at * layout.ROWS + ids % layout.ROWS]
     return blocks.decode(weight.format, packed, weight.cols)
 
 
 def pack_panels(format_id: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
     packed = panels.pack(format_id, rows.reshape(n_rows, -1), n_cols)
     out.reshape(-1)[:] = packed.reshape(-1)
+
+
+def pack_lut(format_id: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
+    out.reshape(-1)[:] = lut.pack(format_id, rows.reshape(n_rows, -1), n_cols).reshape(-1)
 
 
 def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
@@ -100,6 +107,10 @@ def matmul(
         codes, scales = quantize_activations(x)
         rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), GROUP, axis=1)
     for weight, out in zip(weights, outs, strict=True):
+        if weight.layout == "lut" and activations == "int8" and len(x) <= lut.FEW_TOKENS:
+            looked_up = lut.product(x, weight).astype(np.float32)
+            out[...] = out + looked_up if add else looked_up
+            continue
         inputs = exact if blocks.block_elements(weight.format) == 1 else rounded
         for start in range(0, weight.rows, ROWS_AT_A_TIME):
             chunk = slice(start, min(start + ROWS_AT_A_TIME, weight.rows))

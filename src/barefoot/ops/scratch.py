@@ -12,17 +12,21 @@ ALIGN = 64  # bytes; each region starts on a cache line
 COLUMN_BLOCK = 1024  # columns of a weight tile that are unpacked at a time
 ROW_TILE = 32  # rows of an unpacked int8 tile
 FLOAT_ROW_TILE = 8  # rows of an unpacked float tile
+LUT_TOKENS = 8  # up to so many tokens products are looked up
 KEY_TILE = 64  # keys of one step of the online softmax
 QUERY_TILE = 96  # queries (tokens × heads that share a key head) of one attention task
 MAX_SPLITS = 16  # ranges of keys that a single token's attention is split into
 
 
-def matmul_scratch_bytes(n_tokens: int, n_cols: int, activations: str = "int8", *, n_threads: int | None = None) -> int:
+def matmul_scratch_bytes(
+    n_tokens: int, n_cols: int, activations: str = "int8", *, n_threads: int | None = None, looks_up: bool = False
+) -> int:
     """Bytes that ``matmul`` needs for ``n_tokens`` inputs of ``n_cols``; ``n_threads`` None means the current number.
 
     int8: the quantized input (a byte each, one scale and two sums per 32, one sum per 16, 4 bytes each), and per thread
     a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). float32: for each thread
-    8 rows × up to 1,024 columns of float32.
+    8 rows × up to 1,024 columns of float32. ``looks_up``: any of the weights has the layout "lut"; up to 8
+    tokens of int8 then also take their tables, 16 bytes for 4 inputs, and a scale and a sum per 32.
     """
     n_threads = threads.get() if n_threads is None else n_threads
     block = min(round_up(n_cols, 32), COLUMN_BLOCK)
@@ -31,6 +35,8 @@ def matmul_scratch_bytes(n_tokens: int, n_cols: int, activations: str = "int8", 
     groups = -(-n_cols // 32)
     quantized = round_up(n_tokens * n_cols, ALIGN) + 3 * round_up(n_tokens * groups * 4, ALIGN)
     quantized += round_up(n_tokens * groups * 8, ALIGN)
+    if looks_up and n_tokens <= LUT_TOKENS:
+        quantized += round_up(4 * n_tokens * groups * 32, ALIGN) + 2 * round_up(n_tokens * groups * 4, ALIGN)
     return ALIGN + quantized + n_threads * ROW_TILE * (block + block // 16 * 8)
 
 

@@ -15,6 +15,7 @@ JSON_KEYS = {
     "versions": "of barefoot, Python and the libraries that it uses; null for optional ones that are missing",
     "system": "operating system and processor",
     "kernels": "backend: what computes, compiled kernels or numpy; available: instruction sets to choose from",
+    "layouts": "fastest layout for decoding by bits of a code and size of a matrix, with seconds; null if not measured",
     "threads": "logical cores that may be used",
     "memory": "total_bytes, available_bytes, cgroup_limit_bytes, each with where it comes from",
     "speeds": "bandwidths and arithmetic, each with where it comes from",
@@ -62,6 +63,7 @@ def _machine() -> dict[str, Any]:
         "versions": versions,
         "system": {"platform": platform.platform(), "processor": this.title, "cores": this.n_cores},
         "kernels": {"backend": ops.backend(), "available": list(ops.available_isas())},
+        "layouts": _layouts(),
         "threads": this.n_threads,
         "memory": {
             "total_bytes": total,
@@ -73,6 +75,21 @@ def _machine() -> dict[str, Any]:
         "speeds": {name: {"value": v, "unit": unit, "source": source} for name, (v, unit, source) in speeds.items()},
         "reserved": {"bytes": reserved.bytes, "source": reserved.source},
         "cache": _cache(),
+    }
+
+
+def _layouts() -> dict[str, Any] | None:
+    """Kind → size → the fastest layout, and the seconds of each."""
+    from barefoot.ops import dispatch
+
+    table = dispatch.cached()
+    if table is None:
+        return None
+    return {
+        f"{kind} bits" if kind.isdigit() else kind.replace(",", " bits,"): {
+            size: {"fastest": min(each, key=each.__getitem__), "seconds": each} for size, each in sizes.items()
+        }
+        for kind, sizes in table["seconds"].items()
     }
 
 
@@ -106,6 +123,18 @@ def _print_machine(facts: dict[str, Any]) -> None:
         ("optional", ", ".join(f"{name} {facts['versions'][name] or '(missing)'}" for name in OPTIONAL_LIBRARIES)),
     ]
     print(console.table([(console.bold(name, sys.stdout), text) for name, text in rows]))
+    if facts["layouts"]:
+        _print_layouts(facts["layouts"])
+
+
+def _print_layouts(layouts: dict[str, Any]) -> None:
+    """Microseconds of one token by layout, the fastest first."""
+    rows = []
+    for kind, sizes in layouts.items():
+        cells = [sorted(each["seconds"].items(), key=lambda item: item[1]) for each in sizes.values()]
+        rows.append((kind, *(", ".join(f"{name} {1e6 * s:,.0f}" for name, s in cell) for cell in cells)))
+    print("\nlayouts: µs for a matrix and one token, fastest first")
+    print(console.table(rows, header=("codes", *(f"{size} matrix" for size in next(iter(layouts.values()))))))
 
 
 def _print_devices(devices: list[dict[str, Any]]) -> None:
@@ -120,6 +149,7 @@ def _print_devices(devices: list[dict[str, Any]]) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from barefoot.core.device import cached_probe, known_devices
+    from barefoot.ops import dispatch
 
     if args.devices:
         facts: dict[str, Any] = {"devices": [device.to_json() for device in known_devices().values()]}
@@ -129,6 +159,8 @@ def execute(args: argparse.Namespace) -> int:
 
             console.print_note("measuring this machine …")
             probe()
+        if args.refresh or dispatch.cached() is None:
+            dispatch.measure()
         facts = _machine()
     if args.json:
         console.write_json(facts, args.json)

@@ -203,6 +203,7 @@ struct Integer : Quantized {
     if constexpr (Bits == 8) return plain_bytes(chunk, flip);
     else if constexpr (Bits == 4) return nibbles(chunk);
     else if constexpr (Bits == 3) return pairs(chunk) | bits(chunk + 8, 4);
+    else if constexpr (Bits == 1) return bits(chunk, 1);
     else return pairs(chunk);
   }
   static void scales(const uint8_t* b, float* scale, float* offset) {
@@ -211,6 +212,13 @@ struct Integer : Quantized {
       if constexpr (!Symmetric) offset[i] = half_at(b + 2);
     }
   }
+};
+
+// -1, 0 and 1 as codes 0, 1 and 2.
+template <int Group>
+struct Ternary : Integer<2, Group, true> {
+  static constexpr const char* name = Group == 32 ? "ternary_g32" : Group == 64 ? "ternary_g64" : "ternary_g128";
+  static constexpr int zero = 1;
 };
 
 template <class... Format>
@@ -226,7 +234,9 @@ using Formats =
                Integer<3, 32, true>, Integer<3, 32, false>, Integer<3, 64, true>, Integer<3, 64, false>,
                Integer<3, 128, true>, Integer<3, 128, false>,  //
                Integer<2, 32, true>, Integer<2, 32, false>, Integer<2, 64, true>, Integer<2, 64, false>,
-               Integer<2, 128, true>, Integer<2, 128, false>>;
+               Integer<2, 128, true>, Integer<2, 128, false>,  //
+               Integer<1, 32, false>, Integer<1, 64, false>, Integer<1, 128, false>,  //
+               Ternary<32>, Ternary<64>, Ternary<128>>;
 
 // --- what the kernels use ---
 
@@ -239,6 +249,13 @@ constexpr bool panels_exist() {
 }
 template <class Format>
 constexpr bool has_panels = panels_exist<Format>();
+template <class Format>
+constexpr bool lut_exists() {
+  if constexpr (has_panels<Format>) return Format::code_bits <= 4;
+  else return false;
+}
+template <class Format>
+constexpr bool has_lut = lut_exists<Format>();
 
 // Scales and offsets of one block with the zero point folded in: w = scale * code + offset.
 template <class Format>

@@ -40,6 +40,8 @@ struct Constant {
 //
 #include "panels.h"
 //
+#include "lut.h"
+//
 #include "matmul.h"
 //
 #include "fused.h"
@@ -54,7 +56,8 @@ struct Constant {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &rmsnorm,
+    All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
+    &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
 };
 

@@ -16,6 +16,8 @@ constexpr int64_t kQueryTile = 96;
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
 constexpr int64_t kPanelRows = 16;
+constexpr int64_t kLutRows = 64;
+constexpr int64_t kFewLutTokens = 8;  // up to here products are looked up; beyond, codes are unpacked into tiles
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -23,11 +25,11 @@ struct FormatInfo {
   const char* name;
   int64_t block_elements;
   int64_t block_bytes;
-  bool has_panels;
+  bool has_panels, has_lut;
   int64_t row_bytes(int64_t n_cols) const { return n_cols / block_elements * block_bytes; }
 };
 
-enum class Layout { rows, panels };
+enum class Layout { rows, panels, lut };
 
 struct Weight {
   int format;  // index into Kernels::formats
@@ -80,6 +82,7 @@ struct Kernels {
   int64_t (*matmul_scratch)(const MatmulArgs&);
   void (*embed)(const int32_t* ids, int64_t n, const Weight& weight, int64_t cols, float scale, float* out);
   void (*pack_panels)(int format, const uint8_t* rows, int64_t n_rows, int64_t n_cols, uint8_t* out);
+  void (*pack_lut)(int format, const uint8_t* rows, int64_t n_rows, int64_t n_cols, uint8_t* out);
   void (*rmsnorm)(const float* x, const float* weight, float eps, bool plus_one, int64_t n_rows, int64_t n, float* out);
   void (*rope)(float* x, int64_t n_tokens, int64_t n_heads, int64_t head_dim, const float* cos, const float* sin,
                int64_t half, bool interleaved);

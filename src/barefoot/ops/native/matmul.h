@@ -8,7 +8,7 @@ struct LayoutKernels {
 
 struct FormatKernels {
   bool dense;
-  LayoutKernels layouts[2];  // by Layout
+  LayoutKernels layouts[3];  // by Layout
   void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
   void (*dot_rows)(const uint8_t* const*, const Quantized8&, int64_t, float*);
   void (*unpack_tile)(const uint8_t* const*, int, int64_t, int64_t, const Tile&);
@@ -16,6 +16,9 @@ struct FormatKernels {
   void (*dot_panels)(const uint8_t*, int64_t, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
   void (*unpack_panel)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
   void (*pack_panel)(const uint8_t*, int64_t, uint8_t*);
+  void (*look_up_panel)(const uint8_t*, const LutTables&, int64_t, int64_t, float*, int64_t, bool);
+  void (*unpack_lut)(const uint8_t*, int, int64_t, int64_t, const Tile&);
+  void (*pack_lut_panel)(const uint8_t*, int64_t, uint8_t*);
 };
 
 template <class Format>
@@ -35,6 +38,12 @@ constexpr FormatKernels kernels_of() {
     k.unpack_panel = &unpack_panel<PanelOf<Format>>;
     k.pack_panel = &pack_panel<Format>;
   }
+  if constexpr (has_lut<Format>) {
+    k.layouts[2] = {&multiply_float<&dequantize_lut<Format>>, &dequantize_lut<Format>};
+    k.look_up_panel = &look_up_panel<Format>;
+    k.unpack_lut = &unpack_lut<Format>;
+    k.pack_lut_panel = &pack_lut_panel<Format>;
+  }
   return k;
 }
 
@@ -42,7 +51,8 @@ template <class List>
 struct Tables;
 template <class... Format>
 struct Tables<FormatList<Format...>> {
-  static constexpr FormatInfo info[] = {{Format::name, Format::elements, Format::bytes, has_panels<Format>}...};
+  static constexpr FormatInfo info[] = {
+      {Format::name, Format::elements, Format::bytes, has_panels<Format>, has_lut<Format>}...};
   static constexpr FormatKernels kernels[] = {kernels_of<Format>()...};
 };
 using All = Tables<Formats>;
@@ -53,10 +63,20 @@ constexpr int64_t kParallel = 8192;     // elements below which waking the threa
 
 struct MatmulScratch {
   Quantized8 x;
+  LutTables lut;
   uint8_t* tiles;
   int64_t tile_bytes;  // per thread
   int64_t bytes;
 };
+
+inline bool has_layout(const MatmulArgs& m, Layout layout) {
+  bool found = false;
+  for (int i = 0; i < m.n_weights; ++i) found = found || m.weights[i].layout == layout;
+  return found;
+}
+inline bool looks_up(const MatmulArgs& m) {
+  return m.int8 && m.n_tokens <= kFewLutTokens && has_layout(m, Layout::lut);
+}
 
 inline MatmulScratch lay_out(const MatmulArgs& m) {
   const int64_t block = m.n_cols < kColumnBlock ? round_up(m.n_cols, 32) : kColumnBlock;
@@ -79,6 +99,11 @@ inline MatmulScratch lay_out(const MatmulArgs& m) {
   }
   s.tile_bytes = m.int8 ? kRowTile * (block + block / 16 * 8) : kFloatRowTile * block * 4;
   s.tiles = take(s.tile_bytes * m.n_threads);
+  if (looks_up(m)) {
+    s.lut.table = take(m.n_tokens * groups * kRuns * kTable);
+    s.lut.half_scale = reinterpret_cast<float*>(take(m.n_tokens * groups * 4));
+    s.lut.sum = reinterpret_cast<float*>(take(m.n_tokens * groups * 4));
+  }
   s.bytes = kAlign + at;
   return s;
 }
@@ -109,6 +134,11 @@ inline void fill_tile(const Weight& w, int64_t n_cols, int64_t r0, int64_t n, in
   if (w.layout == Layout::panels) {
     for (int64_t i = 0; i < kRowTile; i += kPanelRows)
       k.unpack_panel(w.data + (r0 + (i < n ? i : 0)) * row_bytes, k.chunks, static_cast<int>(i), k0, columns, tile);
+    return;
+  }
+  if (w.layout == Layout::lut) {
+    const int row0 = static_cast<int>(r0 % kLutRows);
+    k.unpack_lut(w.data + (r0 - row0) * row_bytes, row0, k0, columns, tile);
     return;
   }
   const uint8_t* rows[kRowTile];
@@ -144,6 +174,10 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
   } else if (w.layout == Layout::panels && m.n_tokens <= kFewPanelTokens) {
     const uint8_t* panels = w.data + begin * All::info[w.format].row_bytes(m.n_cols);
     k.dot_panels(panels, (end - begin) / kPanelRows, k.chunks, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
+  } else if (w.layout == Layout::lut && m.n_tokens <= kFewLutTokens) {
+    const int64_t row_bytes = All::info[w.format].row_bytes(m.n_cols);
+    for (int64_t r = begin; r < end; r += kLutRows)
+      k.look_up_panel(w.data + r * row_bytes, s.lut, m.n_tokens, m.n_cols, w.out + r, w.rows, m.add);
   } else if (w.layout == Layout::rows && m.n_tokens <= kFewTokens) {
     multiply_few(m, s.x, w, begin, end);
   } else {
@@ -156,15 +190,27 @@ inline void matmul(const MatmulArgs& m) {
   bool rounds = false;
   int64_t total_rows = 0;
   for (int i = 0; i < m.n_weights; ++i) {
-    rounds = rounds || (m.int8 && !All::kernels[m.weights[i].format].dense);
+    const bool looked_up = m.weights[i].layout == Layout::lut && looks_up(m);
+    rounds = rounds || (m.int8 && !looked_up && !All::kernels[m.weights[i].format].dense);
     total_rows += m.weights[i].rows;
   }
   if (rounds) {
     const int threads = m.n_tokens * m.n_cols < kParallel ? 1 : m.n_threads;
     parallel_for(m.n_tokens, threads, [&](int64_t t, int) { quantize_token(m.x + t * m.n_cols, t, s.x); });
   }
+  if (looks_up(m)) {
+    // The tables of one input serve all weights of this call. Pieces of 1,024 columns.
+    const int64_t groups = m.n_cols / kGroup, pieces = (groups + 31) / 32;
+    const int threads = m.n_tokens * m.n_cols < kParallel ? 1 : m.n_threads;
+    parallel_for(m.n_tokens * pieces, threads, [&](int64_t task, int) {
+      const int64_t t = task / pieces, first = task % pieces * 32, last = first + 32 < groups ? first + 32 : groups;
+      for (int64_t g = t * groups + first; g < t * groups + last; ++g)
+        build_tables(m.x + g * kGroup, s.lut.table + g * kRuns * kTable, s.lut.half_scale + g, s.lut.sum + g);
+    });
+  }
   // About eight tasks a thread: enough to even out a busy machine, few enough to stream rows.
-  const int64_t share = round_up(total_rows / (8 * m.n_threads) + 1, kRowTile);
+  const int64_t unit = has_layout(m, Layout::lut) ? kLutRows : kRowTile;
+  const int64_t share = round_up(total_rows / (8 * m.n_threads) + 1, unit);
   int64_t n_tasks = 0;
   for (int i = 0; i < m.n_weights; ++i) n_tasks += (m.weights[i].rows + share - 1) / share;
   parallel_for(n_tasks, m.n_threads, [&](int64_t task, int thread) {
@@ -196,5 +242,12 @@ inline void pack_panels(int format, const uint8_t* rows, int64_t n_rows, int64_t
   const int64_t panel_bytes = kPanelRows * All::info[format].row_bytes(n_cols);
   parallel_for(n_rows / kPanelRows, n_rows * n_cols < kParallel ? 1 : n_threads(), [&](int64_t panel, int) {
     All::kernels[format].pack_panel(rows + panel * panel_bytes, n_cols, out + panel * panel_bytes);
+  });
+}
+
+inline void pack_lut(int format, const uint8_t* rows, int64_t n_rows, int64_t n_cols, uint8_t* out) {
+  const int64_t panel_bytes = kLutRows * All::info[format].row_bytes(n_cols);
+  parallel_for(n_rows / kLutRows, n_rows * n_cols < kParallel ? 1 : n_threads(), [&](int64_t panel, int) {
+    All::kernels[format].pack_lut_panel(rows + panel * panel_bytes, n_cols, out + panel * panel_bytes);
   });
 }

@@ -113,6 +113,7 @@ class PackedWeight {
     if (cols % info().block_elements)
       refuse(format + " stores blocks of " + text(info().block_elements) + " columns, got " + text(cols) + " columns");
     if (layout == "panels" && info().has_panels && rows % kPanelRows == 0) layout_ = Layout::panels;
+    else if (layout == "lut" && info().has_lut && rows % kLutRows == 0) layout_ = Layout::lut;
     else if (layout != "rows")
       refuse("a " + format + " [" + text(rows) + ", " + text(cols) + "] weight has no layout '" + layout + "'");
     if (!buffer.is_none()) bind(nb::cast<Bytes>(buffer, false));
@@ -127,7 +128,7 @@ class PackedWeight {
   int format() const { return format_; }
   const char* format_name() const { return info().name; }
   Layout layout() const { return layout_; }
-  const char* layout_name() const { return layout_ == Layout::rows ? "rows" : "panels"; }
+  const char* layout_name() const { return layout_ == Layout::rows ? "rows" : layout_ == Layout::panels ? "panels" : "lut"; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t n_bytes() const { return rows_ * info().row_bytes(cols_); }
@@ -216,6 +217,14 @@ void pack_panels(const std::string& format, Bytes rows, int64_t n_rows, int64_t 
   expect_size("bytes of out", shape.n_bytes(), static_cast<int64_t>(out.size()));
   nb::gil_scoped_release release;
   kernels().pack_panels(shape.format(), rows.data(), n_rows, n_cols, out.data());
+}
+
+void pack_lut(const std::string& format, Bytes rows, int64_t n_rows, int64_t n_cols, BytesOut out) {
+  const PackedWeight shape(format, n_rows, n_cols, nb::none(), "lut");
+  expect_size("bytes of rows", shape.n_bytes(), static_cast<int64_t>(rows.size()));
+  expect_size("bytes of out", shape.n_bytes(), static_cast<int64_t>(out.size()));
+  nb::gil_scoped_release release;
+  kernels().pack_lut(shape.format(), rows.data(), n_rows, n_cols, out.data());
 }
 
 // --- fused ---
@@ -488,6 +497,8 @@ NB_MODULE(_native, m) {
   m.def("embed", &barefoot::embed, "ids"_a.noconvert(), "weight"_a, "out"_a.noconvert(), nb::kw_only(),
         "scale"_a = 1.0f);
   m.def("pack_panels", &barefoot::pack_panels, "format"_a, "rows"_a.noconvert(), "n_rows"_a, "n_cols"_a,
+        "out"_a.noconvert());
+  m.def("pack_lut", &barefoot::pack_lut, "format"_a, "rows"_a.noconvert(), "n_rows"_a, "n_cols"_a,
         "out"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);

@@ -91,6 +91,7 @@ void dot_panel(const uint8_t* panel, int64_t chunks, const Quantized8& x, int64_
         I sum[Tokens];
         for (int t = 0; t < Tokens; ++t) {
           if constexpr (P::has_offset || P::zero == 0) sum[t] = zero_int();
+          else if constexpr (P::zero == 1) sum[t] = set1(minus2[t][g32] / 2);
           else sum[t] = shift_left<log2(P::zero / 2)>(set1(minus2[t][g32]));
         }
         for_quads([&](auto q) {

@@ -7,6 +7,8 @@ weights along the inputs.
     asymmetric   w = scale × q + minimum          q in 0 … 2^bits − 1, minimum and scale from the group's range
     symmetric    w = scale × (q − 2^(bits−1))     scale from the group's largest magnitude
 
+One bit, always asymmetric, stores the two means of a group's lower and upper part instead of its range.
+
 Scales and minimums are f16 and are rounded to f16 before codes are chosen. Bytes a group: 2 (scale) + 2 (minimum, only
 asymmetric) + group × bits / 8 (codes). The layout is documented bit by bit in :mod:`barefoot.ops.blocks`.
 """
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from barefoot.core.errors import InvalidInput
 from barefoot.weights.formats import WeightFormat
 
-BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128)
+BITS, GROUPS = (1, 2, 3, 4, 8), (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class IntegerGroups(WeightFormat, name="int", papers=(14,), status="stable"):
         for knob, got, known in (("bits", self.bits, BITS), ("group", self.group, GROUPS)):
             if got not in known:
                 raise InvalidInput(f"int: {knob} must be one of {', '.join(map(str, known))}, got {got}")
+        if self.bits == 1 and self.symmetric:
+            raise InvalidInput(
+                "int: one bit is asymmetric, two values a group, got symmetric", cure="use 2 bits or more"
+            )
 
     def layout(self, stored: str) -> str:
         return f"int{self.bits}_g{self.group}_{'sym' if self.symmetric else 'asym'}"
