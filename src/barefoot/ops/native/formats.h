@@ -193,7 +193,8 @@ template <int Bits, int Group, bool Symmetric>
 struct Integer : Quantized {
   static constexpr GroupName full_name = group_name(Bits, Group, Symmetric);
   static constexpr const char* name = full_name.text;
-  static constexpr int elements = Group, code_bits = Bits, header = Symmetric ? 2 : 4, bytes = header + Group * Bits / 8;
+  static constexpr int elements = Group, code_bits = Bits, header = Symmetric ? 2 : 4;
+  static constexpr int bytes = header + Group * Bits / 8;
   static constexpr bool wide = Bits == 8, has_offset = !Symmetric;
   static constexpr int flip = wide && !kUnsignedBytes ? 0x80 : 0;
   static constexpr int zero = (Symmetric ? 1 << (Bits - 1) : 0) - flip;

@@ -12,11 +12,12 @@ struct FormatKernels {
   void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
   void (*dot_rows)(const uint8_t* const*, const Quantized8&, int64_t, float*);
   void (*unpack_tile)(const uint8_t* const*, int, int64_t, int64_t, const Tile&);
-  void (*dot_panels)(const uint8_t*, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
-  void (*unpack_panel)(const uint8_t*, int, int64_t, int64_t, const Tile&);
+  int64_t chunks;  // of 32 columns in a block
+  void (*dot_panels)(const uint8_t*, int64_t, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
+  void (*unpack_panel)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
   void (*pack_panel)(const uint8_t*, int64_t, uint8_t*);
-  void (*look_up_panel)(const uint8_t*, const LutTables&, int64_t, int64_t, float*, int64_t, bool);
-  void (*unpack_lut)(const uint8_t*, int, int64_t, int64_t, const Tile&);
+  void (*look_up_panel)(const uint8_t*, int64_t, const LutTables&, int64_t, int64_t, float*, int64_t, bool);
+  void (*unpack_lut)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
   void (*pack_lut_panel)(const uint8_t*, int64_t, uint8_t*);
 };
 
@@ -32,14 +33,15 @@ constexpr FormatKernels kernels_of() {
   }
   if constexpr (has_panels<Format>) {
     k.layouts[1] = {&multiply_float<&dequantize_lane<Format>>, &dequantize_lane<Format>};
-    k.dot_panels = &dot_panels<Format>;
-    k.unpack_panel = &unpack_panel<Format>;
+    k.chunks = Format::elements / 32;
+    k.dot_panels = &dot_panels<PanelOf<Format>>;
+    k.unpack_panel = &unpack_panel<PanelOf<Format>>;
     k.pack_panel = &pack_panel<Format>;
   }
   if constexpr (has_lut<Format>) {
     k.layouts[2] = {&multiply_float<&dequantize_lut<Format>>, &dequantize_lut<Format>};
-    k.look_up_panel = &look_up_panel<Format>;
-    k.unpack_lut = &unpack_lut<Format>;
+    k.look_up_panel = &look_up_panel<LutOf<Format>>;
+    k.unpack_lut = &unpack_lut<LutOf<Format>>;
     k.pack_lut_panel = &pack_lut_panel<Format>;
   }
   return k;
@@ -124,19 +126,19 @@ inline void multiply_few(const MatmulArgs& m, const Quantized8& x, const Weight&
   }
 }
 
-// Rows r0 .. r0 + n - 1 and columns k0 .. k0 + columns - 1 into a tile of 32 rows; the last one stands in for missing ones.
+// Rows r0 .. r0 + n - 1 and columns k0 .. k0 + columns - 1 into a tile of 32 rows; others stand in for missing ones.
 inline void fill_tile(const Weight& w, int64_t n_cols, int64_t r0, int64_t n, int64_t k0, int64_t columns,
                       const Tile& tile) {
   const FormatKernels& k = All::kernels[w.format];
   const int64_t row_bytes = All::info[w.format].row_bytes(n_cols);
   if (w.layout == Layout::panels) {
     for (int64_t i = 0; i < kRowTile; i += kPanelRows)
-      k.unpack_panel(w.data + (r0 + (i < n ? i : 0)) * row_bytes, static_cast<int>(i), k0, columns, tile);
+      k.unpack_panel(w.data + (r0 + (i < n ? i : 0)) * row_bytes, k.chunks, static_cast<int>(i), k0, columns, tile);
     return;
   }
   if (w.layout == Layout::lut) {
     const int row0 = static_cast<int>(r0 % kLutRows);
-    k.unpack_lut(w.data + (r0 - row0) * row_bytes, row0, k0, columns, tile);
+    k.unpack_lut(w.data + (r0 - row0) * row_bytes, k.chunks, row0, k0, columns, tile);
     return;
   }
   const uint8_t* rows[kRowTile];
@@ -171,11 +173,11 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
     }
   } else if (w.layout == Layout::panels && m.n_tokens <= kFewPanelTokens) {
     const uint8_t* panels = w.data + begin * All::info[w.format].row_bytes(m.n_cols);
-    k.dot_panels(panels, (end - begin) / kPanelRows, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
+    k.dot_panels(panels, (end - begin) / kPanelRows, k.chunks, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
   } else if (w.layout == Layout::lut && m.n_tokens <= kFewLutTokens) {
     const int64_t row_bytes = All::info[w.format].row_bytes(m.n_cols);
     for (int64_t r = begin; r < end; r += kLutRows)
-      k.look_up_panel(w.data + r * row_bytes, s.lut, m.n_tokens, m.n_cols, w.out + r, w.rows, m.add);
+      k.look_up_panel(w.data + r * row_bytes, k.chunks, s.lut, m.n_tokens, m.n_cols, w.out + r, w.rows, m.add);
   } else if (w.layout == Layout::rows && m.n_tokens <= kFewTokens) {
     multiply_few(m, s.x, w, begin, end);
   } else {

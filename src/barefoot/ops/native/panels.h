@@ -11,17 +11,18 @@ inline void prefetch(const uint8_t* p) {
 
 constexpr int64_t kPrefetchBytes = 2048;  // ahead of the group in work: longer than memory's latency at full bandwidth
 
-template <class Format>
+// What the codes of several formats have in common: the kernels take the size of a group, in chunks of 32 columns, as a
+// number.
+template <int Bits, bool HasOffset, int Zero>
 struct Panel {
-  static constexpr int bits = Format::code_bits;
+  static constexpr bool has_offset = HasOffset;
+  static constexpr int bits = Bits, zero = Zero;
   static constexpr int low = bits == 5 ? 4 : bits == 3 ? 2 : bits;  // bits of the first plane; a second one has 1 bit
-  static constexpr int header = 32 * (Format::has_offset ? 2 : 1);
-  static constexpr int chunks = Format::elements / 32;
+  static constexpr int header = 32 * (HasOffset ? 2 : 1);
   static constexpr int chunk_bytes = 64 * bits;
-  static constexpr int group_bytes = header + chunks * chunk_bytes;
   static constexpr bool flip = bits == 8 && !kUnsignedBytes;  // stored unsigned, multiplied signed
-  static constexpr int stored_zero = Format::zero + (flip ? 128 : 0);
-  static_assert(group_bytes == kPanelRows * Format::bytes);
+  static constexpr int stored_zero = Zero + (flip ? 128 : 0);
+  static constexpr int64_t group_bytes(int64_t chunks) { return header + chunks * chunk_bytes; }
 
   // Columns 4 Q .. 4 Q + 3 of a chunk for the rows from `row` on.
   template <int Q>
@@ -39,12 +40,10 @@ struct Panel {
   static F scales(const uint8_t* group, int row) { return load_half(group + 2 * row); }
   // Offsets with the zero point folded in, for formats whose zero point is not applied in integers.
   static F offsets(const uint8_t* group, int row) {
-    if constexpr (Format::has_offset) {
-      const F stored = load_half(group + 32 + 2 * row);
-      return Format::zero == 0 ? stored : stored - scales(group, row) * set1(static_cast<float>(Format::zero));
-    } else {
-      return set1(0.0f) - scales(group, row) * set1(static_cast<float>(Format::zero));
-    }
+    if constexpr (HasOffset && Zero == 0) return load_half(group + 32 + 2 * row);
+    const F shift = scales(group, row) * set1(static_cast<float>(Zero));
+    if constexpr (HasOffset) return load_half(group + 32 + 2 * row) - shift;
+    else return set1(0.0f) - shift;
   }
 
   static int code(const uint8_t* chunk, int row, int column) {
@@ -55,6 +54,9 @@ struct Panel {
   }
 };
 
+template <class Format>
+using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero>;
+
 template <class Body>
 inline void for_quads(Body body) {
   [&]<int... Q>(std::integer_sequence<int, Q...>) { (body(Constant<Q>{}), ...); }(std::make_integer_sequence<int, 8>{});
@@ -63,10 +65,10 @@ inline void for_quads(Body body) {
 constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
 
 // out[t][r] (+)= row r of the panel · token t: few tokens, straight from the packed codes.
-template <class Format, int Tokens>
-void dot_panel(const uint8_t* panel, const Quantized8& x, int64_t token, float* out, int64_t out_stride, bool add) {
-  using P = Panel<Format>;
-  const int64_t groups32 = x.n_cols / kGroup, n_groups = x.n_cols / Format::elements;
+template <class P, int Tokens>
+void dot_panel(const uint8_t* panel, int64_t chunks, const Quantized8& x, int64_t token, float* out, int64_t out_stride,
+               bool add) {
+  const int64_t groups32 = x.n_cols / kGroup, group_bytes = P::group_bytes(chunks);
   const int8_t* code[Tokens];
   const float *scale_x[Tokens], *sum_x[Tokens];
   const int32_t* minus2[Tokens];
@@ -80,19 +82,17 @@ void dot_panel(const uint8_t* panel, const Quantized8& x, int64_t token, float* 
     F total[Tokens];
     for (int t = 0; t < Tokens; ++t) total[t] = set1(0.0f);
     const uint8_t* group = panel;
-    for (int64_t g = 0; g < n_groups; ++g, group += P::group_bytes) {
+    for (int64_t g = 0; g < groups32; g += chunks, group += group_bytes) {
       if (row == 0)
-        for (int line = 0; line < P::group_bytes; line += 64) prefetch(group + kPrefetchBytes + line);
+        for (int64_t line = 0; line < group_bytes; line += 64) prefetch(group + kPrefetchBytes + line);
       const F scale = P::scales(group, row);
-      BAREFOOT_UNROLL
-      for (int c = 0; c < P::chunks; ++c) {
-        const int64_t g32 = g * P::chunks + c;
-        const uint8_t* chunk = group + P::header + c * P::chunk_bytes;
+      const uint8_t* chunk = group + P::header;
+      for (int64_t g32 = g; g32 < g + chunks; ++g32, chunk += P::chunk_bytes) {
         I sum[Tokens];
         for (int t = 0; t < Tokens; ++t) {
-          if constexpr (Format::has_offset || Format::zero == 0) sum[t] = zero_int();
-          else if constexpr (Format::zero == 1) sum[t] = set1(minus2[t][g32] / 2);
-          else sum[t] = shift_left<log2(Format::zero / 2)>(set1(minus2[t][g32]));
+          if constexpr (P::has_offset || P::zero == 0) sum[t] = zero_int();
+          else if constexpr (P::zero == 1) sum[t] = set1(minus2[t][g32] / 2);
+          else sum[t] = shift_left<log2(P::zero / 2)>(set1(minus2[t][g32]));
         }
         for_quads([&](auto q) {
           const Quads w = P::template quad<q.value>(chunk, row);
@@ -101,7 +101,7 @@ void dot_panel(const uint8_t* panel, const Quantized8& x, int64_t token, float* 
         });
         for (int t = 0; t < Tokens; ++t) {
           total[t] = fma(to_float(sum[t]), scale * set1(scale_x[t][g32]), total[t]);
-          if constexpr (Format::has_offset) total[t] = fma(P::offsets(group, row), set1(sum_x[t][g32]), total[t]);
+          if constexpr (P::has_offset) total[t] = fma(P::offsets(group, row), set1(sum_x[t][g32]), total[t]);
         }
       }
     }
@@ -112,15 +112,15 @@ void dot_panel(const uint8_t* panel, const Quantized8& x, int64_t token, float* 
   }
 }
 
-template <class Format>
-void dot_panels(const uint8_t* panels, int64_t n_panels, const Quantized8& x, int64_t n_tokens, float* out,
-                int64_t out_stride, bool add) {
-  const int64_t panel_bytes = x.n_cols / Format::elements * Panel<Format>::group_bytes;
+template <class P>
+void dot_panels(const uint8_t* panels, int64_t n_panels, int64_t chunks, const Quantized8& x, int64_t n_tokens,
+                float* out, int64_t out_stride, bool add) {
+  const int64_t panel_bytes = x.n_cols / (32 * chunks) * P::group_bytes(chunks);
   for (int64_t p = 0; p < n_panels; ++p, panels += panel_bytes, out += kPanelRows) {
     int64_t t = 0;
     const auto take = [&](auto tokens) {
       for (; t + tokens.value <= n_tokens; t += tokens.value)
-        dot_panel<Format, tokens.value>(panels, x, t, out + t * out_stride, out_stride, add);
+        dot_panel<P, tokens.value>(panels, chunks, x, t, out + t * out_stride, out_stride, add);
     };
     if constexpr (kLanes == 16) take(Constant<8>{});  // 16 accumulators: more than other sets have registers for
     take(Constant<4>{});
@@ -130,15 +130,14 @@ void dot_panels(const uint8_t* panels, int64_t n_panels, const Quantized8& x, in
 }
 
 // Columns k0 .. k0 + n - 1 of a panel into rows row0 .. row0 + 15 of a tile.
-template <class Format>
-void unpack_panel(const uint8_t* panel, int row0, int64_t k0, int64_t n, const Tile& tile) {
-  using P = Panel<Format>;
-  const uint8_t* group = panel + k0 / Format::elements * P::group_bytes;
+template <class P>
+void unpack_panel(const uint8_t* panel, int64_t chunks, int row0, int64_t k0, int64_t n, const Tile& tile) {
+  const uint8_t* group = panel + k0 / (32 * chunks) * P::group_bytes(chunks);
   uint8_t* code_to = tile.code + 4 * row0;
   float *scale_to = tile.scale + row0, *offset_to = tile.offset + row0;
-  for (int64_t k = 0; k < n; k += Format::elements, group += P::group_bytes) {
-    for (int c = 0; c < P::chunks; ++c) {
-      const uint8_t* chunk = group + P::header + c * P::chunk_bytes;
+  for (int64_t k = 0; k < n; k += 32 * chunks, group += P::group_bytes(chunks)) {
+    const uint8_t* chunk = group + P::header;
+    for (int64_t c = 0; c < chunks; ++c, chunk += P::chunk_bytes) {
       for (int row = 0; row < kPanelRows; row += kLanes) {
         store(scale_to + row, P::scales(group, row));
         store(offset_to + row, P::offsets(group, row));
@@ -156,13 +155,13 @@ void unpack_panel(const uint8_t* panel, int row0, int64_t k0, int64_t n, const T
 // As dequantize_row, bit for bit.
 template <class Format>
 void dequantize_lane(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out) {
-  using P = Panel<Format>;
+  using P = PanelOf<Format>;
   const int lane = static_cast<int>(row % kPanelRows);
-  const uint8_t* group = data + (row / kPanelRows * n_cols + k0) / Format::elements * P::group_bytes;
-  for (; n > 0; n -= Format::elements, group += P::group_bytes) {
+  const uint8_t* group = data + (row / kPanelRows * n_cols + k0) / Format::elements * kPanelRows * Format::bytes;
+  for (; n > 0; n -= Format::elements, group += kPanelRows * Format::bytes) {
     const float scale = half_at(group + 2 * lane);
-    for (int c = 0; c < P::chunks; ++c, out += 32) {
-      const uint8_t* chunk = group + P::header + c * P::chunk_bytes;
+    const uint8_t* chunk = group + P::header;
+    for (int c = 0; c < Format::elements / 32; ++c, chunk += P::chunk_bytes, out += 32) {
       for (int i = 0; i < 32; ++i) {
         const float product = scale * static_cast<float>(P::code(chunk, lane, i) - P::stored_zero);
         if constexpr (Format::has_offset) out[i] = product + half_at(group + 32 + 2 * lane);
@@ -175,14 +174,14 @@ void dequantize_lane(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k
 // One group of 16 rows, `row_bytes` apart, into panel order.
 template <class Format>
 void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
-  using P = Panel<Format>;
+  using P = PanelOf<Format>;
+  static_assert(P::group_bytes(Format::elements / 32) == kPanelRows * Format::bytes);
   for (int r = 0; r < kPanelRows; ++r) {
     std::memcpy(group + 2 * r, block + r * row_bytes, 2);
     if constexpr (Format::has_offset) std::memcpy(group + 32 + 2 * r, block + r * row_bytes + 2, 2);
   }
   uint8_t* plane = group + P::header;
-  BAREFOOT_UNROLL
-  for (int c = 0; c < P::chunks; ++c) {
+  for (int c = 0; c < Format::elements / 32; ++c) {
     uint8_t quads[8][64];
     for (int r = 0; r < kPanelRows; ++r) {
       uint8_t code[32];
@@ -193,8 +192,10 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
     for (int v = 0; v < P::low; ++v, plane += 64) {
       for (int i = 0; i < 64; ++i) {
         int byte = P::flip ? quads[v][i] ^ 0x80 : 0;
-        if constexpr (!P::flip)
-          for (int f = 0; f < per_vector; ++f) byte |= (quads[per_vector * v + f][i] & ((1 << P::low) - 1)) << (P::low * f);
+        if constexpr (!P::flip) {
+          for (int f = 0; f < per_vector; ++f)
+            byte |= (quads[per_vector * v + f][i] & ((1 << P::low) - 1)) << (P::low * f);
+        }
         plane[i] = static_cast<uint8_t>(byte);
       }
     }
@@ -213,5 +214,5 @@ template <class Format>
 void pack_panel(const uint8_t* rows, int64_t n_cols, uint8_t* out) {
   const int64_t n_groups = n_cols / Format::elements, row_bytes = n_groups * Format::bytes;
   for (int64_t g = 0; g < n_groups; ++g)
-    pack_group<Format>(rows + g * Format::bytes, row_bytes, out + g * Panel<Format>::group_bytes);
+    pack_group<Format>(rows + g * Format::bytes, row_bytes, out + g * kPanelRows * Format::bytes);
 }

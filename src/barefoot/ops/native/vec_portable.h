@@ -178,7 +178,8 @@ inline I shift_left(I a) {
 template <int Shift>
 inline Quads field(Quads a, int mask) {
   for (int i = 0; i < 4 * kLanes; ++i) {
-    const int byte = static_cast<uint8_t>(a.v[i]), moved = Shift < 0 ? byte << (Shift < 0 ? -Shift : 0) : byte >> (Shift < 0 ? 0 : Shift);
+    const int byte = static_cast<uint8_t>(a.v[i]);
+    const int moved = Shift < 0 ? byte << (Shift < 0 ? -Shift : 0) : byte >> (Shift < 0 ? 0 : Shift);
     a.v[i] = static_cast<int8_t>(moved & mask);
   }
   return a;
