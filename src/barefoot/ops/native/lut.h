@@ -215,16 +215,15 @@ inline void build_tables(const float* x, uint8_t* table, float* half_scale, floa
 
 // --- the layout ---
 
-template <class Format>
+template <int Bits, bool HasOffset, int Zero>
 struct Lut {
-  static constexpr int bits = Format::code_bits;
+  static constexpr int bits = Bits, zero = Zero;
+  static constexpr bool has_offset = HasOffset;
   static constexpr int rows = static_cast<int>(kLutRows);
-  static constexpr int header = 2 * rows * (Format::has_offset ? 2 : 1);
-  static constexpr int chunks = Format::elements / 32;
+  static constexpr int header = 2 * rows * (HasOffset ? 2 : 1);
   static constexpr int run_pair_bytes = rows * bits;
   static constexpr int chunk_bytes = kRuns / 2 * run_pair_bytes;
-  static constexpr int group_bytes = header + chunks * chunk_bytes;
-  static_assert(group_bytes == rows * Format::bytes);
+  static constexpr int64_t group_bytes(int64_t chunks) { return header + chunks * chunk_bytes; }
 
   // Byte, within a pair of runs, that holds one plane of a row.
   static constexpr int place(int row, int plane) {
@@ -245,10 +244,13 @@ struct Lut {
   static F scales(const uint8_t* group, int row) { return load_half(group + 2 * row); }
   static F offsets(const uint8_t* group, int row, float per_scale) {
     const F scaled = scales(group, row) * set1(per_scale);
-    if constexpr (Format::has_offset) return load_half(group + 2 * rows + 2 * row) + scaled;
+    if constexpr (HasOffset) return load_half(group + 2 * rows + 2 * row) + scaled;
     else return scaled;
   }
 };
+
+template <class Format>
+using LutOf = Lut<Format::code_bits, Format::has_offset, Format::zero>;
 
 // --- the product ---
 
@@ -309,24 +311,23 @@ inline void look_up_chunk(const uint8_t* codes, const uint8_t* tables, int16_t* 
 }
 
 // out[t][r] (+)= row r of the panel · token t, up to kFewLutTokens tokens.
-template <class Format>
-void look_up_panel(const uint8_t* panel, const LutTables& x, int64_t n_tokens, int64_t n_cols, float* out,
-                   int64_t out_stride, bool add) {
-  using L = Lut<Format>;
+template <class L>
+void look_up_panel(const uint8_t* panel, int64_t chunks, const LutTables& x, int64_t n_tokens, int64_t n_cols,
+                   float* out, int64_t out_stride, bool add) {
   constexpr int n = L::rows / kLanes;
   // q = (sum of 2^plane ±1) / 2 + (2^bits - 1) / 2; the second term and the zero point meet the sum of x.
-  constexpr float per_scale = 0.5f * ((1 << L::bits) - 1) - static_cast<float>(Format::zero);
-  const int64_t n_groups = n_cols / Format::elements, groups32 = n_cols / kGroup;
+  constexpr float per_scale = 0.5f * ((1 << L::bits) - 1) - static_cast<float>(L::zero);
+  const int64_t groups32 = n_cols / kGroup, group_bytes = L::group_bytes(chunks);
   float total[kFewLutTokens][L::rows] = {};
   const uint8_t* group = panel;
-  for (int64_t g = 0; g < n_groups; ++g, group += L::group_bytes) {
-    for (int line = 0; line < L::group_bytes; line += 64) prefetch(group + kPrefetchBytes + line);
+  for (int64_t g = 0; g < groups32; g += chunks, group += group_bytes) {
+    for (int64_t line = 0; line < group_bytes; line += 64) prefetch(group + kPrefetchBytes + line);
     for (int64_t t = 0; t < n_tokens; ++t) {
-      const int64_t at = t * groups32 + g * L::chunks;
+      const int64_t at = t * groups32 + g;
       F sum[n];
       for (int i = 0; i < n; ++i) sum[i] = set1(0.0f);
       float sum_x = 0.0f;
-      for (int c = 0; c < L::chunks; ++c) {
+      for (int64_t c = 0; c < chunks; ++c) {
         int16_t each[L::rows];
         look_up_chunk<L::bits>(group + L::header + c * L::chunk_bytes, x.table + (at + c) * kRuns * kTable, each);
         const F scale_x = set1(x.half_scale[at + c]);
@@ -350,18 +351,17 @@ void look_up_panel(const uint8_t* panel, const LutTables& x, int64_t n_tokens, i
 }
 
 // Columns k0 .. k0 + n - 1 of rows row0 .. row0 + 31 of a panel into a tile.
-template <class Format>
-void unpack_lut(const uint8_t* panel, int row0, int64_t k0, int64_t n, const Tile& tile) {
-  using L = Lut<Format>;
-  const uint8_t* group = panel + k0 / Format::elements * L::group_bytes;
+template <class L>
+void unpack_lut(const uint8_t* panel, int64_t chunks, int row0, int64_t k0, int64_t n, const Tile& tile) {
+  const uint8_t* group = panel + k0 / kGroup / chunks * L::group_bytes(chunks);
   uint8_t* code_to = tile.code;
   float *scale_to = tile.scale, *offset_to = tile.offset;
-  for (int64_t k = 0; k < n; k += Format::elements, group += L::group_bytes) {
-    for (int c = 0; c < L::chunks; ++c, scale_to += kRowTile, offset_to += kRowTile) {
+  for (int64_t k = 0; k < n; k += chunks * kGroup, group += L::group_bytes(chunks)) {
+    for (int64_t c = 0; c < chunks; ++c, scale_to += kRowTile, offset_to += kRowTile) {
       const uint8_t* chunk = group + L::header + c * L::chunk_bytes;
       for (int row = 0; row < kRowTile; row += kLanes) {
         store(scale_to + row, L::scales(group, row0 + row));
-        store(offset_to + row, L::offsets(group, row0 + row, -static_cast<float>(Format::zero)));
+        store(offset_to + row, L::offsets(group, row0 + row, -static_cast<float>(L::zero)));
       }
       for (int run = 0; run < kRuns; ++run, code_to += 4 * kRowTile) {
         for (int row = 0; row < kRowTile; ++row) {
@@ -376,12 +376,15 @@ void unpack_lut(const uint8_t* panel, int row0, int64_t k0, int64_t n, const Til
 // As dequantize_row, bit for bit.
 template <class Format>
 void dequantize_lut(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out) {
-  using L = Lut<Format>;
+  using L = LutOf<Format>;
+  constexpr int chunks = Format::elements / 32;
+  constexpr int64_t group_bytes = L::group_bytes(chunks);
+  static_assert(group_bytes == L::rows * Format::bytes);
   const int lane = static_cast<int>(row % L::rows);
-  const uint8_t* group = data + (row / L::rows * n_cols + k0) / Format::elements * L::group_bytes;
-  for (; n > 0; n -= Format::elements, group += L::group_bytes) {
+  const uint8_t* group = data + (row / L::rows * n_cols + k0) / Format::elements * group_bytes;
+  for (; n > 0; n -= Format::elements, group += group_bytes) {
     const float scale = half_at(group + 2 * lane);
-    for (int run = 0; run < L::chunks * kRuns; ++run, out += 4) {
+    for (int run = 0; run < chunks * kRuns; ++run, out += 4) {
       const uint8_t* chunk = group + L::header + run / kRuns * L::chunk_bytes;
       const uint32_t codes = L::quad(chunk, lane, run % kRuns);
       for (int i = 0; i < 4; ++i) {
@@ -396,17 +399,20 @@ void dequantize_lut(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0
 // One panel of 64 row-major rows into this layout.
 template <class Format>
 void pack_lut_panel(const uint8_t* rows, int64_t n_cols, uint8_t* out) {
-  using L = Lut<Format>;
+  using L = LutOf<Format>;
+  constexpr int chunks = Format::elements / 32;
+  constexpr int64_t group_bytes = L::group_bytes(chunks);
+  static_assert(group_bytes == L::rows * Format::bytes);
   const int64_t n_groups = n_cols / Format::elements, row_bytes = n_groups * Format::bytes;
   for (int64_t g = 0; g < n_groups; ++g) {
-    uint8_t* group = out + g * L::group_bytes;
-    std::memset(group + L::header, 0, L::group_bytes - L::header);
+    uint8_t* group = out + g * group_bytes;
+    std::memset(group + L::header, 0, group_bytes - L::header);
     for (int row = 0; row < L::rows; ++row) {
       const uint8_t* block = rows + row * row_bytes + g * Format::bytes;
       std::memcpy(group + 2 * row, block, 2);
       if constexpr (Format::has_offset) std::memcpy(group + 2 * L::rows + 2 * row, block + 2, 2);
       BAREFOOT_UNROLL
-      for (int c = 0; c < L::chunks; ++c) {
+      for (int c = 0; c < chunks; ++c) {
         uint8_t code[32], *chunk = group + L::header + c * L::chunk_bytes;
         store(code, Format::codes(block, c));
         for (int run = 0; run < kRuns; ++run) {

@@ -16,8 +16,8 @@ struct FormatKernels {
   void (*dot_panels)(const uint8_t*, int64_t, int64_t, const Quantized8&, int64_t, float*, int64_t, bool);
   void (*unpack_panel)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
   void (*pack_panel)(const uint8_t*, int64_t, uint8_t*);
-  void (*look_up_panel)(const uint8_t*, const LutTables&, int64_t, int64_t, float*, int64_t, bool);
-  void (*unpack_lut)(const uint8_t*, int, int64_t, int64_t, const Tile&);
+  void (*look_up_panel)(const uint8_t*, int64_t, const LutTables&, int64_t, int64_t, float*, int64_t, bool);
+  void (*unpack_lut)(const uint8_t*, int64_t, int, int64_t, int64_t, const Tile&);
   void (*pack_lut_panel)(const uint8_t*, int64_t, uint8_t*);
 };
 
@@ -40,8 +40,8 @@ constexpr FormatKernels kernels_of() {
   }
   if constexpr (has_lut<Format>) {
     k.layouts[2] = {&multiply_float<&dequantize_lut<Format>>, &dequantize_lut<Format>};
-    k.look_up_panel = &look_up_panel<Format>;
-    k.unpack_lut = &unpack_lut<Format>;
+    k.look_up_panel = &look_up_panel<LutOf<Format>>;
+    k.unpack_lut = &unpack_lut<LutOf<Format>>;
     k.pack_lut_panel = &pack_lut_panel<Format>;
   }
   return k;
@@ -138,7 +138,7 @@ inline void fill_tile(const Weight& w, int64_t n_cols, int64_t r0, int64_t n, in
   }
   if (w.layout == Layout::lut) {
     const int row0 = static_cast<int>(r0 % kLutRows);
-    k.unpack_lut(w.data + (r0 - row0) * row_bytes, row0, k0, columns, tile);
+    k.unpack_lut(w.data + (r0 - row0) * row_bytes, k.chunks, row0, k0, columns, tile);
     return;
   }
   const uint8_t* rows[kRowTile];
@@ -177,7 +177,7 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
   } else if (w.layout == Layout::lut && m.n_tokens <= kFewLutTokens) {
     const int64_t row_bytes = All::info[w.format].row_bytes(m.n_cols);
     for (int64_t r = begin; r < end; r += kLutRows)
-      k.look_up_panel(w.data + r * row_bytes, s.lut, m.n_tokens, m.n_cols, w.out + r, w.rows, m.add);
+      k.look_up_panel(w.data + r * row_bytes, k.chunks, s.lut, m.n_tokens, m.n_cols, w.out + r, w.rows, m.add);
   } else if (w.layout == Layout::rows && m.n_tokens <= kFewTokens) {
     multiply_few(m, s.x, w, begin, end);
   } else {
