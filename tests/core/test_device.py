@@ -130,7 +130,7 @@ def test_rates_are_amounts_over_seconds(monkeypatch):
 
 def test_a_probe_is_kept_and_a_failed_measurement_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("BAREFOOT_CACHE", str(tmp_path))
-    numbers = {"compute": {"read_gb_s_all_threads": 33.0}, "disk": {}, "reserved": {"reserved_bytes": 5}}
+    numbers = {"compute": {"read_gb_s_all_threads": 33.0}, "kernels": {}, "disk": {}, "reserved": {"reserved_bytes": 5}}
     monkeypatch.setattr(probe, "_in_child", numbers.__getitem__)
     result = probe.probe()
     assert device.cached_probe() == result

@@ -109,7 +109,7 @@ def test_decode_reads_every_weight_once_a_token_and_prefill_is_bound_by_arithmet
     assert matrices / 1e9 < prefill.seconds < 1.05 * matrices / 1e9
 
 
-def test_streaming_is_bound_by_the_disk_and_hides_behind_computation():
+def test_streaming_is_bound_by_the_disk_and_never_free():
     layer_bytes = 3_538_944 * 2
     streamed = config(n_streamed_layers=30)
     _, slow = phase_times(SMOL, streamed, RunJob(110, 10), device(disk=0.1))
@@ -117,7 +117,8 @@ def test_streaming_is_bound_by_the_disk_and_hides_behind_computation():
     assert slow.bound == "disk"
     assert 10 * 30 * layer_bytes / 0.1e9 < slow.seconds < 10 * 30 * layer_bytes / 0.1e9 + rest
     _, hidden = phase_times(SMOL, streamed, RunJob(110, 10), device(disk=1e6))
-    assert hidden.seconds == pytest.approx(rest, rel=1e-9)
+    put_into_memory = 10 * 30 * layer_bytes / 20e9  # what was read is written before it is used: never free
+    assert hidden.seconds == pytest.approx(rest + put_into_memory, rel=1e-9)
 
 
 def test_quantized_weights_speed_decode_and_not_floating_prefill():

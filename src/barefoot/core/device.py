@@ -30,7 +30,7 @@ else:
 
 Compute = Literal["int8", "f16", "f32"]
 GB = 10**9
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 
 # Used for this machine until it has been probed; each is reported with the source "default, not measured".
 DEFAULT_MEMORY_GB_S, DEFAULT_DISK_GB_S, DEFAULT_F32_PER_CORE, DEFAULT_OP_SECONDS = 12.0, 0.5, 40e9, 5e-6
@@ -300,16 +300,19 @@ def this_machine() -> Device:
     host, host_source = number("read_gb_s_all_threads", DEFAULT_MEMORY_GB_S)
     disk, disk_source = number("disk_gb_s", DEFAULT_DISK_GB_S)
     f32, f32_source = number("f32_ops", DEFAULT_F32_PER_CORE * cores)
+    int8, int8_source = number("int8_ops", 0.0)
     overhead, overhead_source = number("op_seconds", DEFAULT_OP_SECONDS)
     # A dot-product instruction does four 8-bit multiply-adds where f32 does one, maddubs and widening two.
     dot = {"avx_vnni", "avx512_vnni", "asimddp"} & set(isa)
     ratio = 4 if dot else 2
+    if not int8:
+        int8, int8_source = ratio * f32, f"{ratio} × f32 ({'dot product' if dot else 'widening'} instructions)"
     return Device(
         name="this",
         title=f"this machine ({model})",
         memory_bytes={"host": total},
         read_gb_s={"host": host, "disk": disk},
-        peaks={"int8": ratio * f32, "f16": f32, "f32": f32},
+        peaks={"int8": max(int8, f32), "f16": f32, "f32": f32},
         n_cores=cores,
         n_threads=usable_threads(),
         isa=isa,
@@ -318,7 +321,8 @@ def this_machine() -> Device:
             "memory_bytes": total_source,
             "read_gb_s.host": host_source,
             "read_gb_s.disk": disk_source,
-            "peaks": f"{f32_source}; int8 = {ratio} × f32 ({'dot product' if dot else 'widening'} instructions)",
+            "peaks": f32_source,
+            "peaks.int8": int8_source,
             "op_seconds": overhead_source,
             "*": "operating system",
         },

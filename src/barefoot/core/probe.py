@@ -52,7 +52,7 @@ def _in_threads(work: Callable[[int], object], n_threads: int) -> None:
 
 
 def measure_compute() -> dict[str, float]:
-    """Read bandwidth with one thread and with all (10^9 bytes a second), f32 operations a second, seconds an operator.
+    """Read bandwidth with one thread and with all (10^9 bytes a second), f32 operations a second.
 
     Reading is a matrix-vector product whose vector stays in cache; arithmetic is a product of square matrices. Both
     leave numpy's interpreter lock, so that Python threads run side by side.
@@ -73,18 +73,32 @@ def measure_compute() -> dict[str, float]:
         for _ in range(4):
             np.matmul(left, left)
 
-    tiny = np.ones((8, 8), np.float32)
-
-    def tiny_products() -> None:
-        for _ in range(100):
-            np.matmul(tiny, tiny)
-
     return {
         "read_gb_s_one_thread": _best_rate(lambda: matrix @ vector, matrix.nbytes) / 1e9,
         "read_gb_s_all_threads": _best_rate(lambda: _in_threads(lambda i: parts[i] @ vector, n_threads), matrix.nbytes)
         / 1e9,
         "f32_ops": _best_rate(lambda: _in_threads(square, n_threads), 4 * n_threads * 2 * side**3),
-        "op_seconds": 1 / _best_rate(tiny_products, 100, 0.2),
+    }
+
+
+def measure_kernels() -> dict[str, float]:
+    """What the engine's own products reach with all threads: 8-bit operations a second of a chunk of tokens on 4-bit
+    weights, and the seconds of a product so small that only its call counts."""
+    import numpy as np
+
+    ops = importlib.import_module("barefoot.ops")  # by name: a process of its own, not a part of this layer
+    ops.set_threads(device.usable_threads())
+
+    def product(n_tokens: int, side: int) -> Callable[[], object]:
+        weight = ops.PackedWeight("q4_0", side, side, np.ones(side * side // 32 * 18, np.uint8), layout="panels")
+        x, out = np.ones((n_tokens, side), np.float32), np.empty((n_tokens, side), np.float32)
+        scratch = np.empty(ops.matmul_scratch_bytes(n_tokens, side, "int8"), np.uint8)
+        return lambda: ops.matmul(x, [weight], [out], activations="int8", scratch=scratch)
+
+    n_tokens, side = 128, 1024
+    return {
+        "int8_ops": _best_rate(product(n_tokens, side), 2 * n_tokens * side**2),
+        "op_seconds": 1 / _best_rate(product(1, 64), 1, 0.2),
     }
 
 
@@ -141,6 +155,7 @@ def measure_reserved() -> dict[str, int]:
 
 _MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "compute": measure_compute,
+    "kernels": measure_kernels,
     "disk": measure_disk,
     "reserved": measure_reserved,
 }

@@ -7,8 +7,9 @@ of OPs operations that moves A bytes takes
 
 with A = weights and KV. Activations are in the operator table but not charged, since a chunk of them stays in cache:
 the time is a lower bound. t0 is the machine's fixed time of an operator. A stage whose weights come from disk takes
-max(disk, computation); what is on the host beside an accelerator is read over the link or computed where it is,
-whichever is faster. Sums over chunks and over generated tokens are closed forms, exact for these formulas.
+max(disk, computation + the time to put into memory what was read), so it is never as fast as one in memory. What is on
+the host beside an accelerator is read over the link or computed where it is, whichever is faster. Sums over chunks and
+over generated tokens are closed forms, exact for these formulas.
 """
 
 from __future__ import annotations
@@ -102,12 +103,14 @@ def add(parts: Iterable[tuple[Mapping[Bound, float], float]]) -> Times:
 
 
 def stage_times(stage: Stage, machine: Rates, attention: Op | None = None) -> Times:
-    """Seconds of a stage; reading from disk runs beside the computation."""
+    """Seconds of a stage; reading from disk runs beside the computation, but takes memory bandwidth from it."""
     ops = stage.ops if attention is None else (*stage.ops, attention)
     totals: Times = {}
     for op in ops:
         seconds, bound = op_time(op, machine)
         totals[bound] = totals.get(bound, 0.0) + seconds
+    if stage.slow_bytes:
+        totals["memory"] = totals.get("memory", 0.0) + stage.slow_bytes / machine.memory
     reading = stage.slow_bytes / machine.slow
     return {"disk": reading} if reading > sum(totals.values()) else totals
 

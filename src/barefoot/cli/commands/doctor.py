@@ -57,7 +57,8 @@ def _machine() -> dict[str, Any]:
     speeds = {
         "memory reads": (this.read_gb_s["host"], "GB/s", this.source("read_gb_s.host")),
         "disk reads": (this.read_gb_s["disk"], "GB/s", this.source("read_gb_s.disk")),
-        "arithmetic, f32": (this.peaks["f32"] / 1e9, "Gop/s", this.source("peaks")),
+        "arithmetic, f32": (this.peaks["f32"] / 1e9, "Gop/s", this.source("peaks.f32")),
+        "arithmetic, int8": (this.peaks["int8"] / 1e9, "Gop/s", this.source("peaks.int8")),
     }
     return {
         "versions": versions,
