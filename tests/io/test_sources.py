@@ -205,6 +205,32 @@ class FakeHub:
         raise OSError("no such file")
 
 
+def test_a_plan_fetches_the_config_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    fetched = []
+
+    class Hub(FakeHub):
+        def hf_hub_download(self, repository: str, file: str, *, local_files_only: bool) -> str:
+            fetched.append((repository, file))
+            return f"/cached/{file}"
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub())
+    monkeypatch.chdir(tmp_path)
+    assert sources.resolve_config("org/name") == Path("/cached/config.json")
+    assert fetched == [("org/name", "config.json")]
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "here").touch()
+    for name in ("smollm2", "pypi:a-model", "org/here", "org/name:m.gguf", "./org/name", "org/name.gguf", "no-such"):
+        assert sources.resolve_config(name) is None
+    assert len(fetched) == 1
+
+
+def test_what_is_spelled_as_a_path_is_no_hub_id(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub())
+    for name in ("./nosuch.gguf", "models/nosuch.gguf", "/no/such"):
+        with pytest.raises(SourceNotFound, match="not an alias"):
+            sources.resolve(name)
+
+
 def test_hub_fetches_no_pickles(monkeypatch: pytest.MonkeyPatch):
     hub = FakeHub()
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)

@@ -60,6 +60,7 @@ def load_shapes(name: str) -> Shapes:
     """
     from barefoot.engine.specs import model_spec, spec_from_config
     from barefoot.io.inventory import Checkpoint
+    from barefoot.io.sources import resolve_config
     from barefoot.io.strict_json import read_object
     from barefoot.plan.known import known_models, known_spec
 
@@ -68,5 +69,8 @@ def load_shapes(name: str) -> Shapes:
     path = Path(name).expanduser()
     if path.suffix == ".json" and path.is_file():
         return Shapes(spec_from_config(read_object(path), path.parent.resolve().name), Footprint())
+    config = resolve_config(name)
+    if config is not None:
+        return Shapes(spec_from_config(read_object(config), name), Footprint())
     with Checkpoint(fetch(name)) as checkpoint:
         return Shapes(model_spec(checkpoint), tokenizer_footprint(checkpoint, TYPICAL_PROMPT_BYTES))

@@ -80,14 +80,34 @@ def resolve(name: str, *, progress: Progress | None = None, offline: bool = Fals
     path = Path(name).expanduser()
     if path.exists():
         return path
-    hub = _HUB_ID.fullmatch(name)
-    if hub and ".." not in name:
-        return _from_hub(hub.group(1), hub.group(2), offline)
+    hub = _hub_id(name)
+    if hub is not None:
+        return _from_hub(*hub, offline)
     near = difflib.get_close_matches(name, aliases(), n=3) or sorted(aliases())
     raise SourceNotFound(
         f"no model {name!r}: not an alias, a package, a hub id, a folder or a file",
         cure=f"try {' or '.join(near)}, or a path, ORG/NAME, pypi:NAME",
     )
+
+
+def resolve_config(name: str, *, offline: bool = False) -> Path | None:
+    """The config.json of a hub id "org/name", fetched alone: all that a plan reads. None for every other name.
+
+    Raises
+    ------
+    SourceNotFound : no such repository, or one without a config.json.
+    BackendMissing : huggingface_hub is not installed.
+    """
+    known = name in aliases() or _PACKAGE.fullmatch(name) or Path(name).expanduser().exists()
+    hub = None if known else _hub_id(name)
+    return _from_hub(hub[0], "config.json", offline) if hub is not None and hub[1] is None else None
+
+
+def _hub_id(name: str) -> tuple[str, str | None] | None:
+    """(repository, file or None) of a hub id; a name that is spelled like a path is none."""
+    hub = _HUB_ID.fullmatch(name)
+    spelled_as_path = ".." in name or name.startswith((".", "/", "~")) or (":" not in name and name.endswith(".gguf"))
+    return (hub.group(1), hub.group(2)) if hub and not spelled_as_path else None
 
 
 def _fetch(
@@ -113,7 +133,7 @@ def _from_hub(repository: str, file: str | None, offline: bool) -> Path:
     except ImportError:
         raise BackendMissing("hub models need huggingface_hub", cure="pip install 'barefoot[hub]'") from None
     options: dict[str, Any] = {"local_files_only": offline}
-    if file is not None and not file.endswith((".gguf", ".safetensors")):
+    if file is not None and not file.endswith((".gguf", ".safetensors")) and file != "config.json":
         raise InvalidInput(f"{file!r} is neither GGUF nor safetensors; other weights are not fetched")
     try:
         if file is not None:
