@@ -58,29 +58,33 @@ def test_encoding_what_was_decoded_changes_nothing(fmt):
     assert np.abs(twice - once).max() <= step * 2e-3 + 1e-7
 
 
-def test_error_is_at_most_the_step_that_the_bits_allow(fmt):
-    """A uniform grid of L levels over a group's range r has steps r / (L - 1); f16 scales add 2^-11 of the range."""
+def errors(fmt, weights: np.ndarray) -> np.ndarray:
     layout = fmt.layout("f32")
-    bits = getattr(fmt, "bits", None)
-    if bits is None:
-        weights = np.random.default_rng(4).standard_normal((8, 128), np.float32)
-        error = np.abs(blocks.decode(layout, blocks.encode(layout, weights), 128) - weights)
-        if layout in HALF_UNITS:
-            assert (error <= HALF_UNITS[layout] * 1.001 * np.abs(weights)).all()
-        else:  # a grid of the format's own; its tests hold it to its equations
-            groups = np.abs(weights).reshape(-1, blocks.block_elements(layout))
-            assert (error.reshape(groups.shape).max(axis=1) < groups.max(axis=1)).all()
-        return
-    weights = np.random.default_rng(4).standard_normal((8, 384), np.float32).reshape(8, -1, fmt.group)
-    decoded = blocks.decode(layout, blocks.encode(layout, weights.reshape(8, -1)), 384).reshape(weights.shape)
+    return np.abs(blocks.decode(layout, blocks.encode(layout, weights), weights.shape[1]) - weights)
+
+
+@pytest.mark.parametrize("name", [n for n, f in VARIANTS.items() if not hasattr(f, "bits")])
+def test_a_format_without_a_uniform_grid_stays_within_its_block(name):
+    fmt, weights = VARIANTS[name], np.random.default_rng(4).standard_normal((8, 128), np.float32)
+    error, layout = errors(fmt, weights), fmt.layout("f32")
+    if layout in HALF_UNITS:
+        assert (error <= HALF_UNITS[layout] * 1.001 * np.abs(weights)).all()
+    else:  # a grid of the format's own; its tests hold it to its equations
+        groups = np.abs(weights).reshape(-1, blocks.block_elements(layout))
+        assert (error.reshape(groups.shape).max(axis=1) < groups.max(axis=1)).all()
+
+
+@pytest.mark.parametrize("name", [n for n, f in VARIANTS.items() if hasattr(f, "bits")])
+def test_error_is_at_most_the_step_that_the_bits_allow(name):
+    """A uniform grid of L levels over a group's range r has steps r / (L - 1); f16 scales add 2^-11 of the range."""
+    fmt, weights = VARIANTS[name], np.random.default_rng(4).standard_normal((8, 384), np.float32)
+    groups = weights.reshape(8, -1, fmt.group)
+    largest = np.abs(groups).max(axis=-1)
     if fmt.symmetric:  # the largest magnitude sits on code 0; the other side ends one step earlier
-        step = np.abs(weights).max(axis=-1) / 2 ** (bits - 1)
-        bound = step * 1.0
+        bound = largest / 2 ** (fmt.bits - 1)
     else:
-        step = np.ptp(weights, axis=-1) / (2**bits - 1)
-        bound = step / 2
-    slack = np.abs(weights).max(axis=-1) * 2**-9
-    assert (np.abs(decoded - weights).max(axis=-1) <= bound + slack).all()
+        bound = np.ptp(groups, axis=-1) / (2**fmt.bits - 1) / 2
+    assert (errors(fmt, weights).reshape(groups.shape).max(axis=-1) <= bound + largest * 2**-9).all()
 
 
 def test_spec_string_round_trips(fmt):
