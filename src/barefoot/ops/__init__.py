@@ -266,13 +266,13 @@ def available_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The instruction set in use: numpy, portable, avx2, avx512, avx512-vnni or neon."""
+    """The instruction set in use: numpy, portable, avx2, avx512, avx512-vnni, amx or neon."""
     return "numpy" if _native is None else str(_native.isa())
 
 
 def set_isa(name: str) -> None:
     """Use another of ``available_isas()``; BackendMissing if this machine or build lacks it."""
-    known = ("numpy", "portable", "avx2", "avx512", "avx512-vnni", "neon")
+    known = ("numpy", "portable", "avx2", "avx512", "avx512-vnni", "amx", "neon")
     if name not in known:
         raise unknown_name("instruction set", name, known)
     if name not in available_isas():

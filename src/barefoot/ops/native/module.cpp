@@ -28,6 +28,9 @@ BAREFOOT_DECLARE(avx2)
 BAREFOOT_DECLARE(avx512)
 BAREFOOT_DECLARE(avx512_vnni)
 #endif
+#if defined(BAREFOOT_AMX)
+BAREFOOT_DECLARE(amx)
+#endif
 #if defined(BAREFOOT_NEON)
 BAREFOOT_DECLARE(neon)
 #endif
@@ -58,6 +61,9 @@ std::vector<Isa> usable_isas() {  // slowest first
   if (cpu.avx2) found.push_back({"avx2", &avx2::kernels});
   if (cpu.avx512) found.push_back({"avx512", &avx512::kernels});
   if (cpu.avx512_vnni) found.push_back({"avx512-vnni", &avx512_vnni::kernels});
+#endif
+#if defined(BAREFOOT_AMX)
+  if (cpu.amx) found.push_back({"amx", &amx::kernels});
 #endif
 #if defined(BAREFOOT_NEON)
   if (cpu.neon_dotprod) found.push_back({"neon", &neon::kernels});

@@ -14,6 +14,10 @@
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
@@ -54,6 +58,22 @@ size_t page_bytes() {
 #endif
 }
 
+#if defined(__linux__) && defined(__x86_64__)
+// Tiles of bfloat16 (AMX-BF16), and AVX512-BF16, which fills them.
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
+  return tiles && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+// The kernel keeps 8 KiB more state for every thread of a process that uses tiles, so it wants to be asked first.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 }  // namespace
 
 int64_t read_fully(int fd, int64_t offset, uint8_t* data, int64_t size) {
@@ -89,6 +109,9 @@ CpuFeatures cpu_features() {
   found.avx512 = found.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   found.avx512_vnni = found.avx512 && __builtin_cpu_supports("avx512vnni");
+#if defined(__linux__)
+  found.amx = found.avx512_vnni && has_amx_bf16() && may_use_tiles();
+#endif
 #elif defined(_M_X64)
   int leaf1[4], leaf7[4];
   __cpuidex(leaf1, 1, 0);

@@ -14,7 +14,7 @@ int64_t read_fully(int fd, int64_t offset, uint8_t* data, int64_t size);
 void populate_pages(uint8_t* data, size_t size);
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512_vnni = false, neon_dotprod = false;
+  bool avx2 = false, avx512 = false, avx512_vnni = false, amx = false, neon_dotprod = false;
 };
 CpuFeatures cpu_features();
 
