@@ -1,6 +1,6 @@
 """One fresh process of barefoot: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings as in llama_cpp_worker.py, with ``kv`` (a spec string) besides; no torch, no command line.
+Settings as in llama_cpp_worker.py, with ``kv`` and ``weights`` (spec strings) and ``chunk``; no torch, no command line.
 """
 
 import json
@@ -16,6 +16,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.plan.job import parse_weights
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     checkpoint = Checkpoint(settings["model"])
     config = EngineConfig(
         context=settings["context"],
+        weights=parse_weights(settings["weights"]) if "weights" in settings else {},
         kv=parse_composition(settings.get("kv", "f16"), techniques("kv.stores"), "kv")[0],
         chunk=settings.get("chunk", 128),
         n_threads=settings["n_threads"],
@@ -42,7 +44,8 @@ def main() -> None:
         np.save(settings["out"], np.concatenate(kept))
         print(json.dumps({"n": sum(map(len, kept))}))
         return
-    ids = [(7 * i) % 30_000 + 100 for i in range(settings["prefill"])]
+    n_vocab = engine.spec.vocab_size
+    ids = [(7 * i) % (n_vocab - 200) + 100 for i in range(settings["prefill"])]
     engine.prefill(ids[:8])
     engine.reset()
     start = time.perf_counter()
@@ -51,7 +54,7 @@ def main() -> None:
     token, start = 200, time.perf_counter()
     for i in range(settings["decode"]):
         engine.decode(token)
-        token = (token * 31 + i) % 30_000 + 100
+        token = (token * 31 + i) % (n_vocab - 200) + 100
     decode_s = time.perf_counter() - start
     print(
         json.dumps(
