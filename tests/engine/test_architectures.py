@@ -1,8 +1,12 @@
 """Every architecture against transformers in float32, from safetensors."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
+
+from barefoot.engine.specs import architectures, spec_from_config
 
 TOLERANCE = 2e-4
 
@@ -36,3 +40,19 @@ def test_streaming_equals_resident_bit_for_bit(reference):
     for settings in ({"n_streamed_layers": 1}, {"n_streamed_layers": n_layers, "stream_head": True, "n_logits": 4}):
         with tiny.engine(folder, chunk=16, **settings) as run:
             assert np.array_equal(tiny.all_logits(run, ids, 30), resident)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_a_config_written_from_a_spec_reads_back_as_the_same_spec(name, tmp_path):
+    """So that what was fitted from a file without a config.json loads everywhere."""
+    transformers = pytest.importorskip("transformers", reason="the reference reading needs transformers")
+    config_class, _, settings = tiny.MODELS[name]
+    spec = spec_from_config(
+        getattr(transformers, config_class)(dtype="float32", **tiny.COMMON | settings).to_dict(), name
+    )
+    written = architectures()[spec.arch].to_hf(spec)
+    assert spec_from_config(json.loads(json.dumps(written)), name) == spec
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(read).__name__ == config_class
+    assert spec_from_config(read.to_dict(), name) == spec

@@ -120,7 +120,7 @@ def test_header_and_tensors_give_the_same_spec(tmp_path):
             full = model_spec(checkpoint)
         alone = spec_from_config(config, full.name)
         assert replace(full, weights=()) == replace(alone, weights=())
-        assert [replace(w, source="") for w in full.weights] == list(alone.weights)
+        assert full.weights == alone.weights
         shutil.rmtree(tmp_path / "model")
 
 

@@ -54,8 +54,9 @@ class LayerSpec:
 class WeightSpec:
     """One weight: its shape, how its file stores it, and where.
 
-    ``format`` is the id of the stored type (``"bf16"``, ``"q4_1"`` …). ``source`` is the tensor's name in the file and
-    ``row_start`` its first row there, for weights that files keep fused (Phi-3's qkv_proj).
+    ``format`` is the id of the stored type (``"bf16"``, ``"q4_1"`` …). ``source`` is the tensor's name in the file, or
+    without a file the one that transformers gives it, and ``row_start`` its first row there, for weights that files
+    keep fused (Phi-3's qkv_proj).
     """
 
     name: str

@@ -21,6 +21,8 @@ _GROUPS: dict[str, WeightGroup] = {
     **dict.fromkeys(("gate", "up", "down"), "ffn"),
 }  # every other role is a vector, of the group "norm"
 
+OWN_METHOD = "barefoot"  # quant_method of the folders that this package writes
+
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
@@ -184,8 +186,8 @@ def _sizes(stated: Mapping[str, int | None], eps: float, tensors: Tensors | None
 
 def hf_sizes(config: Mapping[str, Any], tensors: Tensors | None, names: Roles = HF) -> Sizes:
     """Sizes of a config.json, checked against the tensors."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+    if config.get("quantization_config") and method != OWN_METHOD:
         raise UnsupportedFormat(
             f"safetensors quantized by {method} are not supported", cure="use the unquantized model, or a GGUF file"
         )
@@ -233,6 +235,28 @@ def hf_activation(config: Mapping[str, Any]) -> Literal["silu", "gelu_tanh"]:
     if name not in _ACTIVATIONS:
         raise UnsupportedFormat(f"activation {name!r} is not supported; known: {', '.join(sorted(_ACTIVATIONS))}")
     return _ACTIVATIONS[name]
+
+
+def hf_config(spec: ModelSpec, model_type: str, class_name: str, **more: Any) -> dict[str, Any]:
+    """The config.json that every ``from_hf`` reads this spec from; ``more`` adds to it, or replaces."""
+    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "gelu_new"}
+    config = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "hidden_size": spec.d_model,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.d_ff,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.context_length,
+        "rms_norm_eps": spec.norm_eps,
+        "hidden_act": activations[spec.activation],
+        "tie_word_embeddings": spec.tied,
+        "torch_dtype": "float32",
+    }
+    return config | more
 
 
 def hf_roles(names: Roles, *, tied: bool, tensors: Tensors | None = None) -> dict[str, Source]:
@@ -284,7 +308,7 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
             rows=rows,
             cols=cols,
             format=stored,
-            source=tensor_name if tensors is not None else "",
+            source=tensor_name,
             row_start=sum(sizes.shape(before)[0] for before in source.after),
         )
 

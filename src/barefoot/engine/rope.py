@@ -71,6 +71,24 @@ def from_hf(config: Mapping[str, Any], head_dim: int, *, layer_type: str = "", t
     )
 
 
+def to_hf(rope: Rope) -> dict[str, Any]:
+    """The keys of a config.json from which ``from_hf`` reads this rope, in the spelling before transformers 5."""
+    if rope.scaling == "none":
+        return {"rope_theta": rope.theta}
+    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling != "linear":
+        scaling["original_max_position_embeddings"] = rope.original_context
+    if rope.scaling == "llama3":
+        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.scaling == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    if rope.scaling == "longrope":
+        scaling |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+    if rope.scaling in ("yarn", "longrope"):
+        scaling["attention_factor"] = rope.attention_factor
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
 def _attention_factor(kind: str, factor: float, original: int, params: Mapping[str, Any]) -> float:
     if params.get("attention_factor") is not None:
         return float(params["attention_factor"])

@@ -12,6 +12,7 @@ import numpy as np
 from barefoot.core.errors import CorruptFile, InvalidInput, SourceNotFound, UnsupportedFormat, unknown_name
 from barefoot.io.files import BinaryFile
 from barefoot.io.gguf import read_gguf
+from barefoot.io.packed import interpret
 from barefoot.io.safetensors import INDEX_NAME, read_index, read_safetensors
 from barefoot.io.strict_json import read_object
 from barefoot.io.types import TensorInfo
@@ -91,7 +92,8 @@ class Checkpoint:
                 raise InvalidInput(f"{folder} has {len(self.paths)} safetensors files and no {INDEX_NAME}")
         tensors: dict[str, TensorInfo] = {}
         for shard, path in enumerate(self.paths):
-            for tensor in read_safetensors(path, shard=shard).tensors:
+            file = read_safetensors(path, shard=shard)
+            for tensor in interpret(path.name, file.metadata, file.tensors):
                 if index is not None and index.get(tensor.name) != path.name:
                     raise CorruptFile(f"{path.name} holds {tensor.name!r}, which {INDEX_NAME} places elsewhere")
                 tensors[tensor.name] = tensor

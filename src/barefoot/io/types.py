@@ -57,8 +57,9 @@ FILE_TYPES: dict[str, FileType] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: ``type`` is a key of ``FILE_TYPES``, ``shape`` in numpy order (last axis contiguous),
-    ``offset`` and ``n_bytes`` in bytes from the start of the file, ``shard`` the index of that file in the model."""
+    """One tensor of a file: ``type`` is a key of ``FILE_TYPES`` or a block format of :mod:`barefoot.io.packed`,
+    ``shape`` in numpy order (last axis contiguous), ``offset`` and ``n_bytes`` in bytes from the start of the file,
+    ``shard`` the index of that file in the model."""
 
     name: str
     type: str

@@ -103,6 +103,24 @@ def from_hf(stated: Mapping[str, Any], tensors: decoder.Tensors | None = None) -
     )
 
 
+def to_hf(spec: ModelSpec) -> dict[str, Any]:
+    everywhere = next(layer for layer in spec.layers if layer.window is None)
+    nearby = next(layer for layer in spec.layers if layer.window is not None)
+    return decoder.hf_config(
+        spec,
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        hidden_activation="gelu_pytorch_tanh",
+        layer_types=["full_attention" if layer.window is None else "sliding_attention" for layer in spec.layers],
+        sliding_window=nearby.window,
+        rope_local_base_freq=nearby.rope.theta,
+        query_pre_attn_scalar=round(spec.attn_scale**-2),
+        attn_logit_softcapping=spec.attn_softcap or None,
+        final_logit_softcapping=spec.logit_softcap or None,
+        **rope.to_hf(everywhere.rope),
+    )
+
+
 def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:
     names = decoder.gguf_roles(_GGUF, tensors)
     sizes = decoder.gguf_sizes(metadata, tensors, names)

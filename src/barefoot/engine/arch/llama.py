@@ -32,6 +32,15 @@ def from_hf(config: Mapping[str, Any], tensors: decoder.Tensors | None = None) -
     )
 
 
+def to_hf(spec: ModelSpec) -> dict[str, Any]:
+    window = spec.layers[0].window  # GGUF files of Mistral say llama
+    if window is not None:
+        return decoder.hf_config(
+            spec, "mistral", "MistralForCausalLM", sliding_window=window, **rope.to_hf(spec.layers[0].rope)
+        )
+    return decoder.hf_config(spec, "llama", "LlamaForCausalLM", **rope.to_hf(spec.layers[0].rope))
+
+
 def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:
     names = decoder.gguf_roles(decoder.GGUF, tensors)
     sizes = decoder.gguf_sizes(metadata, tensors, names)

@@ -26,3 +26,10 @@ def from_hf(config: Mapping[str, Any], tensors: decoder.Tensors | None = None) -
         decoder.weights(names, sizes, tensors, decoder.hf_format(config)),
         activation=decoder.hf_activation(config),
     )
+
+
+def to_hf(spec: ModelSpec) -> dict[str, Any]:
+    layer = spec.layers[0]
+    return decoder.hf_config(
+        spec, "mistral", "MistralForCausalLM", sliding_window=layer.window, **rope.to_hf(layer.rope)
+    )

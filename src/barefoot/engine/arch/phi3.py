@@ -37,6 +37,21 @@ def from_hf(config: Mapping[str, Any], tensors: decoder.Tensors | None = None) -
     )
 
 
+def to_hf(spec: ModelSpec) -> dict[str, Any]:
+    layer = spec.layers[0]
+    original = layer.rope.original_context or spec.context_length
+    share = layer.rope.dim / spec.head_dim
+    return decoder.hf_config(
+        spec,
+        "phi3",
+        "Phi3ForCausalLM",
+        sliding_window=layer.window,
+        original_max_position_embeddings=original,
+        partial_rotary_factor=share,
+        **rope.to_hf(layer.rope),
+    )
+
+
 def _phi_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with its early names of longrope, ``su`` and ``yarn``, replaced."""
     result = dict(config)

@@ -26,6 +26,10 @@ def from_hf(config: Mapping[str, Any], tensors: decoder.Tensors | None = None) -
     return read_hf("qwen2", decoder.HF | decoder.HF_ATTN_BIAS, config, tensors)
 
 
+def to_hf(spec: ModelSpec) -> dict[str, Any]:
+    return write_hf(spec, "qwen2", "Qwen2ForCausalLM")
+
+
 def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:
     return read_gguf("qwen2", decoder.GGUF | decoder.GGUF_ATTN_BIAS, metadata, tensors)
 
@@ -40,6 +44,21 @@ def read_hf(arch: str, names: decoder.Roles, config: Mapping[str, Any], tensors:
         [LayerSpec(turned, window) for window in windows(config, sizes.n_layers)],
         decoder.weights(names, sizes, tensors, decoder.hf_format(config)),
         activation=decoder.hf_activation(config),
+    )
+
+
+def write_hf(spec: ModelSpec, model_type: str, class_name: str) -> dict[str, Any]:
+    windows = [layer.window for layer in spec.layers]
+    types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    window = next((w for w in windows if w is not None), None)
+    return decoder.hf_config(
+        spec,
+        model_type,
+        class_name,
+        layer_types=types,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        **rope.to_hf(spec.layers[0].rope),
     )
 
 

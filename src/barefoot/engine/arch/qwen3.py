@@ -22,5 +22,9 @@ def from_hf(config: Mapping[str, Any], tensors: decoder.Tensors | None = None) -
     return qwen2.read_hf("qwen3", decoder.HF | decoder.HF_QK_NORM, _HF_DEFAULTS | dict(config), tensors)
 
 
+def to_hf(spec: ModelSpec) -> dict[str, Any]:
+    return qwen2.write_hf(spec, "qwen3", "Qwen3ForCausalLM")
+
+
 def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:
     return qwen2.read_gguf("qwen3", decoder.GGUF | decoder.GGUF_QK_NORM, metadata, tensors)

@@ -1,0 +1,169 @@
+"""Writing a model folder that transformers and barefoot read: safetensors by layer, packed matrices among them.
+
+Tensors get the names and the row order of Hugging Face's layout, whatever the source was: GGUF files of Llama keep the
+rows of q and k in another order, and norms of Gemma as 1 + w. One file holds one layer, so that a fit that is
+interrupted has lost one layer at most; the index and config.json come last and make the folder a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from barefoot.core.errors import Incompatible
+from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.engine.decoder import OWN_METHOD
+from barefoot.engine.specs import architectures, spec_from_config
+from barefoot.io.files import atomic_writer
+from barefoot.io.inventory import Checkpoint
+from barefoot.io.packed import VERSION, describe
+from barefoot.io.safetensors import INDEX_NAME, write_safetensors
+from barefoot.io.tokenizer_export import export_tokenizer
+from barefoot.io.tokenizer_files import read_gguf_tokenizer
+from barefoot.ops import blocks
+
+U8 = npt.NDArray[np.uint8]
+
+#: Beside the weights in a Hugging Face folder; all that a model needs, nothing that could be run.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight in a block format: ``rows`` uint8 (n_rows, row_bytes)."""
+
+    format: str
+    rows: U8
+
+
+def config_of(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of a folder for this model: the source's own, or what its header amounts to."""
+    if checkpoint.kind == "safetensors":
+        return dict(checkpoint.config)
+    return dict(architectures()[spec.arch].to_hf(spec))
+
+
+class ModelFolder:
+    """A model being written.
+
+    Parameters
+    ----------
+    path : the folder, made if need be.
+    checkpoint, spec : the model that is the source.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        self.path, self._checkpoint, self._spec = path, checkpoint, spec
+        self._config = config_of(checkpoint, spec)
+        self._targets = {w.name: w for w in spec_from_config(self._config, spec.name).weights}
+        path.mkdir(parents=True, exist_ok=True)
+
+    def shard(self, number: int) -> Path:
+        """The file of layer ``number``; that of embedding, last norm and head comes after all layers."""
+        total = self._spec.n_layers + 1
+        return self.path / f"model-{number + 1:05}-of-{total:05}.safetensors"
+
+    def write(self, number: int, weights: Mapping[str, Matrix]) -> None:
+        """Write the file of one layer; ``weights`` by barefoot's names, matrices and f32 vectors.
+
+        Raises
+        ------
+        Incompatible : weights that the layout keeps in one tensor have different formats.
+        """
+        groups: dict[str, list[tuple[WeightSpec, Matrix]]] = {}
+        for name, matrix in weights.items():
+            target = self._targets[name]
+            groups.setdefault(target.source, []).append((target, self._arranged(name, matrix)))
+        entries: list[tuple[str, str, tuple[int, ...], Iterable[Any]]] = []
+        packed: dict[str, tuple[str, int]] = {}
+        for tensor, parts in groups.items():
+            parts.sort(key=lambda part: part[0].row_start)
+            formats = {matrix.format for _, matrix in parts}
+            if len(formats) > 1:
+                raise Incompatible(
+                    f"{tensor} holds {', '.join(w.name for w, _ in parts)} together, which have formats "
+                    f"{', '.join(sorted(formats))}",
+                    cure="give them one format",
+                )
+            entries.append(self._entry(tensor, parts, packed))
+        sizes = {f: (blocks.block_elements(f), blocks.block_bytes(f)) for f, _ in packed.values()}
+        write_safetensors(self.shard(number), entries, describe(packed, sizes) if packed else {"format": "pt"})
+
+    def _entry(
+        self, tensor: str, parts: list[tuple[WeightSpec, Matrix]], packed: dict[str, tuple[str, int]]
+    ) -> tuple[str, str, tuple[int, ...], Iterable[Any]]:
+        weight, first = parts[0]
+        chunks = [np.ascontiguousarray(matrix.rows).data for _, matrix in parts]
+        n_rows = sum(len(matrix.rows) for _, matrix in parts)
+        if blocks.block_elements(first.format) == 1:
+            shape = (weight.cols,) if weight.group == "norm" else (n_rows, weight.cols)
+            return tensor, first.format, shape, chunks
+        packed[tensor] = (first.format, weight.cols)
+        return tensor, "u8", (n_rows, first.rows.shape[1]), chunks
+
+    def _arranged(self, name: str, matrix: Matrix) -> Matrix:
+        """The weight as Hugging Face's layout has it."""
+        spec = self._spec
+        target = spec_from_config(self._config, spec.name)
+        role = name.rsplit(".", 1)[-1]
+        layer = self._targets[name].layer
+        if role in ("q", "k") and layer is not None and spec.layers[layer].rope.interleaved:
+            n_heads = spec.n_heads if role == "q" else spec.n_kv_heads
+            return Matrix(matrix.format, matrix.rows[halves_order(n_heads, spec.head_dim, spec.layers[layer].rope.dim)])
+        if role.endswith("norm") and target.norm_plus_one and not spec.norm_plus_one:
+            return Matrix("f32", (matrix.rows.view(np.float32) - np.float32(1)).view(np.uint8))
+        return matrix
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write the tokenizer, the record of the fit (``barefoot.json``), the index and, last, config.json."""
+        self._write_tokenizer()
+        _write_json(self.path / "barefoot.json", {"version": VERSION, **record})
+        index = {}
+        for number in range(self._spec.n_layers + 1):
+            shard = self.shard(number)
+            in_shard = (
+                w for w in self._targets.values() if (self._spec.n_layers if w.layer is None else w.layer) == number
+            )
+            index.update({w.source: shard.name for w in in_shard})
+        total = sum(self.shard(number).stat().st_size for number in range(self._spec.n_layers + 1))
+        _write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": index})
+        quantization = {"quant_method": OWN_METHOD, "version": VERSION}
+        _write_json(self.path / "config.json", self._config | {"quantization_config": quantization})
+
+    def _write_tokenizer(self) -> None:
+        if self._checkpoint.kind == "gguf":
+            template = self._checkpoint.config.get("tokenizer.chat_template")
+            parts = read_gguf_tokenizer(self._checkpoint)
+            export_tokenizer(parts, template if isinstance(template, str) else None, self.path)
+            return
+        for name in CARRIED:
+            source = self._checkpoint.path / name
+            if source.is_file():
+                with atomic_writer(self.path / name) as file:
+                    file.write(source.read_bytes())
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_writer(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def halves_order(n_heads: int, head_dim: int, rot_dim: int) -> npt.NDArray[np.int64]:
+    """For each row of a layout that rotates channels i and i + dim / 2, its row in one that rotates 2i and 2i + 1."""
+    half = rot_dim // 2
+    within = np.arange(head_dim)
+    within[:half], within[half:rot_dim] = np.arange(0, rot_dim, 2), np.arange(1, rot_dim, 2)
+    return (np.arange(n_heads)[:, None] * head_dim + within).reshape(-1)

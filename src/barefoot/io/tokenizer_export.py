@@ -1,0 +1,118 @@
+"""A tokenizer as the files that transformers reads: tokenizer.json, tokenizer_config.json, generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from barefoot.io.files import atomic_writer
+from barefoot.io.pretokenize import SPACE, Section
+from barefoot.io.tokenizer_files import TokenizerParts
+from barefoot.io.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, merges_by_score
+
+
+def export_tokenizer(parts: TokenizerParts, chat_template: str | None, folder: Path) -> None:
+    """Write the three files into ``folder``, each whole or not at all."""
+    text = parts.vocabulary.text
+
+    def name(token: int | None) -> str | None:
+        return None if token is None else text(token)
+
+    # The token that ends a turn is what transformers is to stop at; an id of several is as good as another.
+    eos_ids = sorted(parts.eos_ids)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": parts.add_bos,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": name(parts.bos_id),
+        "eos_token": name(eos_ids[0]) if eos_ids else None,
+        "unk_token": name(parts.unk_id),
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    generation = {"eos_token_id": eos_ids} | ({} if parts.bos_id is None else {"bos_token_id": parts.bos_id})
+    _write(folder / "tokenizer.json", tokenizer_json(parts))
+    _write(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
+    _write(folder / "generation_config.json", generation)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with atomic_writer(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def tokenizer_json(parts: TokenizerParts) -> dict[str, Any]:
+    """The content of a tokenizer.json with all entries; it encodes and decodes as ``parts`` do."""
+    vocabulary = parts.vocabulary
+    added = [
+        {
+            "id": token,
+            "content": vocabulary.text(token),
+            "single_word": False,
+            "lstrip": parts.strips.get(token, (False, False))[0],
+            "rstrip": parts.strips.get(token, (False, False))[1],
+            "normalized": False,
+            "special": int(vocabulary.kinds[token]) != USER_DEFINED,
+        }
+        for token in vocabulary.of_kind(UNKNOWN, CONTROL, USER_DEFINED).tolist()
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": parts.normalizer,
+        "pre_tokenizer": parts.pre_tokenizer,
+        "post_processor": _beginning(parts),
+        "decoder": _decoder(parts),
+        "model": _model(parts),
+    }
+
+
+def _model(parts: TokenizerParts) -> dict[str, Any]:
+    vocabulary = parts.vocabulary
+    texts = [vocabulary.text(i) for i in range(len(vocabulary))]
+    if parts.model == "Unigram":
+        assert vocabulary.scores is not None
+        scored = list(zip(texts, vocabulary.scores.tolist(), strict=True))
+        options = {"byte_fallback": bool(parts.options.get("byte_fallback"))}
+        return {"type": "Unigram", "unk_id": parts.unk_id, "vocab": scored, **options}
+    entries = {text: i for i, text in reversed(list(enumerate(texts)))}  # of equal texts the first counts
+    if parts.merges is None:
+        merges = merges_by_score(vocabulary, range(len(vocabulary)))
+    else:
+        merges = parts.merges.among(vocabulary, entries, np.arange(len(vocabulary)))
+    unk = None if parts.unk_id is None else texts[parts.unk_id]
+    return {"type": "BPE", "unk_token": unk, **parts.options, "vocab": entries, "merges": [list(m) for m in merges]}
+
+
+def _beginning(parts: TokenizerParts) -> Section | None:
+    """What puts the token in front that begins a text."""
+    if not parts.add_bos or parts.bos_id is None:
+        return None
+    bos = parts.vocabulary.text(parts.bos_id)
+    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, first | {"SpecialToken": {"id": bos, "type_id": 1}}, other],
+        "special_tokens": {bos: {"id": bos, "ids": [parts.bos_id], "tokens": [bos]}},
+    }
+
+
+def _decoder(parts: TokenizerParts) -> Section | None:
+    if parts.alphabet == "bytes":
+        return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    if parts.alphabet == "plain":
+        return None
+    steps: list[Section] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    if parts.options.get("byte_fallback"):
+        steps.append({"type": "ByteFallback"})
+    steps.append({"type": "Fuse"})
+    if parts.add_space_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}

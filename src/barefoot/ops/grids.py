@@ -1,0 +1,130 @@
+"""Grids: the values that a group of weights can take, and how codes and parameters become the bytes of a block.
+
+A *solver* decides which codes and which parameters a group gets; a *grid* knows what they mean. All functions work on
+arrays of groups: ``x`` float32 (n, k) with one row for each group (k = the group's size, or any part of it), ``params``
+float32 (n, p) as they will be stored (rounded to f16), ``codes`` uint8 (n, k).
+
+    Uniform   w = scale × (code − zero)        symmetric; the scale may be negative
+              w = scale × code + minimum       asymmetric
+    Table     w = scale × table[code]          the levels of a number format that is not uniform, such as NF4 or FP4
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+F16_MAX = 65504.0
+
+
+def to_f16(values: F32) -> F32:
+    """Rounded to f16 and clipped to its range, as float32."""
+    rounded: F32 = np.clip(values, -F16_MAX, F16_MAX).astype(np.float16).astype(np.float32)
+    return rounded
+
+
+class Grid(ABC):
+    """What solvers need to know of a format."""
+
+    group: int
+
+    @abstractmethod
+    def spanning(self, low: F32, high: F32) -> F32:
+        """Parameters whose levels reach from ``low`` to ``high``, (n,) each → (n, p)."""
+
+    @abstractmethod
+    def round(self, x: F32, params: F32) -> U8:
+        """The code of the nearest level for each element."""
+
+    @abstractmethod
+    def values(self, codes: U8, params: F32) -> F32:
+        """What the codes mean."""
+
+    @abstractmethod
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        """Parameters that make ``codes`` fit ``x`` best: weighted least squares, ``importance`` (n, k) ≥ 0."""
+
+
+@dataclass(frozen=True)
+class Uniform(Grid):
+    """``bits`` equally spaced levels; params (scale) or (scale, minimum)."""
+
+    bits: int
+    group: int
+    symmetric: bool = False
+
+    @property
+    def levels(self) -> int:
+        return (1 << self.bits) - 1
+
+    @property
+    def zero(self) -> int:
+        return 1 << (self.bits - 1) if self.symmetric else 0
+
+    def spanning(self, low: F32, high: F32) -> F32:
+        if self.symmetric:
+            # The end of larger magnitude gets the code 0, which reaches one level further than the other end.
+            extreme: F32 = np.where(-low > high, low, high).astype(np.float32)
+            return to_f16(extreme / np.float32(-self.zero))[:, None]
+        minimum = to_f16(low)
+        return np.stack([to_f16((high - minimum) / np.float32(self.levels)), minimum], axis=1)
+
+    def round(self, x: F32, params: F32) -> U8:
+        step = params[:, :1]
+        shifted = x if self.symmetric else x - params[:, 1:]
+        ratio = np.divide(shifted, step, out=np.zeros_like(shifted), where=step != 0)
+        codes: U8 = np.clip(np.rint(ratio) + self.zero, 0, self.levels).astype(np.uint8)
+        return codes
+
+    def values(self, codes: U8, params: F32) -> F32:
+        if self.symmetric:
+            return params[:, :1] * (codes.astype(np.float32) - np.float32(self.zero))
+        return params[:, :1] * codes.astype(np.float32) + params[:, 1:]
+
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        q = codes.astype(np.float32) - np.float32(self.zero)
+        if self.symmetric:
+            return to_f16(_ratio((importance * q * x).sum(axis=1), (importance * q * q).sum(axis=1)))[:, None]
+        total = np.maximum(importance.sum(axis=1, keepdims=True), np.float32(1e-30))
+        mean_q = (importance * q).sum(axis=1, keepdims=True) / total
+        mean_x = (importance * x).sum(axis=1, keepdims=True) / total
+        spread = (importance * (q - mean_q) ** 2).sum(axis=1)
+        scale = to_f16(_ratio((importance * (q - mean_q) * (x - mean_x)).sum(axis=1), spread))
+        return np.stack([scale, to_f16(mean_x[:, 0] - scale * mean_q[:, 0])], axis=1)
+
+
+def _ratio(a: F32, b: F32) -> F32:
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+
+
+@dataclass(frozen=True)
+class Table(Grid):
+    """Levels of a table, ascending from below to above zero, times one positive scale; params (scale,)."""
+
+    table: tuple[float, ...]
+    group: int
+
+    def spanning(self, low: F32, high: F32) -> F32:
+        levels = np.asarray(self.table, np.float32)
+        # The smallest scale that covers both ends.
+        return to_f16(np.maximum(np.maximum(high, 0) / levels[-1], np.minimum(low, 0) / levels[0]))[:, None]
+
+    def round(self, x: F32, params: F32) -> U8:
+        levels = np.asarray(self.table, np.float32)
+        middles = (levels[1:] + levels[:-1]) / 2
+        ratio = np.divide(x, params, out=np.zeros_like(x), where=params != 0)
+        codes: U8 = np.searchsorted(middles, ratio).astype(np.uint8)
+        return codes
+
+    def values(self, codes: U8, params: F32) -> F32:
+        return params * np.asarray(self.table, np.float32)[codes]
+
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        q = np.asarray(self.table, np.float32)[codes]
+        return to_f16(_ratio((importance * q * x).sum(axis=1), (importance * q * q).sum(axis=1)))[:, None]
