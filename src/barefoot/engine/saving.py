@@ -68,16 +68,27 @@ class ModelFolder:
     def __init__(self, path: Path, checkpoint: Checkpoint, spec: ModelSpec) -> None:
         self.path, self._checkpoint, self._spec = path, checkpoint, spec
         self._config = config_of(checkpoint, spec)
-        self._targets = {w.name: w for w in spec_from_config(self._config, spec.name).weights}
+        target = spec_from_config(self._config, spec.name)
+        self._targets = {w.name: w for w in target.weights}
+        self._norm_shift = np.float32(target.norm_plus_one) - np.float32(spec.norm_plus_one)
         path.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def n_shards(self) -> int:
+        """The embedding's file, one for each layer, and one for the last norm and the head."""
+        return self._spec.n_layers + 2
+
+    def shard_of(self, weight: WeightSpec) -> int:
+        """The number of the file that holds a weight."""
+        if weight.layer is not None:
+            return weight.layer + 1
+        return 0 if weight.name == "embed" else self.n_shards - 1
+
     def shard(self, number: int) -> Path:
-        """The file of layer ``number``; that of embedding, last norm and head comes after all layers."""
-        total = self._spec.n_layers + 1
-        return self.path / f"model-{number + 1:05}-of-{total:05}.safetensors"
+        return self.path / f"model-{number + 1:05}-of-{self.n_shards:05}.safetensors"
 
     def write(self, number: int, weights: Mapping[str, Matrix]) -> None:
-        """Write the file of one layer; ``weights`` by barefoot's names, matrices and f32 vectors.
+        """Write one file whole; ``weights`` by barefoot's names, matrices and f32 vectors.
 
         Raises
         ------
@@ -117,28 +128,21 @@ class ModelFolder:
     def _arranged(self, name: str, matrix: Matrix) -> Matrix:
         """The weight as Hugging Face's layout has it."""
         spec = self._spec
-        target = spec_from_config(self._config, spec.name)
         role = name.rsplit(".", 1)[-1]
         layer = self._targets[name].layer
         if role in ("q", "k") and layer is not None and spec.layers[layer].rope.interleaved:
             n_heads = spec.n_heads if role == "q" else spec.n_kv_heads
             return Matrix(matrix.format, matrix.rows[halves_order(n_heads, spec.head_dim, spec.layers[layer].rope.dim)])
-        if role.endswith("norm") and target.norm_plus_one and not spec.norm_plus_one:
-            return Matrix("f32", (matrix.rows.view(np.float32) - np.float32(1)).view(np.uint8))
+        if role.endswith("norm") and self._norm_shift:
+            return Matrix("f32", (matrix.rows.view(np.float32) - self._norm_shift).view(np.uint8))
         return matrix
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write the tokenizer, the record of the fit (``barefoot.json``), the index and, last, config.json."""
         self._write_tokenizer()
         _write_json(self.path / "barefoot.json", {"version": VERSION, **record})
-        index = {}
-        for number in range(self._spec.n_layers + 1):
-            shard = self.shard(number)
-            in_shard = (
-                w for w in self._targets.values() if (self._spec.n_layers if w.layer is None else w.layer) == number
-            )
-            index.update({w.source: shard.name for w in in_shard})
-        total = sum(self.shard(number).stat().st_size for number in range(self._spec.n_layers + 1))
+        index = {w.source: self.shard(self.shard_of(w)).name for w in self._targets.values()}
+        total = sum(self.shard(number).stat().st_size for number in range(self.n_shards))
         _write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": index})
         quantization = {"quant_method": OWN_METHOD, "version": VERSION}
         _write_json(self.path / "config.json", self._config | {"quantization_config": quantization})

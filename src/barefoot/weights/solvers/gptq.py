@@ -1,16 +1,16 @@
 """gptq — column by column, each rounding error undone as far as the later columns can.
 
-GPTQ (Frantar et al. 2022, arXiv:2210.17323); SpQR (Dettmers et al. 2023, arXiv:2306.03078) and others build on it. For
-a row w and inputs x the error of the product is (w − ŵ) H (w − ŵ)ᵀ with H = mean of x xᵀ. When column k is fixed at ŵ_k
-the rest moves by
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) in the form of LDLQ (Chee et al. 2023, arXiv:2307.13304, theorem 6: the
+two are the same). For a row w and inputs x the error of the product is (w − ŵ) H (w − ŵ)ᵀ with H = mean of x xᵀ. With
+H = (I + M) D (I + M)ᵀ, M strictly upper triangular and D diagonal, it is a sum over columns of D_kk times the square of
 
-    w_j ← w_j − (w_k − ŵ_k) / U_kk × U_kj     for j > k,     H⁻¹ = Uᵀ U, U upper triangular
+    (w_k − ŵ_k) + Σ_{j<k} (w_j − ŵ_j) M_jk
 
-Columns are taken in order, or with ``order`` by falling diagonal of H; parameters of a group are fitted on its weights
-as they are when its first column comes up (with ``order``, on the original ones), elements counting as 1 / U_kk².
+so column k is rounded to the level nearest to w_k + Σ_{j<k} (w_j − ŵ_j) M_jk. No inverse is ever formed.
 
-``damp`` × the mean of the diagonal is added to H's diagonal. Columns that no input ever reached count as if their
-inputs were tiny. ``refine`` fits parameters by least error instead of by the range.
+Columns are taken in order, or with ``order`` by falling diagonal of H. The parameters of a group are fitted on the
+targets that its columns would have if it were not rounded itself (with ``order``, on the weights), by the least error
+with elements counting as D_kk; without ``refine``, by the range. ``damp`` × the mean of the diagonal is added to H's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from barefoot.ops.grids import F32, Grid
 from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, repeated
 from barefoot.weights.solvers.mse import least_error
 
-BLOCK = 128  # columns whose updates are applied to the rest of the matrix at once
+BLOCK = 128  # columns between two products with all errors so far
+FACTOR_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -44,74 +45,73 @@ class Gptq(Solver, name="gptq", papers=(57, 58), status="stable"):
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
         assert inputs is not None
         assert inputs.hessian is not None
-        cols = weight.shape[1]
+        cols, group = weight.shape[1], grid.group
         order = np.argsort(-np.diag(inputs.hessian), kind="stable") if self.order else np.arange(cols)
-        hessian = inputs.hessian[np.ix_(order, order)]
-        factor = inverse_factor(hessian, self.damp)
-        importance = np.empty(cols, np.float32)
-        importance[order] = 1 / np.diag(factor) ** 2
-        fixed = self._params(weight, grid, importance) if self.order else None
-        return self._sweep(weight, grid, factor, order, importance, fixed)
-
-    def _params(self, weight: F32, grid: Grid, importance: F32) -> F32:
-        """(rows, groups of ``weight``, p)"""
-        x = np.ascontiguousarray(weight).reshape(-1, grid.group)
-        if self.refine:
-            params = least_error(grid, x, repeated(importance, len(weight), grid.group))
-        else:
-            params = grid.spanning(x.min(axis=1), x.max(axis=1))
-        return params.reshape(len(weight), weight.shape[1] // grid.group, -1)
-
-    def _sweep(
-        self,
-        weight: F32,
-        grid: Grid,
-        factor: F32,
-        order: npt.NDArray[np.int64],
-        importance: F32,
-        fixed: F32 | None,
-    ) -> Solution:
-        rows, cols = weight.shape
-        group = grid.group
-        codes = np.empty((rows, cols), np.uint8)
+        mixing, importance = feedback(inputs.hessian[np.ix_(order, order)], self.damp)
+        by_column = np.empty(cols, np.float32)
+        by_column[order] = importance
+        fixed = self._params(weight, grid, by_column) if self.order else None
         found: list[F32] = []
-        left = weight[:, order].astype(np.float32, copy=True)
+        codes, errors = np.empty(weight.shape, np.uint8), np.empty(weight.shape, np.float32)
         step = max(BLOCK, group) // group * group
         for start in range(0, cols, step):
             stop = min(start + step, cols)
-            errors = np.empty((rows, stop - start), np.float32)
+            columns = order[start:stop]
+            own = weight[:, columns]
+            targets = own + errors[:, :start] @ mixing[:start, start:stop]
             for k in range(start, stop):
                 if fixed is not None:
                     params = fixed[:, order[k] // group]
                 elif k % group == 0:
-                    params = self._params(left[:, k : k + group], grid, importance[k : k + group])[:, 0]
+                    ahead = slice(k - start, k - start + group)
+                    params = self._params(targets[:, ahead], grid, by_column[k : k + group])[:, 0]
                     found.append(params)
-                column = left[:, k : k + 1]
-                code = grid.round(column, params)
+                code = grid.round(targets[:, k - start, None], params)
                 codes[:, order[k]] = code[:, 0]
-                error = (column - grid.values(code, params)) / factor[k, k]
-                errors[:, k - start] = error[:, 0]
-                left[:, k + 1 : stop] -= error * factor[k, k + 1 : stop]
-            left[:, stop:] -= errors @ factor[start:stop, stop:]
+                errors[:, k] = own[:, k - start] - grid.values(code, params)[:, 0]
+                targets[:, k - start + 1 :] += errors[:, k, None] * mixing[k, k + 1 : stop]
         return Solution(codes, np.stack(found, axis=1) if fixed is None else fixed)
 
+    def _params(self, x: F32, grid: Grid, importance: F32) -> F32:
+        """(rows, groups of ``x``, p)"""
+        groups = np.ascontiguousarray(x).reshape(-1, grid.group)
+        if self.refine:
+            params = least_error(grid, groups, repeated(importance, len(x), grid.group))
+        else:
+            params = grid.spanning(groups.min(axis=1), groups.max(axis=1))
+        return params.reshape(len(x), x.shape[1] // grid.group, -1)
 
-def inverse_factor(hessian: F32, damp: float) -> F32:
-    """U of H⁻¹ = Uᵀ U for the damped H, float32 upper triangular (n, n).
+
+def feedback(hessian: F32, damp: float) -> tuple[F32, F32]:
+    """M float32 (n, n), strictly upper triangular, and the diagonal of D, float32 (n,), of the damped H.
+
+    Memory: H once more in double precision, and M.
 
     Raises
     ------
     InvalidInput : H is not finite.
     """
     if not np.isfinite(hessian).all():
-        raise InvalidInput("the inputs of a matrix are not finite: its Hessian can't be used", cure="use other text")
-    damped = hessian.astype(np.float64)
-    mean = float(np.mean(np.diag(damped)))
-    # An H of zeros (no input at all) becomes the identity: plain rounding.
-    damped[np.diag_indices_from(damped)] += damp * mean if mean > 0 else 1.0
-    # H = L Lᵀ with H in reversed order gives the upper factor of the inverse without forming the inverse.
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    upper = lower[::-1, ::-1]  # H = upper upperᵀ, upper triangular
-    inverse = np.linalg.inv(upper)
-    factor: F32 = np.triu(inverse).astype(np.float32)
-    return factor
+        raise InvalidInput("the inputs of a matrix are not finite, so errors can't be weighed", cure="use other text")
+    factor = hessian[::-1, ::-1].astype(np.float64)
+    mean = float(np.mean(np.diag(factor)))
+    # Without any input H becomes the identity: plain rounding.
+    factor[np.diag_indices_from(factor)] += damp * mean if mean > 0 else 1.0
+    _cholesky_in_place(factor)
+    upper = factor[::-1, ::-1]  # H = upper upperᵀ: the factor of the reversed matrix, reversed
+    diagonal = np.diag(upper).copy()
+    mixing: F32 = np.triu((upper / diagonal).astype(np.float32), 1)
+    return mixing, (diagonal**2).astype(np.float32)
+
+
+def _cholesky_in_place(a: npt.NDArray[np.float64]) -> None:
+    """The lower triangle of ``a`` becomes L of a = L Lᵀ; the rest is left as it is. numpy's own needs copies."""
+    n = len(a)
+    for start in range(0, n, FACTOR_BLOCK):
+        stop = min(start + FACTOR_BLOCK, n)
+        corner = np.linalg.cholesky(a[start:stop, start:stop])
+        a[start:stop, start:stop] = corner
+        a[stop:, start:stop] = np.linalg.solve(corner, a[stop:, start:stop].T).T
+        for row in range(stop, n, FACTOR_BLOCK):
+            rows = slice(row, min(row + FACTOR_BLOCK, n))
+            a[rows, stop : rows.stop] -= a[rows, start:stop] @ a[stop : rows.stop, start:stop].T
