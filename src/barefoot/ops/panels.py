@@ -22,11 +22,10 @@ The sub-scales of a row are as ``barefoot.ops.superblocks`` describes them, with
 q3_k: sixteen numbers of 6 bits, eight scales and then eight minimums. So 16 neighbouring bytes hold the same sub-scale
 (or two, half and half) of all rows.
 
-Codes of 8, 4, 2 and 1 bits are one plane; of 6 bits a plane of 4 and a plane of 2; of 5 bits planes of 4 and 1; of 3
-bits planes of 2 and 1.
-A plane of w bits is w vectors of 64 bytes with 8 / w quads each: bits ``w f .. w f + w - 1`` of byte ``4 r + j`` of
-vector v belong to row r, column ``4 (8 / w v + f) + j`` of the chunk. So in a 4-bit plane byte 4r + j of vector v holds
-column 8v + j in its low half and 8v + 4 + j in its high half. Codes are unsigned: q8_0 stores q + 128.
+Codes of 8, 4, 2 and 1 bits are one plane; of 6 bits planes of 4 and 2; of 5 bits planes of 4 and 1; of 3 bits planes of
+2 and 1. A plane of w bits is w vectors of 64 bytes with 8 / w quads each: bits ``w f .. w f + w - 1`` of byte
+``4 r + j`` of vector v belong to row r, column ``4 (8 / w v + f) + j`` of the chunk. So in a 4-bit plane byte 4r + j of
+vector v holds column 8v + j in its low half and 8v + 4 + j in its high half. Codes are unsigned: q8_0 stores q + 128.
 
 Example: ``q4_0`` [16, 32] takes 16 * 18 = 288 bytes; the code of row 3, column 21 = 8 * 2 + 4 + 1 is
 ``panel[32 + 64 * 2 + 4 * 3 + 1] >> 4``. ``q4_k`` [16, 256] takes 16 * 144 = 2,304 bytes; the scale of columns 160..191

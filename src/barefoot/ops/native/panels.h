@@ -12,7 +12,7 @@ inline void prefetch(const uint8_t* p) {
 constexpr int64_t kPrefetchBytes = 2048;  // ahead of the group in work: longer than memory's latency at full bandwidth
 
 // What the codes of several formats have in common: the kernels take the size of a group, in chunks of 32 columns, as a
-// number.
+// number. SubBytes: of each row's sub-scales (super_panels.h).
 template <int Bits, bool HasOffset, int Zero, int SubBytes>
 struct Panel {
   static constexpr bool has_offset = HasOffset;
