@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,10 @@ def score(
     return summary if reference is not None else {name: summary[name] for name in ("perplexity", "n_tokens")}
 
 
+def _keep(tiles: list[Floats], _: int, logits: Floats) -> None:
+    tiles.append(logits.copy())
+
+
 def _tiles(engines: Sequence[Engine], ids: Sequence[int]) -> Iterator[tuple[list[Floats], NDArray[np.int64]]]:
     """The logits of each engine for some tokens of the second half, and the tokens that follow them."""
     half, last = len(ids) // 2, len(ids) - 1
@@ -90,5 +95,5 @@ def _tiles(engines: Sequence[Engine], ids: Sequence[int]) -> Iterator[tuple[list
         stop = min(start + step, last)
         tiles: list[Floats] = []
         for engine in engines:
-            engine.prefill(ids[start:stop], all_logits=lambda _, logits, tiles=tiles: tiles.append(logits.copy()))
+            engine.prefill(ids[start:stop], all_logits=functools.partial(_keep, tiles))
         yield tiles, np.asarray(ids[start + 1 : stop + 1], np.int64)

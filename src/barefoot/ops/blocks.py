@@ -34,13 +34,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
 from barefoot.ops import superblocks
-from barefoot.ops.payload import F32, U8, f16_at, nibbles, pack_chunks, scaled, unpack_chunks
+from barefoot.ops.grids import Grid, Ternary, Uniform
+from barefoot.ops.payload import F32, U8, f16_at, pack_chunks, unpack_chunks
 
-F16_MAX = 65504.0
 GROUP_SIZES = (32, 64, 128)
 INTEGER_BITS = (8, 4, 3, 2)
 
@@ -86,7 +85,7 @@ class BlockFormat:
     """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements).
 
     ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those of 256 weights;
-    both None for dense weights and where codes can't be told apart (tq1_0).
+    both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose codes on.
     """
 
     name: str
@@ -96,6 +95,7 @@ class BlockFormat:
     encode_blocks: Callable[[F32], U8] | None = None
     group: Group | None = None
     super_block: superblocks.SuperBlock | None = None
+    grid: Grid | None = None
 
     @property
     def anatomy(self) -> Group | superblocks.SuperBlock | None:
@@ -162,7 +162,7 @@ def parts(format_id: str) -> tuple[tuple[str, int], ...]:
     fmt = lookup(format_id)
     if fmt.block_elements == 1:
         return (("values", fmt.block_bytes),)
-    if fmt.encode_blocks is None or fmt.group is None:
+    if fmt.group is None:
         return (("blocks", fmt.block_bytes),)
     scales = (("scales", 2), ("minimums", 2)) if fmt.group.has_minimum else (("scales", 2),)
     return (("codes", fmt.block_bytes - fmt.group.header_bytes), *scales)
@@ -171,25 +171,44 @@ def parts(format_id: str) -> tuple[tuple[str, int], ...]:
 def encode(format_id: str, weights: F32) -> U8:
     """Round ``weights`` (rows, cols) float32 to the nearest codes: uint8 (rows, row_bytes).
 
-    Scales and minimums are rounded to f16 before the codes are chosen, so the codes fit the stored scale. ``sym`` puts
-    the element of largest magnitude on the code 0 (its scale may be negative).
+    Scales and minimums are rounded to f16 before the codes are chosen, so the codes fit the stored scale. They span the
+    range of each group (``Grid.plain``); solvers (``barefoot.weights.solvers``) choose better ones.
 
     Raises
     ------
-    Incompatible : the format is a GGUF block (carried, never made here), or the columns don't fill whole blocks.
+    Incompatible : the format is a super-block of GGUF files (carried, never made), or columns don't fill whole blocks.
     InvalidInput : NaN or infinite weights in a quantized format.
     """
     fmt = lookup(format_id)
     n_rows, n_cols = weights.shape
     n_bytes = row_bytes(format_id, n_cols)
-    if fmt.encode_blocks is None:
+    blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, fmt.block_elements)
+    if fmt.encode_blocks is not None:
+        return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
+    if fmt.grid is None:
         raise Incompatible(
             f"{format_id} blocks are carried from GGUF files, not made from weights", cure="use an int*_g* format"
         )
-    blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, fmt.block_elements)
-    if fmt.block_elements > 1 and not np.isfinite(blocks).all():
+    if not np.isfinite(blocks).all():
         raise InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
-    return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
+    params = fmt.grid.plain(blocks)
+    return pack(format_id, fmt.grid.round(blocks, params).reshape(n_rows, n_cols), params)
+
+
+def pack(format_id: str, codes: U8, params: F32) -> U8:
+    """Codes (rows, cols) and the parameters of their groups, float32 (rows × groups, p), as uint8 (rows, row_bytes).
+
+    Parameters must be f16 numbers already, as a grid returns them: they are what codes were chosen for.
+
+    Raises
+    ------
+    Incompatible : the format has no grid.
+    """
+    fmt = lookup(format_id)
+    if fmt.grid is None or fmt.group is None:
+        raise Incompatible(f"{format_id} has no grid to choose codes on", cure="use an int*_g* format")
+    numbers = params.reshape(-1, fmt.group.header_bytes // 2).astype(np.float16).view(np.uint8)
+    return fmt.group.join(numbers, numbers[:, :0], codes.reshape(-1, fmt.grid.group)).reshape(len(codes), -1)
 
 
 def decode(format_id: str, rows: U8, n_cols: int) -> F32:
@@ -205,14 +224,8 @@ def decode(format_id: str, rows: U8, n_cols: int) -> F32:
 # --- parts that several formats share -------------------------------------------------------------------------------
 
 
-def _register(
-    name: str, elements: int, n_bytes: int, group: Group | None = None
-) -> Callable[[Callable[[U8], F32]], Callable[[U8], F32]]:
-    def add(decode_blocks: Callable[[U8], F32]) -> Callable[[U8], F32]:
-        _FORMATS[name] = BlockFormat(name, elements, n_bytes, decode_blocks, group=group)
-        return decode_blocks
-
-    return add
+def _add(fmt: BlockFormat) -> None:
+    _FORMATS[fmt.name] = fmt
 
 
 # --- dense ----------------------------------------------------------------------------------------------------------
@@ -230,140 +243,43 @@ def _f16_encode(weights: F32) -> U8:
         return weights.astype(np.float16).view(np.uint8)
 
 
-_FORMATS["f32"] = BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8))
-_FORMATS["f16"] = BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode)
-_FORMATS["bf16"] = BlockFormat(
-    "bf16", 1, 2, lambda b: (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _bf16_encode
-)
+_add(BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8)))
+_add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode))
+_add(BlockFormat("bf16", 1, 2, lambda b: (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _bf16_encode))
 
 
-# --- GGUF blocks of 32 ----------------------------------------------------------------------------------------------
-
-
-@_register("q4_0", 32, 18, Group(4, zero=8))
-def _q4_0(blocks: U8) -> F32:
-    """0-1 d; 2-17 nibbles; w = d * (q - 8)."""
-    return scaled(nibbles(blocks[:, 2:]).astype(np.int8) - 8, f16_at(blocks, 0))
-
-
-@_register("q4_1", 32, 20, Group(4, has_minimum=True))
-def _q4_1(blocks: U8) -> F32:
-    """0-1 d; 2-3 m; 4-19 nibbles; w = d * q + m."""
-    return scaled(nibbles(blocks[:, 4:]), f16_at(blocks, 0), f16_at(blocks, 2))
-
-
-@_register("q5_0", 32, 22, Group(5, zero=16))
-def _q5_0(blocks: U8) -> F32:
-    """0-1 d; 2-5 bits (the fifth bit); 6-21 nibbles; w = d * (q - 16)."""
-    codes = unpack_chunks(blocks[:, 2:], 5)
-    return scaled(codes.astype(np.int8) - 16, f16_at(blocks, 0))
-
-
-@_register("q5_1", 32, 24, Group(5, has_minimum=True))
-def _q5_1(blocks: U8) -> F32:
-    """0-1 d; 2-3 m; 4-7 bits (the fifth bit); 8-23 nibbles; w = d * q + m."""
-    return scaled(unpack_chunks(blocks[:, 4:], 5), f16_at(blocks, 0), f16_at(blocks, 2))
-
-
-@_register("q8_0", 32, 34, Group(8, signed=True))
-def _q8_0(blocks: U8) -> F32:
-    """0-1 d; 2-33 signed bytes; w = d * q."""
-    return scaled(blocks[:, 2:].view(np.int8), f16_at(blocks, 0))
-
-
-# --- GGUF super-blocks of 256 ---------------------------------------------------------------------------------------
+# --- super-blocks of 256 of GGUF files ------------------------------------------------------------------------------
 
 
 for _each in (*superblocks.K_QUANTS, superblocks.TQ2_0):
-    _FORMATS[_each.name] = BlockFormat(_each.name, superblocks.ELEMENTS, _each.n_bytes, _each.decode, super_block=_each)
-_register("tq1_0", superblocks.ELEMENTS, superblocks.TQ1_0_BYTES)(superblocks.decode_tq1_0)
+    _add(BlockFormat(_each.name, superblocks.ELEMENTS, _each.n_bytes, _each.decode, super_block=_each))
+_add(BlockFormat("tq1_0", superblocks.ELEMENTS, superblocks.TQ1_0_BYTES, superblocks.decode_tq1_0))
 
 
-# --- own integer groups ---------------------------------------------------------------------------------------------
+# --- groups with one scale ------------------------------------------------------------------------------------------
 
 
-def _tof16_at(values: F32) -> npt.NDArray[np.float16]:
-    return np.clip(values, -F16_MAX, F16_MAX).astype(np.float16)
-
-
-def _two_means(weights: F32) -> tuple[F32, F32]:
-    """The means of the lower and the upper part of each row, split half-way between them (Lloyd's iteration)."""
-    low, high = weights.min(axis=1), weights.max(axis=1)
-    for _ in range(8):
-        upper = weights > ((low + high) / 2)[:, None]
-        n_upper = upper.sum(axis=1)
-        total_upper = weights.sum(axis=1, where=upper)
-        total_lower = weights.sum(axis=1, where=~upper)
-        high = np.where(n_upper > 0, total_upper / np.maximum(n_upper, 1), high).astype(np.float32)
-        low = (total_lower / np.maximum(weights.shape[1] - n_upper, 1)).astype(np.float32)
-    return low, high
-
-
-def _integer_group(bits: int, group: int, symmetric: bool) -> BlockFormat:
-    levels, half = (1 << bits) - 1, 1 << (bits - 1)
-    stored = Group(bits, has_minimum=not symmetric, zero=half if symmetric else 0)
-    header = stored.header_bytes
-    n_bytes = header + group * bits // 8
+def _of_group(name: str, group: Group, grid: Grid) -> BlockFormat:
+    """Blocks that are one group of a grid: its parameters as f16, then the codes."""
 
     def decode_blocks(blocks: U8) -> F32:
-        payload = blocks[:, header:].reshape(len(blocks), group // 32, -1)
-        codes = unpack_chunks(payload, bits).reshape(len(blocks), group)
-        if symmetric:
-            return scaled(codes.astype(np.int16) - half, f16_at(blocks, 0))
-        return scaled(codes, f16_at(blocks, 0), f16_at(blocks, 2))
+        numbers, _, codes = group.split(blocks)
+        return grid.values(codes, np.ascontiguousarray(numbers).view(np.float16).astype(np.float32))
 
-    def encode_blocks(weights: F32) -> U8:
-        if symmetric:
-            extreme = np.take_along_axis(weights, np.abs(weights).argmax(axis=1, keepdims=True), axis=1)
-            headers = [_tof16_at(extreme / np.float32(-half))]
-            shifted, zero = weights, half
-        else:
-            low, high = _two_means(weights) if bits == 1 else (weights.min(axis=1), weights.max(axis=1))
-            minimum = _tof16_at(low[:, None])
-            shifted, zero = weights - minimum.astype(np.float32), 0
-            headers = [_tof16_at((high[:, None] - minimum.astype(np.float32)) / np.float32(levels)), minimum]
-        step = headers[0].astype(np.float32)
-        ratio = np.divide(shifted, step, out=np.zeros_like(shifted), where=step != 0)
-        codes = np.clip(np.rint(ratio) + zero, 0, levels).astype(np.uint8)
-        payload = pack_chunks(codes.reshape(len(weights), group // 32, 32), bits)
-        return np.concatenate([*(h.view(np.uint8) for h in headers), payload.reshape(len(weights), -1)], axis=1)
-
-    name = f"int{bits}_g{group}_{'sym' if symmetric else 'asym'}"
-    return BlockFormat(name, group, n_bytes, decode_blocks, encode_blocks, stored)
+    n_bytes = group.header_bytes + grid.group * group.bits // 8
+    return BlockFormat(name, grid.group, n_bytes, decode_blocks, group=group, grid=grid)
 
 
-for _bits_each in INTEGER_BITS:
-    for _group in GROUP_SIZES:
-        for _symmetric in (True, False):
-            _format = _integer_group(_bits_each, _group, _symmetric)
-            _FORMATS[_format.name] = _format
-for _group in GROUP_SIZES:
-    _format = _integer_group(1, _group, False)
-    _FORMATS[_format.name] = _format
-
-
-# --- ternary groups -------------------------------------------------------------------------------------------------
-
-
-def _ternary_group(group: int) -> BlockFormat:
-    def decode_blocks(blocks: U8) -> F32:
-        codes = unpack_chunks(blocks[:, 2:].reshape(len(blocks), group // 32, -1), 2).reshape(len(blocks), group)
-        return scaled(codes.astype(np.int8) - 1, f16_at(blocks, 0))
-
-    def encode_blocks(weights: F32) -> U8:
-        magnitude = np.abs(weights)
-        kept = magnitude > np.float32(0.7) * magnitude.mean(axis=1, keepdims=True)
-        scale = _tof16_at(
-            magnitude.sum(axis=1, keepdims=True, where=kept) / np.maximum(kept.sum(axis=1, keepdims=True), 1)
-        )
-        codes = (1 + np.sign(weights) * kept).astype(np.uint8)
-        payload = pack_chunks(codes.reshape(len(weights), group // 32, 32), 2).reshape(len(weights), -1)
-        return np.concatenate([scale.view(np.uint8), payload], axis=1)
-
-    stored = Group(2, zero=1)
-    return BlockFormat(f"ternary_g{group}", group, 2 + group // 4, decode_blocks, encode_blocks, stored)
-
-
-for _group in GROUP_SIZES:
-    _format = _ternary_group(_group)
-    _FORMATS[_format.name] = _format
+_add(_of_group("q4_0", Group(4, zero=8), Uniform(4, 32, symmetric=True)))  # d; nibbles; w = d * (q - 8)
+_add(_of_group("q4_1", Group(4, has_minimum=True), Uniform(4, 32)))  # d; m; nibbles; w = d * q + m
+_add(_of_group("q5_0", Group(5, zero=16), Uniform(5, 32, symmetric=True)))  # d; bits, nibbles; w = d * (q - 16)
+_add(_of_group("q5_1", Group(5, has_minimum=True), Uniform(5, 32)))  # d; m; bits, nibbles; w = d * q + m
+_add(_of_group("q8_0", Group(8, signed=True), Uniform(8, 32, symmetric=True)))  # d; signed bytes; w = d * q
+for _bits in (*INTEGER_BITS, 1):
+    for _size in GROUP_SIZES:
+        if _bits > 1:
+            _symmetric = Group(_bits, zero=1 << (_bits - 1))
+            _add(_of_group(f"int{_bits}_g{_size}_sym", _symmetric, Uniform(_bits, _size, symmetric=True)))
+        _add(_of_group(f"int{_bits}_g{_size}_asym", Group(_bits, has_minimum=True), Uniform(_bits, _size)))
+for _size in GROUP_SIZES:
+    _add(_of_group(f"ternary_g{_size}", Group(2, zero=1), Ternary(_size)))

@@ -38,6 +38,10 @@ class Grid(ABC):
     def spanning(self, low: F32, high: F32) -> F32:
         """Parameters whose levels reach from ``low`` to ``high``, (n,) each → (n, p)."""
 
+    def plain(self, x: F32) -> F32:
+        """Parameters of plain rounding: levels reach from the least to the largest weight. x : float32 (n, group)"""
+        return self.spanning(x.min(axis=1), x.max(axis=1))
+
     @abstractmethod
     def round(self, x: F32, params: F32) -> U8:
         """The code of the nearest level for each element."""
@@ -74,6 +78,10 @@ class Uniform(Grid):
             return to_f16(extreme / np.float32(-self.zero))[:, None]
         minimum = to_f16(low)
         return np.stack([to_f16((high - minimum) / np.float32(self.levels)), minimum], axis=1)
+
+    def plain(self, x: F32) -> F32:
+        """As the role says; of one bit the means of a group's lower and upper part, two levels having no inside."""
+        return self.spanning(*(_two_means(x) if self.bits == 1 else (x.min(axis=1), x.max(axis=1))))
 
     def round(self, x: F32, params: F32) -> U8:
         step = params[:, :1]
@@ -128,3 +136,29 @@ class Table(Grid):
     def refit(self, x: F32, codes: U8, importance: F32) -> F32:
         q = np.asarray(self.table, np.float32)[codes]
         return to_f16(_ratio((importance * q * x).sum(axis=1), (importance * q * q).sum(axis=1)))[:, None]
+
+
+class Ternary(Table):
+    """-scale, 0 and scale: codes 0, 1 and 2."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__((-1.0, 0.0, 1.0), group)
+
+    def plain(self, x: F32) -> F32:
+        """The mean of the magnitudes above 0.7 of their mean (ternary weight networks, arXiv:1605.04711, section 2)."""
+        magnitude = np.abs(x)
+        kept = magnitude > np.float32(0.7) * magnitude.mean(axis=1, keepdims=True)
+        total = magnitude.sum(axis=1, where=kept)
+        return to_f16(total / np.maximum(kept.sum(axis=1), 1).astype(np.float32))[:, None]
+
+
+def _two_means(x: F32) -> tuple[F32, F32]:
+    """The means of the lower and the upper part of each row, split half-way between them (Lloyd's iteration)."""
+    low, high = x.min(axis=1), x.max(axis=1)
+    for _ in range(8):
+        upper = x > ((low + high) / 2)[:, None]
+        n_upper = upper.sum(axis=1)
+        total_upper, total_lower = x.sum(axis=1, where=upper), x.sum(axis=1, where=~upper)
+        high = np.where(n_upper > 0, total_upper / np.maximum(n_upper, 1), high).astype(np.float32)
+        low = (total_lower / np.maximum(x.shape[1] - n_upper, 1)).astype(np.float32)
+    return low, high

@@ -4,8 +4,8 @@ A Survey of Quantization Methods for Efficient Neural Network Inference (Gholami
 on extreme quantization: ternary weight networks (Li et al. 2016, arXiv:1605.04711), for each group of weights
 
     threshold  D = 0.7 × mean |w|
-    code       -1, 0 or 1: the sign of w where |w| > D, else 0
     scale      mean of |w| where |w| > D
+    code       -1, 0 or 1: the nearest of the three values, where the paper cuts at D, which is almost the same place
 
 Weights that were trained as ternary come out as they are, but for the scale's rounding to f16. Bytes a group: 2 (scale)
 + group / 4 (codes): two bits are stored where log2(3) = 1.58 would do, since the products read two planes of bits. The

@@ -78,7 +78,7 @@ class Gptq(Solver, name="gptq", papers=(57, 58), status="stable"):
         if self.refine:
             params = least_error(grid, groups, repeated(importance, len(x), grid.group))
         else:
-            params = grid.spanning(groups.min(axis=1), groups.max(axis=1))
+            params = grid.plain(groups)
         return params.reshape(len(x), x.shape[1] // grid.group, -1)
 
 

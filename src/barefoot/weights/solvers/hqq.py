@@ -38,7 +38,7 @@ class Hqq(Solver, name="hqq", papers=(), status="stable"):
         x = weight.reshape(-1, grid.group)
         if not isinstance(grid, Uniform) or grid.symmetric:
             return solve_groups(weight, grid, least_error(grid, x))
-        best = grid.spanning(x.min(axis=1), x.max(axis=1))
+        best = grid.plain(x)
         params, beta = best.copy(), self.beta
         least = np.full(len(x), np.inf, np.float32)
         for _ in range(self.steps):

@@ -16,4 +16,4 @@ from barefoot.weights.solvers import Inputs, Solution, Solver, solve_groups
 class Range(Solver, name="range", papers=(14,), status="stable"):
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
         x = weight.reshape(-1, grid.group)
-        return solve_groups(weight, grid, grid.spanning(x.min(axis=1), x.max(axis=1)))
+        return solve_groups(weight, grid, grid.plain(x))
