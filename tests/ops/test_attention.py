@@ -93,8 +93,8 @@ def expected_bfloat16(case, q, k_buf, v_buf):
     """Attention of queries times scale, keys and values rounded to bfloat16; how far rounded probabilities may be off.
 
     A probability, of 8 significant bits, moves by at most 2^-8 of itself. It also inherits the error of its exponent,
-    which a float32 sum of head_dim products bounds by head_dim + 1 roundings of the sum of their magnitudes, and tanh by
-    a few of the cap; the power of two is within 3e-6, and n float32 additions round n times.
+    which a float32 sum of head_dim products bounds by head_dim + 1 roundings of the sum of their magnitudes, and tanh
+    by a few of the cap; the power of two is within 3e-6, and n float32 additions round n times.
     """
     k, v = (bfloat16(kvrows.decode(case.format, buffer, case.head_dim)) for buffer in (k_buf, v_buf))
     q = bfloat16(q * np.float32(case.head_dim**-0.5))
