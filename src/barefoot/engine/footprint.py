@@ -198,7 +198,9 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig) -> int:
         for n in (1, config.chunk)
         for size in (
             *(matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads) for cols in inputs),
-            attention_scratch_bytes(n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads),
+            attention_scratch_bytes(
+                n, spec.n_heads, spec.n_kv_heads, spec.head_dim, config.activations, n_threads=config.n_threads
+            ),
         )
     ]
     return max(sizes)

@@ -310,6 +310,7 @@ class Engine:
             scale=spec.attn_scale,
             window=layer.spec.window or 0,
             softcap=spec.attn_softcap,
+            activations=self.config.activations,
             scratch=self._scratch,
         )
         self._project(program, views.attn_out, layer.o, views.x, views.o, vectors.get("post_attn_norm"))

@@ -207,6 +207,7 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    activations: str = "float32",
     scratch: U8,
 ) -> None:
     """Causal attention over the store: query i sits at position n_past + i and sees the positions up to its own.
@@ -221,7 +222,10 @@ def attention(
     window : how many positions a query sees, its own included; 0 = all. The store must hold every position that a
         query sees: min(n_past + n_tokens, window - 1 + n_tokens) ≤ capacity.
     scale : factor of the scores; softcap : c > 0 puts them through c * tanh(score / c) before the softmax
-    scratch : uint8, at least ``attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim)``
+    activations : ``"float32"`` as above. ``"int8"`` lets several tokens' attention round where the instruction set
+        gains by it: "amx" rounds queries times scale, keys, values and probabilities to bfloat16, once each, and
+        multiplies those; scores, softmax and sums stay float32. It changes nothing elsewhere, nor for a single token.
+    scratch : uint8, at least ``attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim, activations)``
     """
     _impl.attention(
         q,
@@ -238,6 +242,7 @@ def attention(
         window=window,
         scale=scale,
         softcap=softcap,
+        activations=activations,
         scratch=scratch,
     )
 

@@ -189,8 +189,11 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    activations: str = "float32",
     scratch: U8 | None = None,
 ) -> None:
+    if activations not in ("int8", "float32"):
+        raise ValueError(f"activations must be int8 or float32, got {activations!r}")
     first = max(0, n_past - window + 1) if window else 0
     positions = np.arange(first, n_past + n_tokens)
     if len(positions) > capacity:

@@ -13,32 +13,6 @@ constexpr float kQueryLevels = 127 * 254 + 126;  // one more would round high to
 constexpr float kWeightLevels = 32767;
 constexpr int64_t kMostPackedQueries = 32;  // whose codes fit beside a tile's in the scratch
 
-// Rows of a tile, on their way to the cache; the last one stands twice, for loops over pairs.
-struct TileRows {
-  const uint8_t* at[kKeyTile + 1];
-  int64_t n;
-};
-inline TileRows tile_rows(const KvShape& kv, const uint8_t* buffer, int64_t head, int64_t base, int64_t n) {
-  TileRows rows;
-  const int64_t row_bytes = kv.row_bytes();
-  const uint8_t* const begin = buffer + head * kv.capacity * row_bytes;
-  const uint8_t* const end = begin + kv.capacity * row_bytes;
-  const uint8_t* row = begin + base % kv.capacity * row_bytes;
-  for (int64_t j = 0; j < n; ++j) {
-    rows.at[j] = row;
-    row += row_bytes;
-    if (row == end) row = begin;
-  }
-  rows.at[n] = rows.at[n - 1];
-  rows.n = n;
-#if defined(__GNUC__)
-  // They are wanted after the tile before them: without this, memory would rest while that one is worked on.
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows.at[j] + b);
-#endif
-  return rows;
-}
-
 // Call body with Constant<1 .. kTokenQueries> and the first query of each block.
 template <class Body>
 inline void query_blocks(int64_t n_queries, Body body) {
@@ -53,13 +27,6 @@ inline void query_blocks(int64_t n_queries, Body body) {
 }
 
 // --- rows of floats ---
-
-struct HalfRow {
-  static F part(const uint8_t* row, int64_t d) { return load_half(row + 2 * d); }
-};
-struct FloatRow {
-  static F part(const uint8_t* row, int64_t d) { return load(row + 4 * d); }
-};
 
 template <class Row, int Queries>
 inline void dot_float_rows(const TileRows& keys, const float* q, int64_t dim, int64_t width, float* score) {
@@ -387,6 +354,9 @@ inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
 
 inline void attention(const AttentionArgs& a) {
   const AttentionLayout l = lay_out(a);
-  if (a.n_tokens == 1) attend_splits(a, l);
-  else attend_tiles(a, l);
+  if (a.n_tokens == 1) return attend_splits(a, l);
+#if defined(BAREFOOT_AMX)
+  if (a.int8) return attend_tiles_bfloat16(a, l);
+#endif
+  attend_tiles(a, l);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -32,6 +33,10 @@ struct Constant {
 
 #include BAREFOOT_VEC
 // In this order: each uses the ones before it.
+#if defined(BAREFOOT_AMX)
+#include "amx.h"
+#endif
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"
@@ -49,6 +54,10 @@ struct Constant {
 #include "kvrows.h"
 //
 #include "attention.h"
+//
+#if defined(BAREFOOT_AMX)
+#include "attention_bf16.h"
+#endif
 //
 #include "attention_token.h"
 

@@ -13,6 +13,7 @@ constexpr int64_t kRowTile = 32;
 constexpr int64_t kFloatRowTile = 8;
 constexpr int64_t kKeyTile = 64;
 constexpr int64_t kQueryTile = 96;
+constexpr int64_t kBfloat16Queries = 32;
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
 constexpr int64_t kPanelRows = 16;
@@ -69,6 +70,7 @@ struct AttentionArgs {
   float* out;
   int64_t n_heads, n_past, n_tokens, window;
   float scale, softcap;
+  bool int8;  // so coarse may the rounding be
   uint8_t* scratch;
   int n_threads;
 };

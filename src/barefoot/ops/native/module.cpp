@@ -161,10 +161,14 @@ struct Products {  // what matmul multiplies with, and where the results go
   bool int8;
 };
 
-Products products(nb::sequence weights, nb::sequence outs, const std::string& activations) {
+bool is_int8(const std::string& activations) {
   if (activations != "int8" && activations != "float32")
     refuse("activations must be int8 or float32, got '" + activations + "'");
-  Products p{{}, {}, {}, activations == "int8"};
+  return activations == "int8";
+}
+
+Products products(nb::sequence weights, nb::sequence outs, const std::string& activations) {
+  Products p{{}, {}, {}, is_int8(activations)};
   expect_size("number of outs", static_cast<int64_t>(nb::len(weights)), static_cast<int64_t>(nb::len(outs)));
   for (nb::handle weight : weights) {
     p.weights.push_back(nb::cast<const PackedWeight*>(weight));
@@ -325,7 +329,7 @@ void kv_append(Matrix k, Matrix v, KvBytesOut k_buf, KvBytesOut v_buf, const std
 
 void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out, int64_t n_heads,
                int64_t n_kv_heads, int64_t head_dim, int64_t capacity, int64_t n_past, int64_t n_tokens, float scale,
-               int64_t window, float softcap, BytesOut scratch) {
+               int64_t window, float softcap, const std::string& activations, BytesOut scratch) {
   const KvShape kv = kv_shape(fmt, n_kv_heads, head_dim, capacity);
   expect_store(k_buf, kv);
   expect_store(v_buf, kv);
@@ -333,13 +337,15 @@ void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, M
   expect_same_shape("q and out", q, out);
   expect_size("tokens of q", n_tokens, dim(q, 0));
   expect_size("columns of q", n_heads * head_dim, dim(q, 1));
+  const bool int8 = is_int8(activations);
   if (n_past < 0 || window < 0) refuse("n_past and window must not be negative");
   if (q.data() == out.data() && q.size()) refuse("q and out must not be the same array");
   const int64_t reach = n_past + n_tokens, needed_keys = window > 0 && window - 1 + n_tokens < reach ? window - 1 + n_tokens : reach;
   expect(needed_keys <= capacity, "positions needed at once, at most the capacity", capacity, needed_keys);
   if (n_tokens == 0) return;
   const AttentionArgs args{q.data(), k_buf.data(), v_buf.data(), kv,      out.data(),     n_heads,
-                           n_past,   n_tokens,     window,       scale, softcap, scratch.data(), n_threads()};
+                           n_past,   n_tokens,     window,       scale,   softcap,        int8,
+                           scratch.data(), n_threads()};
   const int64_t needed = kernels().attention_scratch(args);
   expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
   nb::gil_scoped_release release;
@@ -445,11 +451,11 @@ void record_kv_append(Program& program, Matrix k, Matrix v, KvBytesOut k_buf, Kv
 
 void record_attention(Program& program, Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out,
                       int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t capacity, float scale,
-                      int64_t window, float softcap, BytesOut scratch) {
+                      int64_t window, float softcap, const std::string& activations, BytesOut scratch) {
   program.record([=](int64_t n) -> Program::Call {
     return [=, q = first(q, n), out = first(out, n)](int64_t n_past) {
       attention(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, n_past, n, scale, window, softcap,
-                scratch);
+                activations, scratch);
     };
   });
 }
@@ -520,7 +526,8 @@ NB_MODULE(_native, m) {
         "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "start"_a);
   m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
         "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "n_past"_a,
-        "n_tokens"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert());
+        "n_tokens"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "activations"_a = "float32",
+        "scratch"_a.noconvert());
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())
       .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
@@ -538,7 +545,7 @@ NB_MODULE(_native, m) {
            "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a)
       .def("attention", &record_attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
            "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "scale"_a,
-           "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert())
+           "window"_a = 0, "softcap"_a = 0.0f, "activations"_a = "float32", "scratch"_a.noconvert())
       .def("run", &Program::run, "n_tokens"_a, "n_past"_a);
 
   m.def("read_at", &barefoot::read_at, "fd"_a, "offset"_a, "array"_a.noconvert());
