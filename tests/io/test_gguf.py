@@ -21,7 +21,9 @@ def test_type_sizes_are_those_of_the_gguf_package():
     ours = {t.gguf: (t.id, t.n_elements, t.n_bytes) for t in FILE_TYPES.values() if t.gguf is not None}
     theirs = {int(t): (t.name.lower(), *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType if int(t) in ours}
     assert ours == theirs
-    assert {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"} <= set(FILE_TYPES)
+    assert {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"} <= set(
+        FILE_TYPES
+    )
 
 
 def test_header_equals_the_gguf_packages(small_gguf: Path):

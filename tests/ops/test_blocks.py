@@ -9,7 +9,7 @@ import pytest
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.ops import blocks
 
-GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0")
 INTEGER = tuple(name for name in blocks.names() if name.startswith("int"))
 
 

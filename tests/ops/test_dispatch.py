@@ -27,7 +27,8 @@ def test_the_fastest_of_the_layouts_that_exist():
     assert dispatch.choose("int2_g64_asym", 4096 + 16, 4096, table(lut=0.5)) == "panels"  # no whole panels of 64 rows
     assert dispatch.choose("q8_0", 4096, 4096, table(lut=0.5)) == "panels"
     assert dispatch.choose("int2_g64_asym", 4096, 4096, table(rows=0.1)) == "rows"
-    assert dispatch.choose("q4_k", 4096, 4096, table(lut=0.5)) == "rows"
+    assert dispatch.choose("q4_k", 4096, 4096, table(lut=0.5)) == "panels"
+    assert dispatch.choose("tq1_0", 4096, 4096, table(lut=0.5)) == "rows"
     assert dispatch.choose("f16", 64, 64, table()) == "rows"
 
 

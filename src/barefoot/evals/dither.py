@@ -11,7 +11,7 @@ import numpy as np
 
 from barefoot.core.errors import unknown_name
 from barefoot.ops import blocks
-from barefoot.ops.blocks import F32, U8
+from barefoot.ops.payload import F32, U8
 
 _LOWEST_BITS: dict[str, tuple[int, int, int]] = {
     # format: (first byte of a block's codes, end, mask of the lowest bit of each code)
@@ -25,6 +25,7 @@ _LOWEST_BITS: dict[str, tuple[int, int, int]] = {
     "q4_k": (16, 144, 0x11),
     "q5_k": (48, 176, 0x11),
     "q6_k": (0, 128, 0x11),
+    "tq2_0": (0, 64, 0x55),
 }
 
 

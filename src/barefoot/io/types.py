@@ -39,6 +39,8 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("q4_k", 256, 144, 12),
         FileType("q5_k", 256, 176, 13),
         FileType("q6_k", 256, 210, 14),
+        FileType("tq1_0", 256, 54, 34),
+        FileType("tq2_0", 256, 66, 35),
         FileType("f64", 1, 8, 28, "F64"),
         FileType("i8", 1, 1, 24, "I8"),
         FileType("i16", 1, 2, 25, "I16"),

@@ -60,9 +60,9 @@ def choose(format_id: str, n_rows: int, n_cols: int, table: Mapping[str, Any] | 
     possible = layouts_of(format_id, n_rows, n_cols)
     kind = _kind(format_id)
     table = cached() if table is None else table
-    if len(possible) == 1 or kind is None:
+    if len(possible) == 1:
         return possible[0]
-    if table is None:
+    if table is None or kind is None:
         return "panels" if "panels" in possible else "rows"
     seconds = table["seconds"][kind]["small" if n_rows * n_cols <= SMALL_WEIGHTS else "large"]
     return min(possible, key=lambda layout: seconds.get(layout, float("inf")))

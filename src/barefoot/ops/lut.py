@@ -53,6 +53,7 @@ import numpy.typing as npt
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops import blocks
+from barefoot.ops.payload import pack_chunks, unpack_chunks
 from barefoot.ops.scratch import LUT_TOKENS
 
 U8 = npt.NDArray[np.uint8]
@@ -86,7 +87,7 @@ def pack(format_id: str, rows: U8, n_cols: int) -> U8:
     header, payload = blocked[..., : group.header_bytes], blocked[..., group.header_bytes :]
     n_panels = len(blocked)
     header = header.reshape(n_panels, ROWS, n_groups, -1, 2).transpose(0, 2, 3, 1, 4)
-    codes = blocks.unpack_chunks(payload.reshape(n_panels, ROWS, n_groups, -1, 4 * group.bits), group.bits)
+    codes = unpack_chunks(payload.reshape(n_panels, ROWS, n_groups, -1, 4 * group.bits), group.bits)
     # [panel, row, group, pair of runs, run, activation] → [panel, group, pair, row, run, activation]
     codes = codes.reshape(n_panels, ROWS, n_groups, -1, 2, RUN).transpose(0, 2, 3, 1, 4, 5)
     weights = (1 << np.arange(2 * RUN, dtype=np.uint8)).reshape(2, RUN)
@@ -108,7 +109,7 @@ def unpack(format_id: str, packed: U8, n_cols: int) -> U8:
     indices = _indices(packed, group, n_groups)  # [panel, plane, row, group, run]
     bits = (indices[..., None] >> np.arange(RUN, dtype=np.uint8)) & np.uint8(1)
     codes = np.bitwise_or.reduce(bits << np.arange(group.bits, dtype=np.uint8).reshape(-1, 1, 1, 1, 1), axis=1)
-    payload = blocks.pack_chunks(codes.reshape(n_panels, ROWS, n_groups, -1, SPAN), group.bits)
+    payload = pack_chunks(codes.reshape(n_panels, ROWS, n_groups, -1, SPAN), group.bits)
     header = packed.reshape(n_panels, n_groups, -1)[..., : ROWS * group.header_bytes]
     header = header.reshape(n_panels, n_groups, -1, ROWS, 2).transpose(0, 3, 1, 2, 4)
     parts = [part.reshape(n_panels, ROWS, n_groups, -1) for part in (header, payload)]

@@ -43,7 +43,9 @@ struct BF16 {
 
 struct Quantized {
   static constexpr int elements = 32, group = 32, zero = 0;
-  static constexpr int code_bits = 0;        // of formats with one scale a block: those that have panels
+  static constexpr int code_bits = 0;        // of formats that have panels
+  static constexpr int scale_at = 0;         // byte of a block where its f16 numbers begin
+  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py describes them
   static constexpr bool wide = false;        // codes of 8 bits
   static constexpr bool has_offset = false;
 };
@@ -89,9 +91,10 @@ struct Q8_0 : Signed8 {
   static void scales(const uint8_t* b, float* scale, float*) { scale[0] = half_at(b); }
 };
 
-// Super-blocks of 256.
+// Super-blocks of 256. `sub_scales` copies the sub-scales of a block in the order that panels have: sixteen bytes, or
+// sixteen numbers of 6 bits in twelve. Those of a panel are numbers less `sub_zero`.
 struct K : Quantized {
-  static constexpr int elements = 256;
+  static constexpr int elements = 256, sub_zero = 0;
 };
 
 inline void split_halves(const uint8_t* packed, uint32_t* low, uint32_t* high) {
@@ -102,8 +105,9 @@ inline void split_halves(const uint8_t* packed, uint32_t* low, uint32_t* high) {
 
 struct Q2_K : K {
   static constexpr char name[] = "q2_k";
-  static constexpr int bytes = 84, group = 16;
+  static constexpr int bytes = 84, group = 16, code_bits = 2, scale_at = 80, sub_bytes = 16;
   static constexpr bool has_offset = true;
+  static void sub_scales(const uint8_t* b, uint8_t* to) { std::memcpy(to, b, 16); }
   static Codes codes(const uint8_t* b, int c) { return field(b + 16 + 32 * (c / 4), 2 * (c % 4), 3); }
   static void scales(const uint8_t* b, float* scale, float* offset) {
     const float d = half_at(b + 80), dmin = half_at(b + 82);
@@ -115,7 +119,8 @@ struct Q2_K : K {
 };
 struct Q3_K : K {
   static constexpr char name[] = "q3_k";
-  static constexpr int bytes = 110, group = 16, zero = 4;
+  static constexpr int bytes = 110, group = 16, zero = 4, code_bits = 3, scale_at = 108, sub_bytes = 12, sub_zero = 32;
+  static void sub_scales(const uint8_t* b, uint8_t* to) { std::memcpy(to, b + 96, 12); }
   static Codes codes(const uint8_t* b, int c) {
     return field(b + 32 + 32 * (c / 4), 2 * (c % 4), 3) | raise(field(b, c, 1), 2);
   }
@@ -131,37 +136,53 @@ struct Q3_K : K {
     for (int i = 0; i < 16; ++i) scale[i] = d * static_cast<float>(each[i] - 32);
   }
 };
-inline void six_bit_pairs(const uint8_t* b, float* scale, float* offset) {
-  const float d = half_at(b), dmin = half_at(b + 2);
-  const uint32_t first = read<uint32_t>(b + 4), second = read<uint32_t>(b + 8), third = read<uint32_t>(b + 12);
-  const uint32_t six[4] = {first & 0x3f3f3f3fu, (third & 0x0f0f0f0fu) | (first >> 2 & 0x30303030u),
-                           second & 0x3f3f3f3fu, (third >> 4 & 0x0f0f0f0fu) | (second >> 2 & 0x30303030u)};
-  uint8_t each[16];
-  std::memcpy(each, six, 16);
-  for (int i = 0; i < 8; ++i) {
-    scale[i] = d * static_cast<float>(each[i]);
-    offset[i] = -(dmin * static_cast<float>(each[8 + i]));
+struct SixBitPairs : K {  // eight scales, then eight minimums
+  static constexpr int sub_bytes = 12;
+  static constexpr bool has_offset = true;
+  static void unpack(const uint8_t* b, uint32_t* six) {
+    const uint32_t first = read<uint32_t>(b + 4), second = read<uint32_t>(b + 8), third = read<uint32_t>(b + 12);
+    six[0] = first & 0x3f3f3f3fu;
+    six[1] = (third & 0x0f0f0f0fu) | (first >> 2 & 0x30303030u);
+    six[2] = second & 0x3f3f3f3fu;
+    six[3] = (third >> 4 & 0x0f0f0f0fu) | (second >> 2 & 0x30303030u);
   }
-}
-struct Q4_K : K {
-  static constexpr char name[] = "q4_k";
-  static constexpr int bytes = 144;
-  static constexpr bool has_offset = true;
-  static Codes codes(const uint8_t* b, int c) { return field(b + 16 + 32 * (c / 2), 4 * (c % 2), 15); }
-  static void scales(const uint8_t* b, float* scale, float* offset) { six_bit_pairs(b, scale, offset); }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    const float d = half_at(b), dmin = half_at(b + 2);
+    uint32_t six[4];
+    unpack(b, six);
+    uint8_t each[16];
+    std::memcpy(each, six, 16);
+    for (int i = 0; i < 8; ++i) {
+      scale[i] = d * static_cast<float>(each[i]);
+      offset[i] = -(dmin * static_cast<float>(each[8 + i]));
+    }
+  }
+  static void sub_scales(const uint8_t* b, uint8_t* to) {
+    uint32_t six[4], packed[3] = {};
+    unpack(b, six);
+    for (int i = 0; i < 4; ++i) {
+      packed[i % 2] |= (six[i] & 0x0f0f0f0fu) << (4 * (i / 2));
+      packed[2] |= (six[i] >> 4 & 0x03030303u) << (2 * i);
+    }
+    std::memcpy(to, packed, 12);
+  }
 };
-struct Q5_K : K {
+struct Q4_K : SixBitPairs {
+  static constexpr char name[] = "q4_k";
+  static constexpr int bytes = 144, code_bits = 4;
+  static Codes codes(const uint8_t* b, int c) { return field(b + 16 + 32 * (c / 2), 4 * (c % 2), 15); }
+};
+struct Q5_K : SixBitPairs {
   static constexpr char name[] = "q5_k";
-  static constexpr int bytes = 176;
-  static constexpr bool has_offset = true;
+  static constexpr int bytes = 176, code_bits = 5;
   static Codes codes(const uint8_t* b, int c) {
     return field(b + 48 + 32 * (c / 2), 4 * (c % 2), 15) | raise(field(b + 16, c, 1), 4);
   }
-  static void scales(const uint8_t* b, float* scale, float* offset) { six_bit_pairs(b, scale, offset); }
 };
 struct Q6_K : K {
   static constexpr char name[] = "q6_k";
-  static constexpr int bytes = 210, group = 16, zero = 32;
+  static constexpr int bytes = 210, group = 16, zero = 32, code_bits = 6, scale_at = 208, sub_bytes = 16;
+  static void sub_scales(const uint8_t* b, uint8_t* to) { std::memcpy(to, b + 192, 16); }
   static Codes codes(const uint8_t* b, int c) {
     const int half = c / 4, j = c % 4;
     return field(b + 64 * half + 32 * (j % 2), 4 * (j / 2), 15) | raise(field(b + 128 + 32 * half, 2 * j, 3), 4);
@@ -169,6 +190,42 @@ struct Q6_K : K {
   static void scales(const uint8_t* b, float* scale, float*) {
     const float d = half_at(b + 208);
     for (int i = 0; i < 16; ++i) scale[i] = d * static_cast<float>(static_cast<int8_t>(b[192 + i]));
+  }
+};
+
+// Ternary super-blocks: one scale, codes 0..2.
+struct TQ2_0 : Quantized {
+  static constexpr char name[] = "tq2_0";
+  static constexpr int elements = 256, bytes = 66, zero = 1, code_bits = 2, scale_at = 64;
+  static Codes codes(const uint8_t* b, int c) { return field(b + 32 * (c / 4), 2 * (c % 4), 3); }
+  static void scales(const uint8_t* b, float* scale, float*) {
+    for (int i = 0; i < 8; ++i) scale[i] = half_at(b + scale_at);
+  }
+};
+struct TQ1_0 : Quantized {
+  static constexpr char name[] = "tq1_0";
+  static constexpr int elements = 256, bytes = 54, zero = 1;
+  static Codes codes(const uint8_t* b, int c) {
+    uint8_t code[32];
+    if (c < 5) digits(b, 32, c, code);
+    else {
+      for (int i = 0; i < 2; ++i) {  // sixteen codes: of bytes 32-47, the last ones of bytes 48-51
+        if (2 * c + i < 15) digits(b + 32, 16, 2 * c + i - 10, code + 16 * i);
+        else
+          for (int k = 0; k < 4; ++k) digits(b + 48, 4, k, code + 16 * i + 4 * k);
+      }
+    }
+    return plain_bytes(code, 0);
+  }
+  static void scales(const uint8_t* b, float* scale, float*) {
+    for (int i = 0; i < 8; ++i) scale[i] = half_at(b + 52);
+  }
+
+ private:
+  // Digit k after the point of n numbers in base 3.
+  static void digits(const uint8_t* p, int n, int k, uint8_t* code) {
+    constexpr int power[] = {1, 3, 9, 27, 81};
+    for (int i = 0; i < n; ++i) code[i] = static_cast<uint8_t>((p[i] * power[k] & 255) * 3 >> 8);
   }
 };
 
@@ -226,7 +283,8 @@ struct FormatList {
   static constexpr int size = sizeof...(Format);
 };
 using Formats =
-    FormatList<F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,  //
+    FormatList<F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ2_0,
+               TQ1_0,  //
                Integer<8, 32, true>, Integer<8, 32, false>, Integer<8, 64, true>, Integer<8, 64, false>,
                Integer<8, 128, true>, Integer<8, 128, false>,  //
                Integer<4, 32, true>, Integer<4, 32, false>, Integer<4, 64, true>, Integer<4, 64, false>,
@@ -251,7 +309,8 @@ template <class Format>
 constexpr bool has_panels = panels_exist<Format>();
 template <class Format>
 constexpr bool lut_exists() {
-  if constexpr (has_panels<Format>) return Format::code_bits <= 4;
+  if constexpr (has_panels<Format>)  // one scale, before the codes
+    return Format::code_bits <= 4 && Format::scale_at == 0 && Format::sub_bytes == 0;
   else return false;
 }
 template <class Format>

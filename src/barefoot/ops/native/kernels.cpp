@@ -45,6 +45,8 @@ struct Constant {
 //
 #include "panels.h"
 //
+#include "super_panels.h"
+//
 #include "lut.h"
 //
 #include "matmul.h"

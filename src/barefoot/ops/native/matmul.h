@@ -32,11 +32,17 @@ constexpr FormatKernels kernels_of() {
     k.unpack_tile = &unpack_tile<Format>;
   }
   if constexpr (has_panels<Format>) {
-    k.layouts[1] = {&multiply_float<&dequantize_lane<Format>>, &dequantize_lane<Format>};
     k.chunks = Format::elements / 32;
-    k.dot_panels = &dot_panels<PanelOf<Format>>;
-    k.unpack_panel = &unpack_panel<PanelOf<Format>>;
     k.pack_panel = &pack_panel<Format>;
+    if constexpr (Format::sub_bytes > 0) {
+      k.layouts[1] = {&multiply_float<&dequantize_super_lane<Format>>, &dequantize_super_lane<Format>};
+      k.dot_panels = &dot_super_panels<SuperPanel<Format>>;
+      k.unpack_panel = &unpack_super_panel<SuperPanel<Format>>;
+    } else {
+      k.layouts[1] = {&multiply_float<&dequantize_lane<Format>>, &dequantize_lane<Format>};
+      k.dot_panels = &dot_panels<PanelOf<Format>>;
+      k.unpack_panel = &unpack_panel<PanelOf<Format>>;
+    }
   }
   if constexpr (has_lut<Format>) {
     k.layouts[2] = {&multiply_float<&dequantize_lut<Format>>, &dequantize_lut<Format>};

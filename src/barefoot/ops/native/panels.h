@@ -12,13 +12,14 @@ inline void prefetch(const uint8_t* p) {
 constexpr int64_t kPrefetchBytes = 2048;  // ahead of the group in work: longer than memory's latency at full bandwidth
 
 // What the codes of several formats have in common: the kernels take the size of a group, in chunks of 32 columns, as a
-// number.
-template <int Bits, bool HasOffset, int Zero>
+// number. SubBytes: of each row's sub-scales (super_panels.h).
+template <int Bits, bool HasOffset, int Zero, int SubBytes>
 struct Panel {
   static constexpr bool has_offset = HasOffset;
   static constexpr int bits = Bits, zero = Zero;
-  static constexpr int low = bits == 5 ? 4 : bits == 3 ? 2 : bits;  // bits of the first plane; a second one has 1 bit
-  static constexpr int header = 32 * (HasOffset ? 2 : 1);
+  static constexpr int low = bits == 5 || bits == 6 ? 4 : bits == 3 ? 2 : bits;  // bits of the first plane
+  static constexpr int high = bits - low;                                        // of the second one, if there is one
+  static constexpr int numbers = 32 * (HasOffset ? 2 : 1), header = numbers + kPanelRows * SubBytes;
   static constexpr int chunk_bytes = 64 * bits;
   static constexpr bool flip = bits == 8 && !kUnsignedBytes;  // stored unsigned, multiplied signed
   static constexpr int stored_zero = Zero + (flip ? 128 : 0);
@@ -32,9 +33,12 @@ struct Panel {
     if constexpr (flip) return flip_signs(vector);
     else if constexpr (bits == 8) return vector;
     else if constexpr (bits == low) return field<low * (Q % per_vector)>(vector, (1 << low) - 1);
-    else
+    else {
+      constexpr int per_high = 8 / high;
+      const Quads more = load_quads(chunk + 64 * (low + Q / per_high) + 4 * row);
       return merge(field<low * (Q % per_vector)>(vector, (1 << low) - 1),
-                   field<Q - low>(load_quads(chunk + 64 * low + 4 * row), 1 << low));
+                   field<high * (Q % per_high) - low>(more, ((1 << high) - 1) << low));
+    }
   }
 
   static F scales(const uint8_t* group, int row) { return load_half(group + 2 * row); }
@@ -49,13 +53,14 @@ struct Panel {
   static int code(const uint8_t* chunk, int row, int column) {
     const int q = column / 4, per_vector = 8 / low, at = 4 * row + column % 4;
     int value = chunk[64 * (q / per_vector) + at] >> (low * (q % per_vector)) & ((1 << low) - 1);
-    if constexpr (bits > low) value |= (chunk[64 * low + at] >> q & 1) << low;
+    if constexpr (high > 0)
+      value |= (chunk[64 * (low + q * high / 8) + at] >> (q * high % 8) & ((1 << high) - 1)) << low;
     return value;
   }
 };
 
 template <class Format>
-using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero>;
+using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero, Format::sub_bytes>;
 
 template <class Body>
 inline void for_quads(Body body) {
@@ -177,8 +182,14 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
   using P = PanelOf<Format>;
   static_assert(P::group_bytes(Format::elements / 32) == kPanelRows * Format::bytes);
   for (int r = 0; r < kPanelRows; ++r) {
-    std::memcpy(group + 2 * r, block + r * row_bytes, 2);
-    if constexpr (Format::has_offset) std::memcpy(group + 32 + 2 * r, block + r * row_bytes + 2, 2);
+    const uint8_t* from = block + r * row_bytes;
+    std::memcpy(group + 2 * r, from + Format::scale_at, 2);
+    if constexpr (Format::has_offset) std::memcpy(group + 32 + 2 * r, from + Format::scale_at + 2, 2);
+    if constexpr (Format::sub_bytes > 0) {
+      uint8_t sub[Format::sub_bytes];
+      Format::sub_scales(from, sub);
+      for (int i = 0; i < Format::sub_bytes; ++i) group[P::numbers + kPanelRows * i + r] = sub[i];
+    }
   }
   uint8_t* plane = group + P::header;
   for (int c = 0; c < Format::elements / 32; ++c) {
@@ -199,13 +210,13 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
         plane[i] = static_cast<uint8_t>(byte);
       }
     }
-    if constexpr (P::bits > P::low) {
+    for (int v = 0; v < P::high; ++v, plane += 64) {
+      constexpr int per_high = P::high > 0 ? 8 / P::high : 0;
       for (int i = 0; i < 64; ++i) {
         int byte = 0;
-        for (int q = 0; q < 8; ++q) byte |= (quads[q][i] >> P::low & 1) << q;
+        for (int f = 0; f < per_high; ++f) byte |= quads[per_high * v + f][i] >> P::low << (P::high * f);
         plane[i] = static_cast<uint8_t>(byte);
       }
-      plane += 64;
     }
   }
 }

@@ -74,6 +74,9 @@ inline Quads repeat_quad(const int8_t* p) {
   std::memcpy(&quad, p, 4);
   return _mm256_set1_epi32(quad);
 }
+inline I widen_bytes(const uint8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void store_quads(uint8_t* p, Quads a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline I set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
 template <int Count>

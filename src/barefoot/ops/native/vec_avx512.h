@@ -77,6 +77,9 @@ inline Quads repeat_quad(const int8_t* p) {
   std::memcpy(&quad, p, 4);
   return _mm512_set1_epi32(quad);
 }
+inline I widen_bytes(const uint8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void store_quads(uint8_t* p, Quads a) { _mm512_storeu_si512(p, a); }
 inline I set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
 template <int Count>

@@ -168,6 +168,11 @@ inline Quads repeat_quad(const int8_t* p) {
   for (int i = 0; i < kLanes; ++i) std::memcpy(r.v + 4 * i, p, 4);
   return r;
 }
+inline I widen_bytes(const uint8_t* p) {  // signed ones
+  I r;
+  BAREFOOT_EACH r.v[i] = static_cast<int8_t>(p[i]);
+  return r;
+}
 inline void store_quads(uint8_t* p, Quads a) { std::memcpy(p, a.v, sizeof a.v); }
 inline I set1(int32_t a) {
   I r;

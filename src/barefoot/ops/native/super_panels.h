@@ -1,0 +1,187 @@
+// Panels of the K-quants, whose scales have scales: w = d * sub_scale * (code - zero), or less dmin * sub_minimum.
+#pragma once
+
+template <class Format>
+struct SuperPanel : PanelOf<Format> {
+  using Base = PanelOf<Format>;
+  static constexpr int chunks = Format::elements / 32;
+  static constexpr int parts = 32 / Format::group;  // sub-scales of a chunk
+  static constexpr int64_t group_bytes = Base::group_bytes(chunks);
+  static constexpr int kUnpacked = 2 * 16 * kPanelRows;
+
+  // The sub-scales of a group, one byte each: number j of row r is byte 16 j + r; minimums come after the scales.
+  // `room` has kUnpacked bytes.
+  static const uint8_t* sub_scales(const uint8_t* group, uint8_t* room) {
+    constexpr int step = 4 * kLanes, quarter = 4 * kPanelRows;
+    const uint8_t* packed = group + Base::numbers;
+    if constexpr (Format::sub_bytes == 12) {
+      for (int i = 0; i < quarter; i += step) {
+        const Quads high = load_quads(packed + 2 * quarter + i);
+        const auto six = [&](auto k) {  // numbers 4 k .. 4 k + 3
+          const Quads low = field<4 * (k.value / 2)>(load_quads(packed + quarter * (k.value % 2) + i), 15);
+          store_quads(room + quarter * k.value + i, merge(low, field<2 * k.value - 4>(high, 0x30)));
+        };
+        six(Constant<0>{});
+        six(Constant<1>{});
+        six(Constant<2>{});
+        six(Constant<3>{});
+      }
+      return room;
+    } else if constexpr (Format::has_offset) {
+      for (int i = 0; i < 4 * quarter; i += step) {
+        const Quads both = load_quads(packed + i);
+        store_quads(room + i, field<0>(both, 15));
+        store_quads(room + 4 * quarter + i, field<4>(both, 15));
+      }
+      return room;
+    } else return packed;
+  }
+
+  static F sub_scale(const uint8_t* sub_scales, int j, int row) {
+    const F scale = to_float(widen_bytes(sub_scales + kPanelRows * j + row));
+    if constexpr (Format::sub_zero != 0) return scale - set1(static_cast<float>(Format::sub_zero));
+    else return scale;
+  }
+  // What the offset of sub-block j is a multiple of, and `offset_scales` the factor: minimums, or the scales themselves
+  // for the zero point.
+  static F sub_offset(const uint8_t* sub_scales, int j, int row) {
+    return sub_scale(sub_scales, Base::has_offset ? parts * chunks + j : j, row);
+  }
+  static F offset_scales(const uint8_t* group, int row) {
+    if constexpr (Base::has_offset) return set1(0.0f) - load_half(group + 32 + 2 * row);
+    else return set1(-static_cast<float>(Base::zero)) * Base::scales(group, row);
+  }
+};
+
+// Calls body(Q) for the quads of part `Part` of a chunk.
+template <int Parts, int Part, class Body>
+inline void for_part(Body body) {
+  for_quads([&](auto q) {
+    if constexpr (q.value / (8 / Parts) == Part) body(q);
+  });
+}
+
+// As dot_panel. The sum of a sub-block times its sub-scale is exact in float32: at most 16 * 63 * 127 * 128 < 2^24.
+template <class P, int Tokens>
+void dot_super_panel(const uint8_t* panel, const Quantized8& x, int64_t token, float* out, int64_t out_stride,
+                     bool add) {
+  const int64_t groups32 = x.n_cols / kGroup;
+  const int8_t* code[Tokens];
+  const float *scale_x[Tokens], *sum_x[Tokens];
+  for (int t = 0; t < Tokens; ++t) {
+    code[t] = x.code + (token + t) * x.n_cols;
+    scale_x[t] = x.scale + (token + t) * groups32;
+    sum_x[t] = P::parts == 2 ? x.sum16 + (token + t) * groups32 * 2 : x.sum32 + (token + t) * groups32;
+  }
+  for (int row = 0; row < kPanelRows; row += kLanes) {
+    F total[Tokens];
+    for (int t = 0; t < Tokens; ++t) total[t] = set1(0.0f);
+    const uint8_t* group = panel;
+    for (int64_t g = 0; g < groups32; g += P::chunks, group += P::group_bytes) {
+      if (row == 0)
+        for (int64_t line = 0; line < P::group_bytes; line += 64) prefetch(group + kPrefetchBytes + line);
+      alignas(64) uint8_t room[P::kUnpacked];
+      const uint8_t* sub_scales = P::sub_scales(group, room);
+      const uint8_t* chunk = group + P::header;
+      F products[Tokens], offsets[Tokens];
+      for (int t = 0; t < Tokens; ++t) products[t] = offsets[t] = set1(0.0f);
+      for (int c = 0; c < P::chunks; ++c, chunk += P::chunk_bytes) {
+        F scaled[Tokens];
+        const auto take = [&](auto part) {
+          const int j = P::parts * c + part.value;
+          I sum[Tokens];
+          for (int t = 0; t < Tokens; ++t) sum[t] = zero_int();
+          for_part<P::parts, part.value>([&](auto q) {
+            const Quads w = P::template quad<q.value>(chunk, row);
+            for (int t = 0; t < Tokens; ++t)
+              sum[t] = dot_quads<false>(sum[t], w, repeat_quad(code[t] + (g + c) * kGroup + 4 * q.value));
+          });
+          const F scale = P::sub_scale(sub_scales, j, row), offset = P::sub_offset(sub_scales, j, row);
+          for (int t = 0; t < Tokens; ++t) {
+            scaled[t] = part.value == 0 ? to_float(sum[t]) * scale : fma(to_float(sum[t]), scale, scaled[t]);
+            offsets[t] = fma(offset, set1(sum_x[t][P::parts * g + j]), offsets[t]);
+          }
+        };
+        take(Constant<0>{});
+        if constexpr (P::parts == 2) take(Constant<1>{});
+        for (int t = 0; t < Tokens; ++t) products[t] = fma(scaled[t], set1(scale_x[t][g + c]), products[t]);
+      }
+      for (int t = 0; t < Tokens; ++t) {
+        total[t] = fma(products[t], P::scales(group, row), total[t]);
+        total[t] = fma(offsets[t], P::offset_scales(group, row), total[t]);
+      }
+    }
+    for (int t = 0; t < Tokens; ++t) {
+      float* to = out + t * out_stride + row;
+      store(to, add ? load(to) + total[t] : total[t]);
+    }
+  }
+}
+
+template <class P>
+void dot_super_panels(const uint8_t* panels, int64_t n_panels, int64_t, const Quantized8& x, int64_t n_tokens,
+                      float* out, int64_t out_stride, bool add) {
+  const int64_t panel_bytes = x.n_cols / (32 * P::chunks) * P::group_bytes;
+  for (int64_t p = 0; p < n_panels; ++p, panels += panel_bytes, out += kPanelRows) {
+    int64_t t = 0;
+    const auto take = [&](auto tokens) {
+      for (; t + tokens.value <= n_tokens; t += tokens.value)
+        dot_super_panel<P, tokens.value>(panels, x, t, out + t * out_stride, out_stride, add);
+    };
+    take(Constant<4>{});
+    take(Constant<2>{});
+    take(Constant<1>{});
+  }
+}
+
+// As unpack_panel.
+template <class P>
+void unpack_super_panel(const uint8_t* panel, int64_t, int row0, int64_t k0, int64_t n, const Tile& tile) {
+  const uint8_t* group = panel + k0 / (32 * P::chunks) * P::group_bytes;
+  uint8_t* code_to = tile.code + 4 * row0;
+  float *scale_to = tile.scale + row0, *offset_to = tile.offset + row0;
+  for (int64_t k = 0; k < n; k += 32 * P::chunks, group += P::group_bytes) {
+    alignas(64) uint8_t room[P::kUnpacked];
+    const uint8_t* sub_scales = P::sub_scales(group, room);
+    for (int j = 0; j < P::parts * P::chunks; ++j, scale_to += kRowTile, offset_to += kRowTile) {
+      for (int row = 0; row < kPanelRows; row += kLanes) {
+        store(scale_to + row, P::scales(group, row) * P::sub_scale(sub_scales, j, row));
+        store(offset_to + row, P::offset_scales(group, row) * P::sub_offset(sub_scales, j, row));
+      }
+    }
+    const uint8_t* chunk = group + P::header;
+    for (int c = 0; c < P::chunks; ++c, chunk += P::chunk_bytes, code_to += 32 * kRowTile) {
+      for (int row = 0; row < kPanelRows; row += kLanes) {
+        for_quads([&](auto q) {
+          store_quads(code_to + 4 * (q.value * kRowTile + row), P::template quad<q.value>(chunk, row));
+        });
+      }
+    }
+  }
+}
+
+// As dequantize_row, bit for bit.
+template <class Format>
+void dequantize_super_lane(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out) {
+  using P = SuperPanel<Format>;
+  constexpr int n_scales = P::parts * P::chunks;
+  const int lane = static_cast<int>(row % kPanelRows);
+  const uint8_t* group = data + (row / kPanelRows * n_cols + k0) / Format::elements * P::group_bytes;
+  for (; n > 0; n -= Format::elements, group += P::group_bytes) {
+    alignas(64) uint8_t room[P::kUnpacked];
+    const uint8_t* sub = P::sub_scales(group, room) + lane;
+    const auto number = [&](int j) {
+      return static_cast<float>(static_cast<int8_t>(sub[kPanelRows * j]) - Format::sub_zero);
+    };
+    for (int j = 0; j < n_scales; ++j) {
+      const float scale = half_at(group + 2 * lane) * number(j);
+      const uint8_t* chunk = group + P::header + j / P::parts * P::chunk_bytes;
+      for (int i = 0; i < Format::group; ++i) {
+        const int code = P::code(chunk, lane, j % P::parts * Format::group + i);
+        const float product = scale * static_cast<float>(code - Format::zero);
+        if constexpr (Format::has_offset) *out++ = product - half_at(group + 32 + 2 * lane) * number(n_scales + j);
+        else *out++ = product;
+      }
+    }
+  }
+}
