@@ -32,6 +32,10 @@ struct Constant {
 
 #include BAREFOOT_VEC
 // In this order: each uses the ones before it.
+#if defined(BAREFOOT_AMX)
+#include "amx.h"
+#endif
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"
