@@ -165,7 +165,7 @@ def test_bind_points_at_another_buffer(rng):
     assert not np.array_equal(*results)
 
 
-@pytest.mark.parametrize(("n_tokens", "n_cols"), [(1, 32), (3, 45), (16, 32), (17, 1331), (64, 4096), (200, 576)])
+@pytest.mark.parametrize(("n_tokens", "n_cols"), [(1, 32), (3, 45), (24, 32), (17, 1331), (64, 4096), (200, 576)])
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 def test_the_stated_scratch_is_exactly_what_is_used(n_tokens, n_cols, activations, threads, rng):
     threads(2)

@@ -13,7 +13,7 @@ COLUMN_BLOCK = 1024  # columns of a weight tile that are unpacked at a time
 ROW_TILE = 32  # rows of an unpacked int8 tile
 FLOAT_ROW_TILE = 8  # rows of an unpacked float tile
 LUT_TOKENS = 8  # up to so many tokens products are looked up
-BFLOAT16_TOKENS = 16  # from so many tokens on products are taken in bfloat16 where the processor has tiles
+BFLOAT16_TOKENS = 24  # from so many tokens on products are taken in bfloat16 where the processor has tiles
 BFLOAT16_COLUMNS = 256  # columns of bfloat16 weights that are held at a time
 BFLOAT16_BLOCK = 128  # tokens whose sums are held at a time
 KEY_TILE = 64  # keys of one step of the online softmax
@@ -27,7 +27,7 @@ def matmul_scratch_bytes(
     """Bytes that ``matmul`` needs for ``n_tokens`` inputs of ``n_cols``; ``n_threads`` None means the current number.
 
     int8: the quantized input (a byte each, one scale and two sums per 32, one sum per 16, 4 bytes each), and per thread
-    a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). From 16 tokens on either is
+    a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). From 24 tokens on either is
     at least what bfloat16 takes (whether or not the processor has tiles): 2 bytes for each input of a multiple of 16
     tokens, and per thread 32 rows × up to 256 columns of codes and of bfloat16 and × up to 128 tokens, a multiple of
     16, of float32. ``looks_up``: any of the weights has the layout "lut"; up to 8 tokens of int8 then also take their

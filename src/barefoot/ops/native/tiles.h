@@ -72,9 +72,10 @@ inline void weave(const Tile& tile, int64_t group, int64_t n, uint16_t* to) {
 
 // --- products ---
 
-// c[t][r] (+)= 32 rows · 16 or 32 tokens over n columns. Tiles 0 to 3 sum, 4 and 5 hold tokens, 6 and 7 weights.
+// c[t][r] (+)= 32 rows · 16 or 32 tokens over n columns. Tiles 0 to 3 sum, 4 and 5 hold tokens, 6 and 7 weights. Never
+// inline: in the loops around it the compiler runs out of registers for the addresses.
 template <int TokenTiles>
-inline void multiply_tile_block(const uint16_t* x, const uint16_t* w, int64_t n, float* c, bool add) {
+[[gnu::noinline]] void multiply_tile_block(const uint16_t* x, const uint16_t* w, int64_t n, float* c, bool add) {
   constexpr bool two = TokenTiles == 2;
   constexpr int64_t stride = kRowTile * sizeof(float);
   float* const lower = c + kTileSide * kRowTile;
@@ -145,8 +146,12 @@ void multiply_in_tiles(const MatmulArgs& m, const uint16_t* x, int64_t elements,
       for (int64_t t = 0; t < n_tokens; ++t) {
         float* to = out + (t0 + t) * out_stride + r0;
         const float* sum = sums + t * kRowTile;
-        for (int64_t i = 0; m.add && i < n_rows; ++i) to[i] += sum[i];
-        if (!m.add) std::memcpy(to, sum, n_rows * sizeof(float));
+        if (n_rows == kRowTile) {
+          for (int64_t i = 0; i < kRowTile; i += kLanes)
+            store(to + i, m.add ? load(to + i) + load(sum + i) : load(sum + i));
+        } else {
+          for (int64_t i = 0; i < n_rows; ++i) to[i] = m.add ? to[i] + sum[i] : sum[i];
+        }
       }
     }
   }
