@@ -23,7 +23,8 @@ class EngineConfig:
     chunk : tokens that prefill passes through the layers at once; bounds the activations.
     weights : format of each group of matrices (embed, attn, ffn, head); vectors are always f32.
     kv : the KV store.
-    activations : ``int8`` quantizes the inputs of quantized matrices by groups of 32 (fast); ``float32`` does not.
+    activations : ``int8`` rounds the inputs of quantized matrices to 8 bits by groups of 32, or many of them to
+        bfloat16 where the processor multiplies that faster (fast); ``float32`` keeps them.
     n_streamed_layers : so many layers, the last ones, stay on disk and pass through two buffers in each step. They
         keep the file's own blocks, whatever ``weights`` says.
     stream_head : the matrix that makes the logits is read from disk by tiles in each step, and, when it is tied,

@@ -103,9 +103,11 @@ def matmul(
     x : float32 [n_tokens, cols]
     weights : each [rows_i, cols], any formats
     outs : float32 [n_tokens, rows_i] each
-    activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric; a token that holds
-        NaN or infinity gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights block by block and
-        sums in float32. Dense weights (f32, f16, bf16) always take float32.
+    activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric. On ``amx``, from 24
+        tokens on, x and the decoded weights are rounded to bfloat16 instead, which is finer: each errs by at most 2^-9
+        of itself (below 2^-126 it becomes zero), and sums are float32. Either way a token that holds NaN or infinity
+        (in bfloat16 from 2^128 - 2^119 on) gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights
+        block by block and sums in float32. Dense weights (f32, f16, bf16) always take float32.
     scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``; with ``looks_up=True`` if a weight
         has the layout ``"lut"``, whose products round tables of sums instead of x (``barefoot.ops.lut``)
     """

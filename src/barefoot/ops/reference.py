@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.ops import blocks, kvrows, lut, panels
+from barefoot.ops.scratch import BFLOAT16_TOKENS
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -92,6 +93,24 @@ def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
     return codes, scales
 
 
+def arithmetic(isa: str, n_tokens: int, activations: str) -> str:
+    """What ``activations`` means for quantized weights on an instruction set: itself, or bfloat16 in place of int8."""
+    return "bfloat16" if isa == "amx" and activations == "int8" and n_tokens >= BFLOAT16_TOKENS else activations
+
+
+def round_bfloat16(x: F32) -> F32:
+    """The nearest numbers of 8 significant bits, to even; what is below 2^-126 counts as zero."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), rounded.view(np.float32))
+
+
+def round_activations(x: F32) -> F32:
+    """x in bfloat16; a token that holds NaN, infinity or what rounds to it becomes NaN."""
+    finite = np.abs(x).max(axis=1, keepdims=True, initial=0) < 2.0**128 - 2.0**119
+    return np.where(finite, round_bfloat16(np.where(finite, x, 0)), np.float32(np.nan))
+
+
 def matmul(
     x: F32,
     weights: Sequence[Any],
@@ -101,21 +120,28 @@ def matmul(
     add: bool = False,
     scratch: U8 | None = None,
 ) -> None:
+    """``activations`` takes "bfloat16" besides (``arithmetic``): quantized weights are rounded to it as well."""
     exact = x.astype(np.float64)
     rounded = exact
     if activations == "int8" and any(blocks.block_elements(w.format) > 1 for w in weights):
         codes, scales = quantize_activations(x)
         rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), GROUP, axis=1)
+    elif activations == "bfloat16":
+        rounded = round_activations(x).astype(np.float64)
     for weight, out in zip(weights, outs, strict=True):
         if weight.layout == "lut" and activations == "int8" and len(x) <= lut.FEW_TOKENS:
             looked_up = lut.product(x, weight).astype(np.float32)
             out[...] = out + looked_up if add else looked_up
             continue
-        inputs = exact if blocks.block_elements(weight.format) == 1 else rounded
+        dense = blocks.block_elements(weight.format) == 1
+        inputs = exact if dense else rounded
         for start in range(0, weight.rows, ROWS_AT_A_TIME):
             chunk = slice(start, min(start + ROWS_AT_A_TIME, weight.rows))
+            decoded = decode_rows(weight, chunk)
+            if activations == "bfloat16" and not dense:
+                decoded = round_bfloat16(decoded)
             with np.errstate(invalid="ignore", over="ignore"):
-                product = (inputs @ decode_rows(weight, chunk).astype(np.float64).T).astype(np.float32)
+                product = (inputs @ decoded.astype(np.float64).T).astype(np.float32)
             if add:
                 out[:, chunk] += product
             else:

@@ -13,6 +13,9 @@ COLUMN_BLOCK = 1024  # columns of a weight tile that are unpacked at a time
 ROW_TILE = 32  # rows of an unpacked int8 tile
 FLOAT_ROW_TILE = 8  # rows of an unpacked float tile
 LUT_TOKENS = 8  # up to so many tokens products are looked up
+BFLOAT16_TOKENS = 24  # from so many tokens on products are taken in bfloat16 where the processor has tiles
+BFLOAT16_COLUMNS = 256  # columns of bfloat16 weights that are held at a time
+BFLOAT16_BLOCK = 128  # tokens whose sums are held at a time
 KEY_TILE = 64  # keys of one step of the online softmax
 QUERY_TILE = 96  # queries (tokens × heads that share a key head) of one attention task
 BFLOAT16_QUERIES = 32  # queries that attention in bfloat16 multiplies at a time
@@ -25,9 +28,12 @@ def matmul_scratch_bytes(
     """Bytes that ``matmul`` needs for ``n_tokens`` inputs of ``n_cols``; ``n_threads`` None means the current number.
 
     int8: the quantized input (a byte each, one scale and two sums per 32, one sum per 16, 4 bytes each), and per thread
-    a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). float32: for each thread
-    8 rows × up to 1,024 columns of float32. ``looks_up``: any of the weights has the layout "lut"; up to 8
-    tokens of int8 then also take their tables, 16 bytes for 4 inputs, and a scale and a sum per 32.
+    a tile of 32 rows × up to 1,024 columns of codes (a byte each, scale and offset per 16). From 24 tokens on either is
+    at least what bfloat16 takes (whether or not the processor has tiles): 2 bytes for each input of a multiple of 16
+    tokens, and per thread 32 rows × up to 256 columns of codes and of bfloat16 and × up to 128 tokens, a multiple of
+    16, of float32. ``looks_up``: any of the weights has the layout "lut"; up to 8 tokens of int8 then also take their
+    tables, 16 bytes for 4 inputs, and a scale and a sum per 32. float32: for each thread 8 rows × up to 1,024 columns
+    of float32.
     """
     n_threads = threads.get() if n_threads is None else n_threads
     block = min(round_up(n_cols, 32), COLUMN_BLOCK)
@@ -36,9 +42,14 @@ def matmul_scratch_bytes(
     groups = -(-n_cols // 32)
     quantized = round_up(n_tokens * n_cols, ALIGN) + 3 * round_up(n_tokens * groups * 4, ALIGN)
     quantized += round_up(n_tokens * groups * 8, ALIGN)
+    tile = block + block // 16 * 8
+    if n_tokens >= BFLOAT16_TOKENS:
+        quantized = max(quantized, round_up(n_tokens, 16) * groups * 32 * 2)
+        width = min(block, BFLOAT16_COLUMNS)
+        tile = max(tile, width + width // 16 * 8 + 2 * width + 4 * min(round_up(n_tokens, 16), BFLOAT16_BLOCK))
     if looks_up and n_tokens <= LUT_TOKENS:
         quantized += round_up(4 * n_tokens * groups * 32, ALIGN) + 2 * round_up(n_tokens * groups * 4, ALIGN)
-    return ALIGN + quantized + n_threads * ROW_TILE * (block + block // 16 * 8)
+    return ALIGN + quantized + n_threads * ROW_TILE * tile
 
 
 def attention_scratch_bytes(

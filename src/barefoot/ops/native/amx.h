@@ -1,8 +1,8 @@
 // Tile registers (AMX-BF16): eight matrices of 16 rows of 64 bytes. Included only where BAREFOOT_AMX is defined.
 //
-// The instructions are spelled out: gcc 12's intrinsics name neither the memory they read nor all of a configuration, so
-// that the compiler may drop the stores before them. Arithmetic ignores MXCSR: it rounds to the nearest even, and
-// denormals count as zero on the way in and out.
+// The instructions are spelled out, as gcc 12's intrinsics name neither the memory they read nor all of the shapes, and
+// the compiler may drop the stores before them. Arithmetic ignores MXCSR: it rounds to the nearest even, and denormals
+// count as zero on the way in and out.
 #pragma once
 
 constexpr int kTileSide = 16;                      // rows of a tile, and float32 in one

@@ -49,6 +49,8 @@ struct Constant {
 //
 #include "lut.h"
 //
+#include "tiles.h"
+//
 #include "matmul.h"
 //
 #include "fused.h"

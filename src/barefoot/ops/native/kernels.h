@@ -19,6 +19,9 @@ constexpr int64_t kGroup = 32;  // activations that share a scale
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kLutRows = 64;
 constexpr int64_t kFewLutTokens = 8;  // up to here products are looked up; beyond, codes are unpacked into tiles
+constexpr int64_t kBfloat16Tokens = 24;    // from here on products are taken in bfloat16 where the processor has tiles
+constexpr int64_t kBfloat16Columns = 256;  // whose bfloat16 weights are held at a time
+constexpr int64_t kBfloat16Block = 128;    // tokens whose sums are held at a time
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

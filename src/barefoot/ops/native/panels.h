@@ -141,6 +141,7 @@ void unpack_panel(const uint8_t* panel, int64_t chunks, int row0, int64_t k0, in
   uint8_t* code_to = tile.code + 4 * row0;
   float *scale_to = tile.scale + row0, *offset_to = tile.offset + row0;
   for (int64_t k = 0; k < n; k += 32 * chunks, group += P::group_bytes(chunks)) {
+    for (int64_t line = 0; line < P::group_bytes(chunks); line += 64) prefetch(group + kPrefetchBytes + line);
     const uint8_t* chunk = group + P::header;
     for (int64_t c = 0; c < chunks; ++c, chunk += P::chunk_bytes) {
       for (int row = 0; row < kPanelRows; row += kLanes) {
