@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from random_files import LLAMA, write_random
 
+from barefoot import ops
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
@@ -41,6 +42,33 @@ def test_matrices_lie_as_the_config_says(model):
         }
     with open_engine(model, layouts=LUT, activations="float32") as run:
         assert {w.layout for w in run._matrices.values()} == {"rows"}
+
+
+def test_inputs_are_tabulated_once_for_all_their_matrices(model, monkeypatch):
+    """A product builds its tables once: q, k, v share one, gate and up share one."""
+    products = []
+
+    class Recording:
+        def __init__(self, program=ops.Program):
+            self.program = program()
+
+        def matmul(self, x, weights, outs, **more):
+            products.append((x.shape[1], [(w.rows, w.layout) for w in weights]))
+            self.program.matmul(x, weights, outs, **more)
+
+        def __getattr__(self, name):
+            return getattr(self.program, name)
+
+    monkeypatch.setattr(ops, "Program", Recording)
+    with open_engine(model, layouts=LUT):
+        pass
+    layer = [
+        (128, [(128, "lut"), (64, "lut"), (64, "lut")]),
+        (128, [(128, "lut")]),
+        (128, [(192, "lut"), (192, "lut")]),
+        (192, [(128, "lut")]),
+    ]
+    assert products == 4 * layer
 
 
 def test_prompts_are_computed_alike(model):
