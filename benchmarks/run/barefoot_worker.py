@@ -1,6 +1,7 @@
 """One fresh process of barefoot: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings as in llama_cpp_worker.py, with ``kv`` and ``weights`` (spec strings) and ``chunk``; no torch, no command line.
+Settings as in llama_cpp_worker.py, with ``kv``, ``weights``, ``layouts`` (as on the command line) and ``chunk``; no
+torch, no command line.
 """
 
 import json
@@ -16,6 +17,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.ops.dispatch import parse_layouts
 from barefoot.plan.job import parse_weights
 
 
@@ -31,6 +33,8 @@ def main() -> None:
         chunk=settings.get("chunk", 128),
         n_threads=settings["n_threads"],
         activations=settings.get("activations", "int8"),
+        weights=parse_weights(settings["weights"]) if "weights" in settings else {},
+        layouts=parse_layouts(settings.get("layouts", "panels")),
         n_logits=64 if logits_of else 1,
     )
     engine = Engine(checkpoint, model_spec(checkpoint), config)

@@ -10,7 +10,7 @@ from random_files import GEMMA, LLAMA, write_random
 
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
-from barefoot.core.ledger import Term, entry
+from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.measure import release_free_memory, resident
 from barefoot.engine.arena import Arena
 from barefoot.engine.config import EngineConfig
@@ -27,6 +27,9 @@ from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.integer import IntegerGroups
 
 INT4, INT8 = IntegerGroups(4, 32), IntegerGroups(8, 32, True)
+INT2 = IntegerGroups(2, 32)
+WIDE = LLAMA | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1024}
+LOOKED_UP = {"weights": {"attn": INT2, "ffn": IntegerGroups(3, 32)}, "layouts": {"2/small": "lut", "3/small": "lut"}}
 CASES = {
     "plain": (LLAMA, {}),
     "q8": (LLAMA, {"kv": Int8Store(), "context": 77, "chunk": 5}),
@@ -35,6 +38,9 @@ CASES = {
     "streamed": (LLAMA, {"n_streamed_layers": 2, "weights": {"ffn": INT4}}),
     "all streamed": (LLAMA, {"n_streamed_layers": 4, "stream_head": True, "n_logits": 3}),
     "tied streamed": (LLAMA | {"tie_word_embeddings": True, "vocab_size": 4001}, {"stream_head": True}),
+    "looked up": (WIDE, LOOKED_UP),
+    "looked up, small chunk": (WIDE, LOOKED_UP | {"chunk": 3, "n_threads": 2}),
+    "looked up, rows beside": (LLAMA, LOOKED_UP | {"layouts": {"2/small": "lut", "3/small": "rows"}}),
     "windows": (GEMMA, {"kv": Int8Store(), "context": 300, "chunk": 24, "activations": "float32"}),
     "windows streamed": (GEMMA, {"n_streamed_layers": 3, "stream_head": True, "weights": {"attn": INT8}}),
 }
@@ -108,6 +114,20 @@ def test_known_bytes_of_smollm_shape():
     assert by_owner["weights.norm"] == 61 * 576 * 4
     assert by_owner["kv"] == 30 * 2 * 1024 * 3 * (64 + 2 * 2)
     assert by_owner["logits"] == 49152 * 4
+
+
+def test_look_ups_plan_their_tables_and_nothing_else():
+    """For the widest input, 1,024: 16 entries for 4 of them, a scale and a sum for 32, for each token."""
+    spec = spec_from_config(WIDE, "wide")
+    for chunk, n_tokens in ((1, 1), (5, 5)):
+        plans = [footprint(spec, config_of(LOOKED_UP | {"chunk": chunk, "layouts": each})) for each in
+                 ({}, LOOKED_UP["layouts"])]  # fmt: skip
+        multiplied, looked_up = ({e.owner: e.bytes for e in plan} for plan in plans)
+        tables = n_tokens * (16 * 1024 // 4 + 2 * 4 * 1024 // 32)
+        assert looked_up["scratch"] - multiplied["scratch"] == tables
+        assert {k: v for k, v in looked_up.items() if k not in ("scratch", "staging")} == {
+            k: v for k, v in multiplied.items() if k not in ("scratch", "staging")
+        }
 
 
 def test_window_layers_keep_a_ring():
@@ -210,6 +230,22 @@ def test_loading_peak_is_planned_and_given_back(tmp_path):
         assert planned > 32 << 20
         if before is not None and after is not None:
             assert 0.9 * planned < after.anonymous - before.anonymous < 1.1 * planned
+
+
+def test_large_pages_take_no_byte_more():
+    """Regions of odd sizes beside each other: each takes its bytes, rounded to whole small pages."""
+    sizes = {"a": (37 << 20) + 1, "b": (21 << 20) + 4097, "c": 999}
+    before = resident()
+    if before is None:
+        pytest.fail("resident memory can't be read on this system")
+    plan = Footprint()
+    for owner, n_bytes in sizes.items():
+        plan += entry(owner, "weights", [Term("x", n_bytes, 1)], phases=("decode",))
+    arena = Arena(plan)
+    arrays = [arena.take(owner, 64) for owner in sizes]
+    taken = resident().anonymous - before.anonymous
+    assert 0 <= taken - sum(sizes.values()) < 3 * 4096 + 64 * 1024  # and what Python itself allocates on the way
+    assert all(array.nbytes == 64 for array in arrays)
 
 
 def test_arena_never_grows():

@@ -71,6 +71,11 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     stated.add_argument(
         "--activations", choices=("int8", "float32"), help="inputs of quantized matrices: 8-bit (fast) or as they are"
     )
+    stated.add_argument(
+        "--layouts",
+        metavar="SPEC",
+        help='order of the weights in memory: "panels", or by class where another is faster, as in "2/large=lut"',
+    )
 
 
 def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
@@ -85,6 +90,7 @@ def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
 
 def stated(args: argparse.Namespace) -> Stated:
     """What the user has decided."""
+    from barefoot.ops.dispatch import parse_layouts
     from barefoot.plan.job import Stated, parse_kv, parse_weights
 
     return Stated(
@@ -95,6 +101,7 @@ def stated(args: argparse.Namespace) -> Stated:
         stream_head=args.stream_head,
         n_threads=args.threads,
         activations=args.activations,
+        layouts=parse_layouts(args.layouts) if args.layouts is not None else None,
     )
 
 

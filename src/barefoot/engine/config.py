@@ -8,6 +8,7 @@ from typing import Literal
 
 from barefoot.core.model import WeightGroup
 from barefoot.kv.stores import KVStore
+from barefoot.ops.dispatch import Layout
 from barefoot.weights.formats import WeightFormat
 
 Activations = Literal["int8", "float32"]
@@ -31,6 +32,8 @@ class EngineConfig:
         embedding rows are read singly.
     n_logits : tokens whose logits are computed at once; more than 1 only pays where every token's logits are wanted.
     n_threads : compute threads.
+    layouts : class of matrices → the layout in which resident ones lie, where it is not panels
+        (:mod:`barefoot.ops.dispatch`). Only for int8: ``float32`` reads rows.
     """
 
     context: int
@@ -42,3 +45,4 @@ class EngineConfig:
     stream_head: bool = False
     n_logits: int = 1
     n_threads: int = 1
+    layouts: Mapping[str, Layout] = field(default_factory=dict)

@@ -15,13 +15,13 @@ from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
-from barefoot.ops import attention_scratch_bytes, blocks, matmul_scratch_bytes, panels
+from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
 
 RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
-ARRANGE_BYTES = 1 << 20  # of rows rearranged as panels at a time: within the cache of a core
+ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a core
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
@@ -46,7 +46,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
-        + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
+        + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config, placement))], phases=RUNNING)
     )
 
 
@@ -96,12 +96,13 @@ def tile_rows(resident: Resident) -> int:
     weight = resident.weight
     row_bytes = blocks.row_bytes(weight.format, weight.cols)
     rows = CONVERT_ELEMENTS // weight.cols if resident.converted else ARRANGE_BYTES // row_bytes
-    return min(weight.rows, max(1, rows // panels.ROWS) * panels.ROWS)
+    whole = lut.ROWS if resident.layout == "lut" else panels.ROWS
+    return min(weight.rows, max(1, rows // whole) * whole)
 
 
 def staging_sizes(placement: Placement) -> tuple[int, int, int]:
     """Bytes of the largest tile as stored, bytes as float32 and weights of the largest that is converted."""
-    tiles = [(r, tile_rows(r)) for r in placement.resident if r.converted or r.layout == "panels"]
+    tiles = [(r, tile_rows(r)) for r in placement.resident if r.converted or r.layout != "rows"]
     raw = max((rows * blocks.row_bytes(r.weight.format, r.weight.cols) for r, rows in tiles), default=0)
     elements = max((rows * r.weight.cols for r, rows in tiles if r.converted), default=0)
     return raw, elements * 4, elements
@@ -190,14 +191,18 @@ def _rope(spec: ModelSpec, config: EngineConfig) -> list[Term]:
     return terms
 
 
-def scratch_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -> int:
     """The most that one op of a pass needs; ops run one after the other and share it."""
+    looks_up = any(r.layout == "lut" for r in placement.resident)
     inputs = (spec.d_model, spec.n_heads * spec.head_dim, spec.d_ff)
     sizes = [
         size
-        for n in (1, config.chunk)
+        for n in (1, min(lut.FEW_TOKENS, config.chunk), config.chunk)
         for size in (
-            *(matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads) for cols in inputs),
+            *(
+                matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads, looks_up=looks_up)
+                for cols in inputs
+            ),
             attention_scratch_bytes(
                 n, spec.n_heads, spec.n_kv_heads, spec.head_dim, config.activations, n_threads=config.n_threads
             ),

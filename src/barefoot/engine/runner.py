@@ -90,7 +90,7 @@ class Engine:
         spec, config, placement = self.spec, self.config, self._placement
         self._buffers = Buffers(spec, config, self.arena)
         self._logits = self.arena.floats("logits", config.n_logits, spec.vocab_size)
-        self._scratch = self.arena.take("scratch", scratch_bytes(spec, config))
+        self._scratch = self.arena.take("scratch", scratch_bytes(spec, config, placement))
         self._layers = [self._layer(i) for i in range(spec.n_layers)]
         first_streamed = spec.n_layers - len(placement.streamed)
         self._resident_layers = self._program(self._layers[:first_streamed])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from barefoot.core.model import MATRIX_GROUPS, ModelSpec, WeightGroup, WeightSpe
 from barefoot.engine.config import Activations, EngineConfig
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
+from barefoot.ops.dispatch import Layout
 from barefoot.plan import quality
 from barefoot.plan.job import RunJob, Stated
 from barefoot.plan.memory import layer_kv_bytes
@@ -86,6 +87,13 @@ class Problem:
         return self.stated.n_threads or self.device.n_cores
 
     @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """What was measured on the device counts for its number of threads."""
+        if self.stated.layouts is not None:
+            return self.stated.layouts
+        return self.device.layouts if self.n_threads == self.device.n_threads else {}
+
+    @property
     def slow_place(self) -> Place:
         """Where layers go that the place that computes has no room for."""
         return "host" if self.device.n_accelerators else "disk"
@@ -103,6 +111,7 @@ class Problem:
             n_streamed_layers=0 if self.device.n_accelerators else frame.n_slow,
             stream_head=frame.stream_head,
             n_threads=self.n_threads,
+            layouts=self.layouts,
         )
 
     def frames(self) -> list[Frame]:

@@ -6,6 +6,7 @@ import shlex
 
 from barefoot.core.spec import format_technique
 from barefoot.core.units import exact_bytes, flag_bytes
+from barefoot.ops.dispatch import format_layouts
 from barefoot.plan.job import RunJob, Stated, format_weights
 
 
@@ -29,4 +30,5 @@ def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Sta
         words.append("--stream-head" if stated.stream_head else "--no-stream-head")
     words += ["--threads", str(stated.n_threads)] if stated.n_threads is not None else []
     words += ["--activations", stated.activations] if stated.activations is not None else []
+    words += ["--layouts", format_layouts(stated.layouts)] if stated.layouts is not None else []
     return shlex.join(words)

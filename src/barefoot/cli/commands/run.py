@@ -159,6 +159,7 @@ def execute(args: argparse.Namespace) -> int:
 def _take_saved_plan(args: argparse.Namespace) -> None:
     """Let the saved plan state whatever the command line leaves open."""
     from barefoot.core.errors import InvalidInput
+    from barefoot.ops.dispatch import format_layouts
     from barefoot.plan.job import format_weights
     from barefoot.plan.result import plan_from_toml
 
@@ -181,6 +182,7 @@ def _take_saved_plan(args: argparse.Namespace) -> None:
         "stream_head": config.stream_head,
         "threads": config.n_threads,
         "activations": config.activations,
+        "layouts": format_layouts(config.layouts),
     }
     for name, value in saved.items():
         if getattr(args, name) is None:

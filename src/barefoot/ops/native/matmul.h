@@ -213,11 +213,9 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
 inline void matmul(const MatmulArgs& m) {
   const MatmulScratch s = lay_out(m);
   bool rounds = false;
-  int64_t total_rows = 0;
   for (int i = 0; i < m.n_weights; ++i) {
     const bool looked_up = m.weights[i].layout == Layout::lut && looks_up(m);
     rounds = rounds || (m.int8 && !looked_up && !All::kernels[m.weights[i].format].dense);
-    total_rows += m.weights[i].rows;
   }
   if (rounds) {
     const int threads = m.n_tokens * m.n_cols < kParallel ? 1 : m.n_threads;
@@ -237,21 +235,31 @@ inline void matmul(const MatmulArgs& m) {
         build_tables(m.x + g * kGroup, s.lut.table + g * kRuns * kTable, s.lut.half_scale + g, s.lut.sum + g);
     });
   }
-  // About eight tasks a thread: enough to even out a busy machine, few enough to stream rows.
+  // All rows stand in one line, in units. A task takes its share of half of what is left: the first ones stream many
+  // rows, the last ones are a unit and even out what the machine did to the others.
   const int64_t unit = has_layout(m, Layout::lut) ? kLutRows : kRowTile;
-  const int64_t share = round_up(total_rows / (8 * m.n_threads) + 1, unit);
+  int64_t n_units = 0;
+  for (int i = 0; i < m.n_weights; ++i) n_units += (m.weights[i].rows + unit - 1) / unit;
+  const auto after = [&](int64_t begin) {
+    const int64_t share = (n_units - begin) / (2 * m.n_threads);
+    return begin + (share > 1 ? share : 1);
+  };
   int64_t n_tasks = 0;
-  for (int i = 0; i < m.n_weights; ++i) n_tasks += (m.weights[i].rows + share - 1) / share;
+  for (int64_t at = 0; at < n_units; at = after(at)) ++n_tasks;
   parallel_for(n_tasks, m.n_threads, [&](int64_t task, int thread) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < task; ++i) begin = after(begin);
+    const int64_t end = after(begin);
+    int64_t first = 0;  // unit of the weight
     for (int i = 0; i < m.n_weights; ++i) {
       const Weight& w = m.weights[i];
-      const int64_t here = (w.rows + share - 1) / share;
-      if (task < here) {
-        const int64_t begin = task * share, end = begin + share < w.rows ? begin + share : w.rows;
-        multiply_rows(m, s, w, begin, end, s.tiles + thread * s.tile_bytes);
-        return;
-      }
-      task -= here;
+      const int64_t next = first + (w.rows + unit - 1) / unit;
+      const int64_t from = begin > first ? begin : first, to = end < next ? end : next;
+      const int64_t last_row = (to - first) * unit;
+      if (from < to)
+        multiply_rows(m, s, w, (from - first) * unit, last_row < w.rows ? last_row : w.rows,
+                      s.tiles + thread * s.tile_bytes);
+      first = next;
     }
   });
 }

@@ -1,7 +1,10 @@
 #include "system.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+
+#include "pool.h"
 
 #if defined(_WIN32)
 #define NOMINMAX
@@ -94,7 +97,14 @@ void populate_pages(uint8_t* data, size_t size) {
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; headers may be older than the kernel
   const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
   const auto end = reinterpret_cast<uintptr_t>(data) + size;
-  if (madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite) == 0) return;
+  constexpr uintptr_t kSlice = 32 << 20;  // a task's: clearing pages is all that happens until the first is filled
+  std::atomic<bool> refused{false};
+  parallel_for(static_cast<int64_t>((end - begin + kSlice - 1) / kSlice), n_threads(), [&](int64_t i, int) {
+    const uintptr_t from = begin + static_cast<uintptr_t>(i) * kSlice;
+    const uintptr_t n = end - from < kSlice ? end - from : kSlice;
+    if (madvise(reinterpret_cast<void*>(from), n, kPopulateWrite) != 0) refused = true;
+  });
+  if (!refused) return;
 #endif
   volatile uint8_t* touched = data;
   for (size_t at = 0; at < size; at += page) touched[at] = touched[at];
