@@ -28,7 +28,6 @@ def main() -> None:
     checkpoint = Checkpoint(settings["model"])
     config = EngineConfig(
         context=settings["context"],
-        weights=parse_weights(settings["weights"]) if "weights" in settings else {},
         kv=parse_composition(settings.get("kv", "f16"), techniques("kv.stores"), "kv")[0],
         chunk=settings.get("chunk", 128),
         n_threads=settings["n_threads"],
