@@ -11,7 +11,7 @@ import pytest
 from barefoot import ops
 from barefoot.ops import cases, reference
 
-D, HEADS, KV_HEADS, HEAD_DIM, FF, CAPACITY, MOST = 64, 4, 2, 16, 96, 40, 7
+D, HEADS, KV_HEADS, HEAD_DIM, FF, CAPACITY, MOST, SEQUENCES = 64, 4, 2, 16, 96, 40, 7, 3
 
 
 def build(module, rng):
@@ -34,7 +34,7 @@ def build(module, rng):
     q, k, v = floats(MOST, q_width), floats(MOST, kv_width), floats(MOST, kv_width)
     gate, up, down = floats(MOST, FF), floats(MOST, FF), floats(MOST, D)
     cos, sin = floats(MOST, HEAD_DIM // 2), floats(MOST, HEAD_DIM // 2)
-    keys, values = (np.zeros((KV_HEADS, CAPACITY, 2 * HEAD_DIM), np.uint8) for _ in range(2))
+    keys, values = (np.zeros((SEQUENCES, KV_HEADS, CAPACITY, 2 * HEAD_DIM), np.uint8) for _ in range(2))
     need = max(ops.matmul_scratch_bytes(MOST, FF), ops.attention_scratch_bytes(MOST, HEADS, KV_HEADS, HEAD_DIM))
     need = max(need, ops.attention_scratch_bytes(1, HEADS, KV_HEADS, HEAD_DIM))
     scratch = np.zeros(need, np.uint8)

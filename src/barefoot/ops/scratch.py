@@ -41,18 +41,20 @@ def matmul_scratch_bytes(
 
 
 def attention_scratch_bytes(
-    n_tokens: int, n_heads: int, n_kv_heads: int, head_dim: int, *, n_threads: int | None = None
+    n_tokens: int, n_heads: int, n_kv_heads: int, head_dim: int, *, n_threads: int | None = None, each: bool = False
 ) -> int:
-    """Bytes that ``attention`` needs for ``n_tokens`` queries, whatever the number of keys.
+    """Bytes that ``attention`` needs for ``n_tokens`` queries, whatever the number of keys; with ``each``, those of
+    ``attention_each``.
 
     For each thread, float32: its queries and their outputs (up to 96, or the heads of one token that share a key head),
-    a tile of 64 keys or values and another of transposed keys, scores, maxima and sums. A single token also holds up to
-    16 partial outputs per head.
+    a tile of 64 keys or values and another of transposed keys, scores, maxima and sums. A token that is the only one of
+    its sequence also holds up to 16 partial outputs per head.
     """
     n_threads = threads.get() if n_threads is None else n_threads
     sharing = n_heads // n_kv_heads
-    n_queries = min(max(1, QUERY_TILE // sharing), n_tokens) * sharing
+    together = 1 if each else n_tokens
+    n_queries = min(max(1, QUERY_TILE // sharing), together) * sharing
     width = round_up(head_dim, 16)
     each = round_up(4 * (2 * n_queries * width + 2 * KEY_TILE * width + n_queries * KEY_TILE + 2 * n_queries), ALIGN)
-    partial = round_up(4 * MAX_SPLITS * n_heads * (width + 2), ALIGN) if n_tokens == 1 else 0
+    partial = round_up(4 * n_tokens * MAX_SPLITS * n_heads * (width + 2), ALIGN) if together == 1 else 0
     return ALIGN + n_threads * each + partial
