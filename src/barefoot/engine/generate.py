@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -36,8 +37,8 @@ class Generation:
     """What a generation did, filled in while it runs.
 
     ``finish_reason``: a stop id or string was met, ``max_tokens`` were made, or the context is full. ``decode_seconds``
-    covers ``n_decoded`` passes; the first token comes out of prefill. In a batch a pass serves several generations, and
-    counts in each.
+    covers ``n_decoded`` passes; the first token comes out of prefill. A pass of a batch counts in each generation that
+    takes part, its seconds by equal shares, so that seconds add up.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -76,7 +77,7 @@ class _Answer:
     def __init__(self, prompt: Sequence[int], decoder: Decoder, limits: Limits, made: Generation) -> None:
         self.made = made
         made.n_prompt = len(prompt)
-        self._history, self._decoder, self._limits = list(prompt), decoder, limits
+        self._history, self._decoder, self._limits = array("i", prompt), decoder, limits
         self._rng = limits.params.rng()
         self._held = ""
 
@@ -208,11 +209,11 @@ def _generate_batch(
     while running:
         started = time.perf_counter()
         rows = engine.decode_batch({sequence: answer.last for sequence, (_, answer) in running.items()})
-        seconds = time.perf_counter() - started
+        share = (time.perf_counter() - started) / len(running)
         free = []
         for sequence, logits in zip(list(running), rows, strict=True):
             made = running[sequence][1].made
-            made.decode_seconds += seconds
+            made.decode_seconds += share
             made.n_decoded += 1
             yield from extend(sequence, logits)
             if sequence not in running:

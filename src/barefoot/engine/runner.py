@@ -22,6 +22,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
+from barefoot.engine.sequences import Sequences
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
 from barefoot.engine.weights import Progress, load
 from barefoot.io.inventory import Checkpoint
@@ -70,8 +71,7 @@ class Engine:
         self.spec, self.config = spec, config
         self.footprint = footprint(spec, config)
         self.arena = Arena(self.footprint)
-        self._positions = [0] * config.n_sequences
-        self._highest = [0] * config.n_sequences  # written since the last reset: rings hold the latest of these
+        self._sequences = Sequences(spec, config)
         self._tensors = checkpoint.tensors
         self._placement = place(spec, config)
         self._files = WeightFiles(checkpoint.paths)
@@ -160,12 +160,12 @@ class Engine:
     @property
     def positions(self) -> tuple[int, ...]:
         """How many tokens each sequence has."""
-        return tuple(self._positions)
+        return self._sequences.lengths
 
     @property
     def position(self) -> int:
         """How many tokens the first sequence has."""
-        return self._positions[0]
+        return self._sequences.length(0)
 
     @property
     def remaining(self) -> int:
@@ -174,8 +174,7 @@ class Engine:
 
     def reset(self, sequence: int = 0) -> None:
         """Forget the sequence."""
-        self._check_sequence(sequence)
-        self._positions[sequence] = self._highest[sequence] = 0
+        self._sequences.reset(sequence)
 
     def truncate(self, n: int, sequence: int = 0) -> None:
         """Forget all but the first ``n`` tokens of the sequence.
@@ -184,23 +183,7 @@ class Engine:
         ------
         InvalidInput : ``n`` is not 0 to its length, or a window layer has already overwritten what token n would see.
         """
-        self._check_sequence(sequence)
-        if not 0 <= n <= self._positions[sequence]:
-            raise InvalidInput(f"can keep 0 to {self._positions[sequence]} tokens, got {n}")
-        if n == 0:
-            self.reset(sequence)
-            return
-        highest = self._highest[sequence]
-        for layer in self._layers:
-            window = layer.spec.window
-            oldest_kept = highest - layer.capacity
-            if window is not None and oldest_kept > max(0, n + 1 - window):
-                raise InvalidInput(
-                    f"can't go back from {highest} tokens to {n}: layers with a window of {window} keep "
-                    f"{layer.capacity} positions",
-                    cure="reset, and prefill the kept tokens again",
-                )
-        self._positions[sequence] = n
+        self._sequences.truncate(n, sequence)
 
     def prefill(
         self,
@@ -210,7 +193,7 @@ class Engine:
         sequence: int = 0,
         all_logits: AllLogits | None = None,
     ) -> F32:
-        """Append ``ids`` to the sequence, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until
+        """Append ``ids`` to a sequence, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until
         the next call.
 
         ``progress`` gets (tokens done, tokens in all); ``all_logits`` every token's logits, ``n_logits`` at a time.
@@ -220,7 +203,7 @@ class Engine:
         InvalidInput : no ids, an unknown id or sequence, or more than the context holds; nothing was appended.
         CorruptFile : streamed weights can't be read; the chunks before are kept.
         """
-        self._check(ids, sequence)
+        self._sequences.check(ids, sequence)
         for start in range(0, len(ids), self.config.chunk):
             part = ids[start : start + self.config.chunk]
             last = start + len(part) == len(ids)
@@ -234,7 +217,7 @@ class Engine:
 
     def decode(self, token: int, sequence: int = 0) -> F32:
         """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
-        self._check((token,), sequence)
+        self._sequences.check((token,), sequence)
         return self._last(self._append((token,), sequence, logits_follow=True), 0)
 
     def decode_batch(self, tokens: Mapping[int, int]) -> F32:
@@ -250,41 +233,22 @@ class Engine:
         CorruptFile : streamed weights can't be read; nothing was appended.
         """
         for sequence, token in tokens.items():
-            self._check((token,), sequence)
+            self._sequences.check((token,), sequence)
         if not tokens:
             raise InvalidInput("no tokens were given; a batch needs at least one")
         views = self._begin(list(tokens.values()))
         sequences = list(tokens)
-        positions = [self._positions[s] for s in sequences]
+        positions = [self._sequences.length(s) for s in sequences]
         self._buffers.tables.fill_each(positions)
         grown = dict.fromkeys(sequences, 1)
         self._run_layers(lambda program: program.run_each(sequences, positions), grown, logits_follow=True)
         return self._head(views, 0, views.n)
 
-    def _check(self, ids: Sequence[int], sequence: int) -> None:
-        self._check_sequence(sequence)
-        if not len(ids):
-            raise InvalidInput("no tokens were given; a sequence needs at least one")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.spec.vocab_size:
-            raise InvalidInput(f"token ids must be 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}")
-        context = self.config.context
-        remaining = context - self._positions[sequence]
-        if len(ids) > remaining:
-            raise InvalidInput(
-                f"{len(ids)} tokens don't fit: {remaining} of {context} positions are left",
-                cure="shorten the prompt, or use a larger context",
-            )
-
-    def _check_sequence(self, sequence: int) -> None:
-        if not 0 <= sequence < self.config.n_sequences:
-            raise InvalidInput(f"sequence must be 0 to {self.config.n_sequences - 1}, got {sequence}")
-
     # --- one pass ---------------------------------------------------------------------------------------------------
 
     def _append(self, ids: Sequence[int], sequence: int, *, logits_follow: bool) -> Views:
         """Pass tokens of one sequence through all layers, leaving the residual stream in ``x``."""
-        views, position = self._begin(ids), self._positions[sequence]
+        views, position = self._begin(ids), self._sequences.length(sequence)
         self._buffers.tables.fill(position, views.n)
         grown = {sequence: views.n}
         self._run_layers(lambda program: program.run(views.n, position, sequence), grown, logits_follow=logits_follow)
@@ -298,19 +262,15 @@ class Engine:
         self._embed(ids, views)
         return views
 
-    def _run_layers(
-        self, run: Callable[[ops.Program], None], grown: Mapping[int, int], *, logits_follow: bool
-    ) -> None:
+    def _run_layers(self, run: Callable[[ops.Program], None], grown: Mapping[int, int], *, logits_follow: bool) -> None:
         """Pass ``x`` through all layers by ``run``, after which the sequences have ``grown`` by so many tokens each."""
-        for sequence, n in grown.items():  # rings lose what is overwritten even when a read fails half-way
-            self._highest[sequence] = max(self._highest[sequence], self._positions[sequence] + n)
+        self._sequences.overwrite(grown)
         run(self._resident_layers)
         for item, (layer, program) in enumerate(self._streamed_layers):
             last = item + 1 == len(self._streamed_layers)
             self._bind(layer, item, 0 if last and not (logits_follow and self._n_tiles) else item + 1)
             run(program)
-        for sequence, n in grown.items():
-            self._positions[sequence] += n
+        self._sequences.grow(grown)
 
     def _bind(self, layer: _Layer, item: int, then: int) -> None:
         assert self._stream is not None

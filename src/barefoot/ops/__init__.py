@@ -83,9 +83,9 @@ else:
 #: what the functions below take, with arrays of as many rows as it will ever have tokens, and KV buffers of all
 #: sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the arrays alive.
 #: ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one sequence of
-#: which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of each of several
-#: sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are checked op by op as it
-#: runs; weights may be bound between runs.
+#: which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of each of
+#: several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are checked op by
+#: op as it runs; weights may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:

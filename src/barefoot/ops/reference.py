@@ -246,12 +246,13 @@ def attention_each(
 
 @dataclass(frozen=True)
 class _Run:
-    """The tokens that a program runs on: ``n`` of one sequence, or one of each of several, then with ``spots``."""
+    """The tokens that a program runs on: ``n`` of one sequence, or one of each of several, whose ``spots`` are the
+    arguments ``sequences`` and ``positions``."""
 
     n: int
     n_past: int = 0
     sequence: int = 0
-    spots: Mapping[str, Sequence[int]] | None = None
+    spots: Mapping[str, Any] | None = None
 
 
 class Program:

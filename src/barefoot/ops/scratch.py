@@ -55,6 +55,6 @@ def attention_scratch_bytes(
     together = 1 if each else n_tokens
     n_queries = min(max(1, QUERY_TILE // sharing), together) * sharing
     width = round_up(head_dim, 16)
-    each = round_up(4 * (2 * n_queries * width + 2 * KEY_TILE * width + n_queries * KEY_TILE + 2 * n_queries), ALIGN)
+    floats = round_up(4 * (2 * n_queries * width + 2 * KEY_TILE * width + n_queries * KEY_TILE + 2 * n_queries), ALIGN)
     partial = round_up(4 * n_tokens * MAX_SPLITS * n_heads * (width + 2), ALIGN) if together == 1 else 0
-    return ALIGN + n_threads * each + partial
+    return ALIGN + n_threads * floats + partial
