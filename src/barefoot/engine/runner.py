@@ -230,7 +230,7 @@ class Engine:
         Raises
         ------
         InvalidInput : as in prefill; nothing was appended to any sequence.
-        CorruptFile : streamed weights can't be read; nothing was appended.
+        CorruptFile : streamed weights can't be read; nothing was appended, unless it was the logits' matrix.
         """
         for sequence, token in tokens.items():
             self._sequences.check((token,), sequence)
