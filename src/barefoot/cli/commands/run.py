@@ -39,7 +39,7 @@ EXAMPLES = (
     "barefoot run smollm2 --memory 256MiB",
     'cat CHANGELOG.md | barefoot run smollm2 "Summarize this:" --memory 256MiB',
     "barefoot run smollm2 --memory 128MiB --context 1024 --max-tokens 64 --json result.json",
-    "barefoot run smollm2 --prompts questions.txt --batch 8 --memory 256MiB --context 512 > answers.jsonl",
+    "barefoot run smollm2 --prompts questions.txt --batch 8 --memory 256MiB --context 512",
     "barefoot run smollm2 --plan plan.toml",
 )
 JSON_KEYS = {
