@@ -12,6 +12,7 @@ from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.measure import release_free_memory, resident
+from barefoot.core.registry import techniques
 from barefoot.engine.arena import Arena
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.footprint import CONVERT_ELEMENTS, ENCODE_BYTES_PER_WEIGHT, PASSING, footprint
@@ -26,6 +27,7 @@ from barefoot.ops import blocks
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.integer import IntegerGroups
 
+STORES = techniques("kv.stores")
 INT4, INT8 = IntegerGroups(4, 32), IntegerGroups(8, 32, True)
 INT2 = IntegerGroups(2, 32)
 WIDE = LLAMA | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1024}
@@ -43,6 +45,9 @@ CASES = {
     "looked up, rows beside": (LLAMA, LOOKED_UP | {"layouts": {"2/small": "lut", "3/small": "rows"}}),
     "windows": (GEMMA, {"kv": Int8Store(), "context": 300, "chunk": 24, "activations": "float32"}),
     "windows streamed": (GEMMA, {"n_streamed_layers": 3, "stream_head": True, "weights": {"attn": INT8}}),
+    "batch": (LLAMA, {"n_sequences": 3, "n_threads": 2}),
+    "batch beyond a chunk": (LLAMA, {"n_sequences": 16, "chunk": 5, "kv": Int8Store(), "n_streamed_layers": 1}),
+    "batch of windows": (GEMMA, {"n_sequences": 5, "n_logits": 2, "kv": Int4Store(), "stream_head": True}),
 }
 
 
@@ -137,6 +142,35 @@ def test_window_layers_keep_a_ring():
     assert next(e.bytes for e in plan if e.owner == "kv") == (3 * 39 + 300) * 2 * 64 * 2
 
 
+@pytest.mark.parametrize("n_sequences", [1, 3, 16])
+@pytest.mark.parametrize("store", STORES)
+def test_a_batch_takes_its_sequences_keys_and_values(store, n_sequences, tmp_path):
+    """By hand, from the arrays, and by the system: private memory of this process grows by what is planned."""
+    config = LLAMA | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    write_random(tmp_path / "model", config)
+    row = {"f32": 256, "f16": 128, "q8": 64 + 2 * 2, "q4": 32 + 2 * 4}[store]  # bytes of a head's 64 numbers
+    kv = n_sequences * 4 * 2 * 512 * 4 * row  # layers, keys and values, positions, heads
+    settings = {"kv": STORES[store](), "context": 512, "n_sequences": n_sequences}
+    gc.collect()
+    release_free_memory()
+    before = resident()
+    with open_engine(tmp_path / "model", settings) as run:
+        for s in range(n_sequences):
+            run.prefill([s] * 5, sequence=s)
+        run.decode_batch(dict.fromkeys(range(n_sequences), 1))
+        gc.collect()
+        release_free_memory()
+        after = resident()
+        planned = {e.owner: e.bytes for e in run.footprint.select(phase="decode") if e.owner not in PASSING}
+        assert planned["kv"] == kv
+        assert planned["logits"] == -(-n_sequences * 259 * 4 // 64) * 64
+        assert storage_sizes(a for layer in run._layers for a in (layer.keys, layer.values)) == kv
+        if before is not None and after is not None:
+            grown, total = after.anonymous - before.anonymous, sum(planned.values())
+            pages = 4096 * len(planned)  # each region ends in a page of its own
+            assert 0.97 * total - (1 << 18) < grown < 1.03 * total + pages + (1 << 20)
+
+
 def test_large_model_is_planned_from_its_config_alone():
     config = LLAMA | {
         "hidden_size": 8192,
@@ -177,6 +211,24 @@ def test_nothing_stays_allocated_per_token(tmp_path):
         assert after - before < 200 * 40  # less than one object a token
         if ops.backend().startswith("native"):  # the numpy reference makes arrays of its own
             assert peak - before < 32 * 1024
+
+
+def test_a_batch_leaves_nothing_allocated_per_token(tmp_path):
+    write_random(tmp_path / "model", LLAMA)
+    with open_engine(tmp_path / "model", {"context": 512, "n_sequences": 4}) as run:
+        tokens = dict.fromkeys(range(4), 7)
+        run.decode_batch(tokens)
+        tracemalloc.start()
+        for _ in range(250):
+            run.decode_batch(tokens)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(200):
+            run.decode_batch(tokens)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert after - before < 200 * 40  # less than one object a step
 
 
 def test_encoding_takes_what_is_planned(rng):
@@ -279,6 +331,7 @@ def test_released_memory_goes_back_to_the_system():
         ({"chunk": 129}, "chunk must be 1 to 128"),
         ({"n_streamed_layers": 5}, "n_streamed_layers must be 0 to 4"),
         ({"n_logits": 17}, "n_logits must be 1 to 16"),
+        ({"n_sequences": 0}, "n_sequences must be at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings, message):

@@ -53,6 +53,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         type=parse_count,
         help=f"tokens of an answer; default {DEFAULT_MAX_TOKENS}, at most half of the context",
     )
+    job.add_argument(
+        "--batch", metavar="N", type=int, help="sequences of that context that are decoded together; default 1"
+    )
     stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
     stated.add_argument(
         "--weights",
@@ -85,7 +88,7 @@ def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
     longest = spec.context_length
     context = args.context if args.context is not None else min(DEFAULT_CONTEXT, longest)
     max_tokens = args.max_tokens if args.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, context // 2))
-    return RunJob(context=context, max_tokens=max_tokens, batch=getattr(args, "batch", 1))
+    return RunJob(context=context, max_tokens=max_tokens, batch=1 if args.batch is None else args.batch)
 
 
 def stated(args: argparse.Namespace) -> Stated:

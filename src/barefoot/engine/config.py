@@ -30,7 +30,8 @@ class EngineConfig:
         keep the file's own blocks, whatever ``weights`` says.
     stream_head : the matrix that makes the logits is read from disk by tiles in each step, and, when it is tied,
         embedding rows are read singly.
-    n_logits : tokens whose logits are computed at once; more than 1 only pays where every token's logits are wanted.
+    n_logits : tokens of a prompt whose logits are computed at once; more than 1 only pays where all are wanted.
+    n_sequences : sequences that the KV store holds, ``context`` positions each; one token of each makes a decode step.
     n_threads : compute threads.
     layouts : class of matrices → the layout in which resident ones lie, where it is not panels
         (:mod:`barefoot.ops.dispatch`). Only for int8: ``float32`` reads rows.
@@ -44,5 +45,16 @@ class EngineConfig:
     n_streamed_layers: int = 0
     stream_head: bool = False
     n_logits: int = 1
+    n_sequences: int = 1
     n_threads: int = 1
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens of the largest pass: a chunk of a prompt, or one of each sequence."""
+        return max(self.chunk, self.n_sequences)
+
+    @property
+    def n_logit_rows(self) -> int:
+        """Tokens whose logits are there at once."""
+        return max(self.n_logits, self.n_sequences)

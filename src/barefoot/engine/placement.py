@@ -85,6 +85,8 @@ def _resident(weight: WeightSpec, config: EngineConfig) -> Resident:
 
 
 def _check(spec: ModelSpec, config: EngineConfig) -> None:
+    if config.n_sequences < 1:
+        raise InvalidInput(f"n_sequences must be at least 1, got {config.n_sequences}")
     for name, got, low, high in (
         ("context", config.context, 1, spec.context_length),
         ("chunk", config.chunk, 1, config.context),

@@ -36,6 +36,7 @@ __all__ = [
     "add_",
     "argmax",
     "attention",
+    "attention_each",
     "attention_scratch_bytes",
     "available_isas",
     "backend",
@@ -44,6 +45,7 @@ __all__ = [
     "head_rmsnorm",
     "isa",
     "kv_append",
+    "kv_append_each",
     "kv_row_bytes",
     "lut",
     "matmul",
@@ -78,9 +80,12 @@ else:
 
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
 #: ``matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and ``attention``, which take
-#: what the functions below take, with arrays of as many rows as it will ever have tokens; they record, and keep the
-#: arrays alive. ``run(n_tokens, n_past)`` calls them in order on the first ``n_tokens`` rows: ``n_past`` is the
-#: position of the first token. Arguments are checked op by op as it runs; weights may be bound between runs.
+#: what the functions below take, with arrays of as many rows as it will ever have tokens, and KV buffers of all
+#: sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the arrays alive.
+#: ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one sequence of
+#: which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of each of
+#: several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are checked op by
+#: op as it runs; weights may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:
@@ -245,6 +250,61 @@ def attention(
         scale=scale,
         softcap=softcap,
         activations=activations,
+        scratch=scratch,
+    )
+
+
+def kv_append_each(
+    k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int, sequences: list[int], positions: list[int]
+) -> None:
+    """``kv_append`` of one token of each of several sequences: row i belongs to ``sequences[i]`` at ``positions[i]``.
+
+    k, v : float32 [n, n_kv_heads * head_dim]
+    k_buf, v_buf : uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)]
+    sequences, positions : n ints each; no sequence twice
+    """
+    _impl.kv_append_each(k, v, k_buf, v_buf, fmt, capacity, sequences, positions)
+
+
+def attention_each(
+    q: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    out: F32,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    sequences: list[int],
+    positions: list[int],
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    scratch: U8,
+) -> None:
+    """``attention`` of one token of each of several sequences: exactly what each gives alone, in one parallel region.
+
+    q, out : float32 [n, n_heads * head_dim], not the same array; row i sits at ``positions[i]`` of ``sequences[i]``
+    k_buf, v_buf, sequences, positions : as in ``kv_append_each``, already holding these tokens
+    scratch : uint8, at least ``attention_scratch_bytes(n, n_heads, n_kv_heads, head_dim, each=True)``
+    """
+    _impl.attention_each(
+        q,
+        k_buf,
+        v_buf,
+        fmt,
+        out,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        sequences=sequences,
+        positions=positions,
+        window=window,
+        scale=scale,
+        softcap=softcap,
         scratch=scratch,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -242,41 +243,104 @@ def attention(
     out[...] = np.einsum("tgrp,gpd->tgrd", weights, values).reshape(n_tokens, -1)
 
 
+def kv_append_each(
+    k: F32,
+    v: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    capacity: int,
+    sequences: Sequence[int],
+    positions: Sequence[int],
+) -> None:
+    for i, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        kv_append(k[i : i + 1], v[i : i + 1], k_buf[sequence], v_buf[sequence], fmt, capacity, position)
+
+
+def attention_each(
+    q: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    out: F32,
+    *,
+    sequences: Sequence[int],
+    positions: Sequence[int],
+    **options: Any,
+) -> None:
+    for i, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        keys, values, row = k_buf[sequence], v_buf[sequence], slice(i, i + 1)
+        attention(q[row], keys, values, fmt, out[row], n_past=position, n_tokens=1, **options)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The tokens that a program runs on: ``n`` of one sequence, or one of each of several, whose ``spots`` are the
+    arguments ``sequences`` and ``positions``."""
+
+    n: int
+    n_past: int = 0
+    sequence: int = 0
+    spots: Mapping[str, Any] | None = None
+
+
 class Program:
     """A recorded sequence of ops; ``run`` calls them on the first rows of their arrays."""
 
     def __init__(self) -> None:
-        self._calls: list[Callable[[int, int], None]] = []
+        self._calls: list[Callable[[_Run], None]] = []
 
     def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
-        self._calls.append(lambda n, past: matmul(x[:n], weights, [out[:n] for out in outs], **options))
+        self._calls.append(lambda run: matmul(x[: run.n], weights, [out[: run.n] for out in outs], **options))
 
     def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
-        self._calls.append(lambda n, past: rmsnorm(x[:n], weight, eps, out[:n], **options))
+        self._calls.append(lambda run: rmsnorm(x[: run.n], weight, eps, out[: run.n], **options))
 
     def head_rmsnorm(self, x: F32, n_heads: int, head_dim: int, weight: F32, eps: float, **options: Any) -> None:
-        self._calls.append(lambda n, past: head_rmsnorm(x[:n], n_heads, head_dim, weight, eps, **options))
+        self._calls.append(lambda run: head_rmsnorm(x[: run.n], n_heads, head_dim, weight, eps, **options))
 
     def rope(self, x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved: bool) -> None:
-        self._calls.append(lambda n, past: rope(x[:n], n_heads, head_dim, cos[:n], sin[:n], interleaved=interleaved))
+        def call(run: _Run) -> None:
+            rope(x[: run.n], n_heads, head_dim, cos[: run.n], sin[: run.n], interleaved=interleaved)
+
+        self._calls.append(call)
 
     def glu(self, gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
-        self._calls.append(lambda n, past: glu(gate[:n], up[:n], out[:n], activation=activation))
+        self._calls.append(lambda run: glu(gate[: run.n], up[: run.n], out[: run.n], activation=activation))
 
     def add_(self, x: F32, y: F32) -> None:
-        self._calls.append(lambda n, past: add_(x[:n], y if y.ndim == 1 else y[:n]))
+        self._calls.append(lambda run: add_(x[: run.n], y if y.ndim == 1 else y[: run.n]))
 
     def kv_append(self, k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int) -> None:
-        self._calls.append(lambda n, past: kv_append(k[:n], v[:n], k_buf, v_buf, fmt, capacity, past))
+        def call(run: _Run) -> None:
+            rows = k[: run.n], v[: run.n]
+            if run.spots is not None:
+                kv_append_each(*rows, k_buf, v_buf, fmt, capacity, **run.spots)
+            else:
+                kv_append(*rows, k_buf[run.sequence], v_buf[run.sequence], fmt, capacity, run.n_past)
+
+        self._calls.append(call)
 
     def attention(self, q: F32, k_buf: U8, v_buf: U8, fmt: str, out: F32, **options: Any) -> None:
-        self._calls.append(
-            lambda n, past: attention(q[:n], k_buf, v_buf, fmt, out[:n], n_past=past, n_tokens=n, **options)
-        )
+        def call(run: _Run) -> None:
+            rows, outs = q[: run.n], out[: run.n]
+            if run.spots is not None:
+                attention_each(rows, k_buf, v_buf, fmt, outs, **run.spots, **options)
+            else:
+                store = k_buf[run.sequence], v_buf[run.sequence]
+                attention(rows, *store, fmt, outs, n_past=run.n_past, n_tokens=run.n, **options)
 
-    def run(self, n_tokens: int, n_past: int) -> None:
+        self._calls.append(call)
+
+    def run(self, n_tokens: int, n_past: int, sequence: int = 0) -> None:
+        self._run(_Run(n_tokens, n_past, sequence))
+
+    def run_each(self, sequences: Sequence[int], positions: Sequence[int]) -> None:
+        self._run(_Run(len(sequences), spots={"sequences": sequences, "positions": positions}))
+
+    def _run(self, run: _Run) -> None:
         for call in self._calls:
-            call(n_tokens, n_past)
+            call(run)
 
 
 def argmax(logits: F32) -> int:

@@ -60,24 +60,29 @@ def attention_scratch_bytes(
     activations: str = "float32",
     *,
     n_threads: int | None = None,
+    each: bool = False,
 ) -> int:
-    """Bytes that ``attention`` needs for ``n_tokens`` queries, whatever the number of keys.
+    """Bytes that ``attention`` needs for ``n_tokens`` queries, whatever the number of keys; with ``each``, those of
+    ``attention_each``.
 
     For each thread, float32: its queries and their outputs (up to 96, or the heads of one token that share a key head),
-    a tile of 64 keys or values and another of transposed keys, scores, maxima and sums. A single token also holds up to
-    16 partial outputs per head. Several tokens with ``activations="int8"`` may instead take, on any instruction set:
-    queries (2 bytes), outputs (4), maxima, totals and positions; 64 keys and values (2), once more as they decode (4)
-    and a part of them on its way to be transposed (1), and the scores (4) and probabilities (2) of 32 queries.
+    a tile of 64 keys or values and another of transposed keys, scores, maxima and sums. A token that is the only one of
+    its sequence also holds up to 16 partial outputs per head. Several tokens with ``activations="int8"`` may instead
+    take, on any instruction set: queries (2 bytes), outputs (4), maxima, totals and positions; 64 keys and values (2),
+    once more as they decode (4) and a part of them on its way to be transposed (1), and the scores (4) and
+    probabilities (2) of 32 queries.
     """
     n_threads = threads.get() if n_threads is None else n_threads
     sharing = n_heads // n_kv_heads
-    n_queries = min(max(1, QUERY_TILE // sharing), n_tokens) * sharing
+    together = 1 if each else n_tokens
+    n_queries = min(max(1, QUERY_TILE // sharing), together) * sharing
     width = round_up(head_dim, 16)
-    each = round_up(4 * (2 * n_queries * width + 2 * KEY_TILE * width + n_queries * KEY_TILE + 2 * n_queries), ALIGN)
-    if activations == "int8" and n_tokens > 1:
+    floats = 2 * n_queries * width + 2 * KEY_TILE * width + n_queries * KEY_TILE + 2 * n_queries
+    thread_bytes = round_up(4 * floats, ALIGN)
+    if activations == "int8" and together > 1:
         deep = round_up(head_dim, 32)
         queries = round_up(n_queries, BFLOAT16_QUERIES) * (6 * deep + 12)
         tile = KEY_TILE * ((2 + 2 + 4 + 1) * deep + 6 * BFLOAT16_QUERIES)
-        each = max(each, round_up(queries + tile, ALIGN))
-    partial = round_up(4 * MAX_SPLITS * n_heads * (width + 2), ALIGN) if n_tokens == 1 else 0
-    return ALIGN + n_threads * each + partial
+        thread_bytes = max(thread_bytes, round_up(queries + tile, ALIGN))
+    partial = round_up(4 * n_tokens * MAX_SPLITS * n_heads * (width + 2), ALIGN) if together == 1 else 0
+    return ALIGN + n_threads * thread_bytes + partial

@@ -110,6 +110,7 @@ class Problem:
             activations=self.activations,
             n_streamed_layers=0 if self.device.n_accelerators else frame.n_slow,
             stream_head=frame.stream_head,
+            n_sequences=self.job.batch,
             n_threads=self.n_threads,
             layouts=self.layouts,
         )

@@ -13,11 +13,10 @@ from barefoot.plan.job import RunJob, Stated, format_weights
 def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Stated, *, exact: bool = False) -> str:
     """The command for ``job`` within ``budget_bytes`` of the place that computes, with what is stated as flags.
 
-    ``barefoot run`` of one sequence on this machine, ``barefoot plan`` of more or for another machine. ``exact`` never
-    rounds the budget up.
+    ``barefoot run`` on this machine (of a batch: the prompts are the lines of standard input), ``barefoot plan`` for
+    another one. ``exact`` never rounds the budget up.
     """
-    runs_here = device == "this" and job.batch == 1
-    words = ["barefoot", "run" if runs_here else "plan", model]
+    words = ["barefoot", "run" if device == "this" else "plan", model]
     words += ["--device", device] if device != "this" else []
     words += ["--memory", exact_bytes(budget_bytes) if exact else flag_bytes(budget_bytes)]
     words += ["--context", str(job.context), "--max-tokens", str(job.max_tokens)]

@@ -190,6 +190,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
                 activations=cast(Activations, config["activations"]),
                 n_streamed_layers=config["n_streamed_layers"],
                 stream_head=config["stream_head"],
+                n_sequences=data["job"]["batch"],
                 n_threads=config["n_threads"],
                 layouts=dict(config["layouts"]),
             ),

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 from barefoot.core.ledger import Footprint, Place
 from barefoot.engine.config import EngineConfig
+from barefoot.engine.footprint import footprint as engine_footprint
 from barefoot.plan.choices import Frame, Problem, Tables
-from barefoot.plan.memory import accelerator_footprint, host_footprint
+from barefoot.plan.memory import accelerator_footprint
 from barefoot.plan.solve import Choice, best, by_bytes, by_speed, pace
 
 ANY_BYTES = 1 << 62
@@ -63,7 +64,7 @@ class Search:
         if self.place == "accelerator":
             job = accelerator_footprint(problem.spec, config, problem.job, problem.device, frame.n_slow)
         else:
-            job = host_footprint(problem.spec, config, problem.job)
+            job = engine_footprint(problem.spec, config)
         return self.fixed + job
 
     def _compute_overhead(self, chunk: int, streams: bool, stream_head: bool) -> tuple[int, int]:

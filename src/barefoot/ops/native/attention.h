@@ -11,7 +11,7 @@ struct AttentionLayout {
   int64_t thread_floats;  // scratch of one thread
   int64_t bytes;
   float* base;
-  float* partial;  // [n_heads][kMaxSplits][width + 2]: weighted sum, maximum, total
+  float* partial;  // [tokens][n_heads][kMaxSplits][width + 2]: weighted sum, maximum, total; of single tokens
 };
 
 // What one thread of attention_bf16.h holds; counted for every instruction set, so that a plan is for all of them.
@@ -23,15 +23,16 @@ inline int64_t bfloat16_bytes(int64_t n_queries, int64_t deep) {
 inline AttentionLayout lay_out(const AttentionArgs& a) {
   AttentionLayout l{};
   l.sharing = a.n_heads / a.kv.n_kv_heads;
-  const int64_t tokens = kQueryTile / l.sharing > 1 ? kQueryTile / l.sharing : 1;
-  l.tile_tokens = tokens < a.n_tokens ? tokens : a.n_tokens;
+  const int64_t tokens = kQueryTile / l.sharing > 1 ? kQueryTile / l.sharing : 1, together = a.spots ? 1 : a.n_tokens;
+  l.tile_tokens = tokens < together ? tokens : together;
   l.width = round_up(a.kv.head_dim, 16);
   l.deep = round_up(a.kv.head_dim, 32);
   const int64_t queries = l.tile_tokens * l.sharing;
   const int64_t floats = 2 * queries * l.width + 2 * kKeyTile * l.width + queries * kKeyTile + 2 * queries;
-  const int64_t reduced = a.int8 && a.n_tokens > 1 ? bfloat16_bytes(queries, l.deep) : 0;
+  const int64_t reduced = a.int8 && together > 1 ? bfloat16_bytes(queries, l.deep) : 0;
   l.thread_floats = round_up(4 * floats > reduced ? 4 * floats : reduced, kAlign) / 4;
-  const int64_t partial = a.n_tokens == 1 ? round_up(4 * kMaxSplits * a.n_heads * (l.width + 2), kAlign) : 0;
+  const int64_t partials = together == 1 ? a.n_tokens * a.n_heads * kMaxSplits : 0;
+  const int64_t partial = round_up(4 * partials * (l.width + 2), kAlign);
   l.bytes = kAlign + 4 * a.n_threads * l.thread_floats + partial;
   l.base = reinterpret_cast<float*>(a.scratch + (kAlign - reinterpret_cast<uintptr_t>(a.scratch) % kAlign) % kAlign);
   l.partial = l.base + a.n_threads * l.thread_floats;

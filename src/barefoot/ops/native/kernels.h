@@ -64,6 +64,11 @@ struct KvShape {
     if (format == KvFormat::f16) return 2 * head_dim;
     return format == KvFormat::q8 ? head_dim + 2 * groups : head_dim / 2 + 4 * groups;
   }
+  int64_t bytes() const { return n_kv_heads * capacity * row_bytes(); }  // of one sequence's keys, or its values
+};
+
+struct Spot {  // where a token belongs
+  int64_t sequence, position;
 };
 
 struct AttentionArgs {
@@ -76,6 +81,7 @@ struct AttentionArgs {
   bool int8;  // so coarse may the rounding be
   uint8_t* scratch;
   int n_threads;
+  const Spot* spots = nullptr;  // of each token, one for a sequence; null: all are of one sequence, from n_past on
 };
 
 enum class Activation { silu, gelu_tanh };
