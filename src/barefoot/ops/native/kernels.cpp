@@ -44,6 +44,8 @@ struct Constant {
 //
 #include "matmul.h"
 //
+#include "planes.h"
+//
 #include "fused.h"
 //
 #include "kvrows.h"
@@ -59,6 +61,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
+    &plane_matmul, &plane_scratch, &plane_bytes,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

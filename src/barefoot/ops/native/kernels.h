@@ -17,6 +17,7 @@ constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kLutRows = 64;
+constexpr int64_t kPlaneRows = 16;
 constexpr int64_t kFewLutTokens = 8;  // up to here products are looked up; beyond, codes are unpacked into tiles
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -48,6 +49,20 @@ struct MatmulArgs {
   uint8_t* scratch;
   int n_threads;
 };
+
+struct PlaneArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols;
+  const uint8_t* weight;
+  int64_t n_rows, group;  // group: a multiple of 32 columns, at most kMostPlaneColumns
+  int weight_bits, activation_bits;  // 1 to 8
+  float zero;  // the code that stands for 0 where no minimum is added
+  bool has_minimum, add;
+  float* out;  // [n_tokens, n_rows]
+  uint8_t* scratch;
+  int n_threads;
+};
+constexpr int64_t kMostPlaneColumns = 32768;  // 2^15 * 255 * 255 < 2^31: products of a group fit int32
 
 enum class KvFormat { f32, f16, q8, q4 };
 
@@ -92,6 +107,9 @@ struct Kernels {
   void (*kv_append)(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer);
   void (*attention)(const AttentionArgs&);
   int64_t (*attention_scratch)(const AttentionArgs&);
+  void (*plane_matmul)(const PlaneArgs&);
+  int64_t (*plane_scratch)(const PlaneArgs&);
+  int64_t (*plane_bytes)(const PlaneArgs&);
 };
 
 }  // namespace barefoot
