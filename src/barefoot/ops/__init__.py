@@ -62,6 +62,7 @@ __all__ = [
     "rope",
     "set_isa",
     "set_threads",
+    "top_k",
 ]
 
 F32 = npt.NDArray[np.float32]
@@ -283,6 +284,16 @@ def attention(
 def argmax(logits: F32) -> int:
     """The index of the largest of float32 [n]; the first one on a tie, and the first NaN if there is any."""
     return int(_impl.argmax(logits))
+
+
+def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
+    """The k largest of ``logits`` and where they stand, largest first, without sorting the others.
+
+    Equal ones come by index; NaN precede all numbers, so that the first id is what ``argmax`` returns.
+
+    logits : float32 [n]; values : float32 [k]; ids : int32 [k]; 1 ≤ k ≤ n
+    """
+    _impl.top_k(logits, values, ids)
 
 
 def read_at(fd: int, offset: int, array: U8) -> None:

@@ -272,6 +272,11 @@ def argmax(logits: F32) -> int:
     return int(np.argmax(logits))
 
 
+def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
+    order = np.lexsort((-logits, ~np.isnan(logits)))[: len(values)]
+    values[:], ids[:] = logits[order], order
+
+
 def read_at(fd: int, offset: int, array: U8) -> None:
     view = array.reshape(-1).data
     done = 0

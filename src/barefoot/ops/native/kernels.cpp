@@ -48,6 +48,8 @@ struct Constant {
 //
 #include "fused.h"
 //
+#include "select.h"
+//
 #include "kvrows.h"
 //
 #include "attention.h"
@@ -61,7 +63,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

@@ -110,6 +110,7 @@ struct Kernels {
   void (*plane_matmul)(const PlaneArgs&);
   int64_t (*plane_scratch)(const PlaneArgs&);
   int64_t (*plane_bytes)(const PlaneArgs&);
+  void (*top_k)(const float* x, int64_t n, int64_t k, float* values, int32_t* ids);
 };
 
 }  // namespace barefoot

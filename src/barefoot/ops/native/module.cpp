@@ -303,6 +303,14 @@ int64_t argmax(Vector logits) {
   return kernels().argmax(logits.data(), dim(logits, 0));
 }
 
+void top_k(Vector logits, Array<float, nb::ndim<1>> values, Array<int32_t, nb::ndim<1>> ids) {
+  const int64_t n = dim(logits, 0), k = dim(values, 0);
+  expect_size("number of ids", k, dim(ids, 0));
+  if (k < 1 || k > n || n > INT32_MAX) refuse("top_k takes 1 to " + text(n) + " of " + text(n) + " logits, got " + text(k));
+  nb::gil_scoped_release release;
+  kernels().top_k(logits.data(), n, k, values.data(), ids.data());
+}
+
 // --- KV ---
 
 KvFormat kv_format(const std::string& name) {
@@ -537,6 +545,7 @@ NB_MODULE(_native, m) {
         "activation"_a = "silu");
   m.def("add_", &barefoot::add_, "x"_a.noconvert(), "y"_a.noconvert());
   m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
+  m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
   m.def("kv_append", &barefoot::kv_append, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
         "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "start"_a);
   m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
