@@ -1,9 +1,10 @@
 """The numerical ops of barefoot: one schema per op, compiled kernels behind it, numpy where they are missing.
 
 Arrays are C-contiguous numpy arrays. Activations are float32 [n_tokens, d]; weights and KV buffers are uint8 in the
-formats of ``barefoot.ops.blocks`` and ``barefoot.ops.kvrows``. Nothing is allocated inside an op: outputs and scratch
-are the caller's, and ``matmul_scratch_bytes`` and ``attention_scratch_bytes`` say how much. Wrong shapes, dtypes or
-sizes raise TypeError or ValueError before anything is read.
+formats of ``barefoot.ops.blocks``, ``barefoot.ops.planes`` and ``barefoot.ops.kvrows``. Nothing is allocated inside an
+op: outputs and scratch are the caller's, and ``matmul_scratch_bytes``, ``plane_scratch_bytes`` and
+``attention_scratch_bytes`` say how much. Wrong shapes, dtypes or sizes raise TypeError or ValueError before anything is
+read.
 
 The instruction set is chosen once at import from what the processor has; the environment variable ``BAREFOOT_ISA`` or
 ``set_isa`` overrides it. For a given number of threads results are the same from run to run.
@@ -19,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import lut, panels, reference
+from barefoot.ops import lut, panels, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -54,12 +55,16 @@ __all__ = [
     "pack_lut",
     "pack_panels",
     "panels",
+    "plane_matmul",
+    "plane_scratch_bytes",
+    "planes",
     "populate",
     "read_at",
     "rmsnorm",
     "rope",
     "set_isa",
     "set_threads",
+    "top_k",
 ]
 
 F32 = npt.NDArray[np.float32]
@@ -148,6 +153,40 @@ def pack_lut(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
     ValueError : ``lut.supports(format, n_rows, n_cols)`` is false, or sizes differ.
     """
     _impl.pack_lut(format, rows, n_rows, n_cols, out)
+
+
+def plane_matmul(
+    x: F32, weight: planes.PlaneWeight, out: F32, *, activation_bits: int, add: bool = False, scratch: U8
+) -> None:
+    """out = x @ W^T, or out += x @ W^T with ``add``, of bit planes (``barefoot.ops.planes``).
+
+    Sums within a group of columns are exact integers, sums of groups float32. The result does not depend on threads.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    activation_bits : 1 to 8; x is rounded to so many bits, one scale per token and group of the weight. A token that
+        holds NaN or infinity gives NaN in all its outputs.
+    scratch : uint8, at least ``plane_scratch_bytes(n_tokens, cols, activation_bits, weight.format.group)``
+    """
+    if x.shape[1:] != (weight.cols,) or out.shape != (len(x), weight.rows):
+        raise ValueError(
+            f"planes [{weight.rows}, {weight.cols}] take x [n_tokens, {weight.cols}] and out [n_tokens, "
+            f"{weight.rows}], got {x.shape} and {out.shape}"
+        )
+    fmt = weight.format
+    _impl.plane_matmul(
+        x,
+        weight.buffer,
+        out,
+        weight_bits=fmt.bits,
+        group=fmt.group,
+        zero=fmt.zero,
+        has_minimum=fmt.has_minimum,
+        activation_bits=activation_bits,
+        add=add,
+        scratch=scratch,
+    )
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
@@ -312,6 +351,16 @@ def attention_each(
 def argmax(logits: F32) -> int:
     """The index of the largest of float32 [n]; the first one on a tie, and the first NaN if there is any."""
     return int(_impl.argmax(logits))
+
+
+def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
+    """The k largest of ``logits`` and where they stand, largest first, without sorting the others.
+
+    Equal ones come by index; NaN precede all numbers, so that the first id is what ``argmax`` returns.
+
+    logits : float32 [n]; values : float32 [k]; ids : int32 [k]; 1 ≤ k ≤ n
+    """
+    _impl.top_k(logits, values, ids)
 
 
 def read_at(fd: int, offset: int, array: U8) -> None:

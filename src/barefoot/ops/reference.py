@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows, lut, panels
+from barefoot.ops import blocks, kvrows, lut, panels, planes
 from barefoot.ops.scratch import BFLOAT16_TOKENS
 
 F32 = npt.NDArray[np.float32]
@@ -147,6 +147,24 @@ def matmul(
                 out[:, chunk] += product
             else:
                 out[:, chunk] = product
+
+
+def plane_matmul(
+    x: F32,
+    weight: U8,
+    out: F32,
+    *,
+    weight_bits: int,
+    group: int,
+    zero: float,
+    has_minimum: bool,
+    activation_bits: int,
+    add: bool,
+    scratch: U8 | None = None,
+) -> None:
+    fmt = planes.PlaneFormat(weight_bits, group, zero, has_minimum)
+    product = planes.product(x, planes.PlaneWeight(fmt, out.shape[1], x.shape[1], weight), activation_bits)
+    out[...] = out + product if add else product
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
@@ -345,6 +363,11 @@ class Program:
 
 def argmax(logits: F32) -> int:
     return int(np.argmax(logits))
+
+
+def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
+    order = np.lexsort((-logits, ~np.isnan(logits)))[: len(values)]
+    values[:], ids[:] = logits[order], order
 
 
 def read_at(fd: int, offset: int, array: U8) -> None:

@@ -52,6 +52,15 @@ def matmul_scratch_bytes(
     return ALIGN + quantized + n_threads * ROW_TILE * tile
 
 
+def plane_scratch_bytes(n_tokens: int, n_cols: int, activation_bits: int, group: int) -> int:
+    """Bytes that ``plane_matmul`` needs, whatever the rows of the weight and the threads.
+
+    The planes of the activations, 4 bytes for 32 columns each, and per group of columns a scale and a sum of 4 bytes.
+    """
+    planes = round_up(4 * n_tokens * activation_bits * -(-n_cols // 32), ALIGN)
+    return ALIGN + planes + 2 * round_up(4 * n_tokens * -(-n_cols // group), ALIGN)
+
+
 def attention_scratch_bytes(
     n_tokens: int,
     n_heads: int,

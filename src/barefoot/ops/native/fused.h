@@ -92,12 +92,3 @@ inline void add(float* x, const float* y, int64_t n) {
     map(x + begin, y + begin, x + begin, end - begin, [](F a, F b) { return a + b; });
   });
 }
-
-inline int64_t argmax(const float* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (x[i] != x[i]) return i;
-    if (x[i] > x[best]) best = i;
-  }
-  return best;
-}

@@ -53,7 +53,11 @@ struct Constant {
 //
 #include "matmul.h"
 //
+#include "planes.h"
+//
 #include "fused.h"
+//
+#include "select.h"
 //
 #include "kvrows.h"
 //
@@ -72,6 +76,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

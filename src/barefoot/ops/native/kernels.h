@@ -18,6 +18,7 @@ constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kLutRows = 64;
+constexpr int64_t kPlaneRows = 16;
 constexpr int64_t kFewLutTokens = 8;  // up to here products are looked up; beyond, codes are unpacked into tiles
 constexpr int64_t kBfloat16Tokens = 24;    // from here on products are taken in bfloat16 where the processor has tiles
 constexpr int64_t kBfloat16Columns = 256;  // whose bfloat16 weights are held at a time
@@ -52,6 +53,20 @@ struct MatmulArgs {
   uint8_t* scratch;
   int n_threads;
 };
+
+struct PlaneArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols;
+  const uint8_t* weight;
+  int64_t n_rows, group;  // group: a multiple of 32 columns, at most kMostPlaneColumns
+  int weight_bits, activation_bits;  // 1 to 8
+  float zero;  // the code that stands for 0 where no minimum is added
+  bool has_minimum, add;
+  float* out;  // [n_tokens, n_rows]
+  uint8_t* scratch;
+  int n_threads;
+};
+constexpr int64_t kMostPlaneColumns = 32768;  // 2^15 * 255 * 255 < 2^31: products of a group fit int32
 
 enum class KvFormat { f32, f16, q8, q4 };
 
@@ -103,6 +118,10 @@ struct Kernels {
   void (*kv_append)(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer);
   void (*attention)(const AttentionArgs&);
   int64_t (*attention_scratch)(const AttentionArgs&);
+  void (*plane_matmul)(const PlaneArgs&);
+  int64_t (*plane_scratch)(const PlaneArgs&);
+  int64_t (*plane_bytes)(const PlaneArgs&);
+  void (*top_k)(const float* x, int64_t n, int64_t k, float* values, int32_t* ids);
 };
 
 }  // namespace barefoot

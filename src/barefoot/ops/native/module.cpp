@@ -239,6 +239,24 @@ void pack_lut(const std::string& format, Bytes rows, int64_t n_rows, int64_t n_c
   kernels().pack_lut(shape.format(), rows.data(), n_rows, n_cols, out.data());
 }
 
+void plane_matmul(Matrix x, Bytes weight, MatrixOut out, int weight_bits, int64_t group, float zero, bool has_minimum,
+                  int activation_bits, bool add, BytesOut scratch) {
+  if (weight_bits < 1 || weight_bits > 8 || activation_bits < 1 || activation_bits > 8)
+    refuse("codes have 1 to 8 bits, got weights of " + text(weight_bits) + " and activations of " +
+           text(activation_bits));
+  if (group < 32 || group % 32 || group > kMostPlaneColumns)
+    refuse("planes have groups of 32 to " + text(kMostPlaneColumns) + " columns, whole words of 32, got " + text(group));
+  expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+  const PlaneArgs args{x.data(),        dim(x, 0), dim(x, 1),   weight.data(), dim(out, 1), group,          weight_bits,
+                       activation_bits, zero,      has_minimum, add,           out.data(),  scratch.data(), n_threads()};
+  expect_size("bytes of the weight's buffer", kernels().plane_bytes(args), static_cast<int64_t>(weight.size()));
+  const int64_t needed = kernels().plane_scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  if (x.size() == 0) return;
+  nb::gil_scoped_release release;
+  kernels().plane_matmul(args);
+}
+
 // --- fused ---
 
 void rmsnorm(Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
@@ -289,6 +307,14 @@ int64_t argmax(Vector logits) {
   if (logits.size() == 0) refuse("argmax of an empty array");
   nb::gil_scoped_release release;
   return kernels().argmax(logits.data(), dim(logits, 0));
+}
+
+void top_k(Vector logits, Array<float, nb::ndim<1>> values, Array<int32_t, nb::ndim<1>> ids) {
+  const int64_t n = dim(logits, 0), k = dim(values, 0);
+  expect_size("number of ids", k, dim(ids, 0));
+  if (k < 1 || k > n || n > INT32_MAX) refuse("top_k takes 1 to " + text(n) + " of " + text(n) + " logits, got " + text(k));
+  nb::gil_scoped_release release;
+  kernels().top_k(logits.data(), n, k, values.data(), ids.data());
 }
 
 // --- KV ---
@@ -596,6 +622,9 @@ NB_MODULE(_native, m) {
         "out"_a.noconvert());
   m.def("pack_lut", &barefoot::pack_lut, "format"_a, "rows"_a.noconvert(), "n_rows"_a, "n_cols"_a,
         "out"_a.noconvert());
+  m.def("plane_matmul", &barefoot::plane_matmul, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(),
+        nb::kw_only(), "weight_bits"_a, "group"_a, "zero"_a, "has_minimum"_a, "activation_bits"_a, "add"_a,
+        "scratch"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
@@ -606,6 +635,7 @@ NB_MODULE(_native, m) {
         "activation"_a = "silu");
   m.def("add_", &barefoot::add_, "x"_a.noconvert(), "y"_a.noconvert());
   m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
+  m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
   m.def("kv_append", &barefoot::kv_append, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
         "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "start"_a);
   m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,

@@ -62,12 +62,12 @@ size_t page_bytes() {
 }
 
 #if defined(__linux__) && defined(__x86_64__)
-// Tiles of bfloat16 (AMX-BF16), and AVX512-BF16 and -VBMI, which fill them.
+// Tiles of bfloat16 (AMX-BF16), AVX512-BF16 and -VBMI, which fill them, and -VPOPCNTDQ, which every such processor has.
 bool has_amx_bf16() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1), vbmi = c >> 1 & 1;
-  return tiles && vbmi && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1), others = (c >> 1 & 1) && (c >> 14 & 1);
+  return tiles && others && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
 // The kernel keeps 8 KiB more state for every thread of a process that uses tiles, so it wants to be asked first.
