@@ -98,7 +98,8 @@ def test_add_and_dense_weights_beside(isa, n_tokens, rng):
     for weight, out in zip(weights, outs, strict=True):
         (alone,) = products(x, [weight])
         assert np.allclose(out - 100, alone, rtol=0, atol=1e-4)
-        assert np.array_equal(products(x[:MANY], [weight])[0], alone[:MANY])  # tokens don't depend on each other
+        first = x[:32]  # enough for the same kernels: tokens don't depend on each other
+        assert np.array_equal(products(first, [weight])[0], alone[:32])
 
 
 def test_results_do_not_depend_on_threads(isa, threads, rng):

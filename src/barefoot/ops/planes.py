@@ -50,6 +50,7 @@ import numpy.typing as npt
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.units import round_up
 from barefoot.ops import blocks
+from barefoot.ops.payload import pack_chunks, unpack_chunks
 
 U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
@@ -214,7 +215,7 @@ def from_blocks(format_id: str, rows: U8, n_cols: int) -> PlaneWeight:
     blocked = rows.reshape(len(rows), -1, blocks.block_bytes(format_id))
     headers = np.ascontiguousarray(blocked[..., : group.header_bytes]).view("<f2")
     payload = blocked[..., group.header_bytes :].reshape(*blocked.shape[:2], -1, 4 * group.bits)
-    codes = blocks.unpack_chunks(payload, group.bits).reshape(len(rows), n_cols)
+    codes = unpack_chunks(payload, group.bits).reshape(len(rows), n_cols)
     codes = codes ^ np.uint8(0x80) if group.signed else codes
     return pack(fmt, codes, headers[..., 0], headers[..., 1] if group.has_minimum else None)
 
@@ -226,7 +227,7 @@ def to_blocks(format_id: str, weight: PlaneWeight) -> U8:
     assert PlaneFormat.of_blocks(format_id) == weight.format
     codes, steps, minimums = unpack(weight)
     codes = codes ^ np.uint8(0x80) if group.signed else codes
-    payload = blocks.pack_chunks(codes.reshape(*steps.shape, -1, WORD), group.bits)
+    payload = pack_chunks(codes.reshape(*steps.shape, -1, WORD), group.bits)
     header = np.stack([steps] if minimums is None else [steps, minimums], axis=-1).astype("<f2").view(np.uint8)
     parts = [header, payload.reshape(*steps.shape, -1)]
     return np.concatenate(parts, axis=-1).reshape(weight.rows, -1)
