@@ -17,6 +17,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.io.tokenizer import load_tokenizer
 from barefoot.ops.dispatch import parse_layouts
 from barefoot.plan.job import parse_weights
 
@@ -38,6 +39,10 @@ def main() -> None:
     )
     engine = Engine(checkpoint, model_spec(checkpoint), config)
     load_s = time.perf_counter() - start
+    if "first_token_of" in settings:
+        engine.prefill(load_tokenizer(checkpoint).encode(settings["first_token_of"])).argmax()
+        print("{}")
+        return
     if logits_of:
         kept: list[np.ndarray] = []
         for window in logits_of:

@@ -42,10 +42,14 @@ REQUANTIZED = {
     "tinyllama-tq2_0": ("tinyllama-q4_0", "tq2_0"),
 }
 #: All in two bits (or three values), the embedding in the file's own four: it is read a row at a time.
-TWO_BITS = "attn=int(bits=2,group=64) ffn=int(bits=2,group=64) head=int(bits=2,group=64)"
+TWO_BITS = "attn=int(bits=2,group=128) ffn=int(bits=2,group=128) head=int(bits=2,group=128)"
 TERNARY = "attn=ternary ffn=ternary head=ternary"
 DECODE, PREFILL, PEAK, FIRST = "decode_tokens_per_s", "prefill_tokens_per_s", "peak_mib", "first_token_s"
-PROMPT = "The old mill by the river had stood empty for thirty years when a family of boat builders came from the north"
+#: 32 tokens of SmolLM2.
+PROMPT = (
+    "The old mill by the river had stood empty for thirty years when a family of boat builders came from the north and "
+    "asked the miller for its keys and boats"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def long(own_kv: str, peer_kv: str) -> dict[str, Any]:
         "own": Contender("barefoot", "smollm2-q4_0", {"kv": own_kv}),
         "peer": peer,
         "settings": {"prefill": 8000, "decode": 64},
-        "rounds": 3,
+        "rounds": 2,
     }
 
 
@@ -107,18 +111,21 @@ CASES = {
         Contender("barefoot", TINY),
         (Claim(DECODE, 1.6, aim=1.9),),
         {"prefill": 64},
+        rounds=3,
     ),
     "two-bits": Case(
         Contender("barefoot", TINY, {"weights": TWO_BITS}),
         Contender("llama.cpp", "tinyllama-q2_k"),
         (Claim(DECODE, 1.6, aim=2.1),),
         {"prefill": 64},
+        rounds=3,
     ),
     "ternary": Case(
         Contender("barefoot", TINY, {"weights": TERNARY}),
         Contender("llama.cpp", "tinyllama-tq2_0"),
         (Claim(DECODE, 1.25, aim=1.6),),
         {"prefill": 64},
+        rounds=3,
     ),
     "openvino": Case(
         Contender("barefoot", "packaged"), Contender("OpenVINO", "packaged"), (Claim(PREFILL, 0.9, aim=1.3),)
@@ -168,16 +175,21 @@ def bytes_a_token(path: str) -> int:
 
 
 def first_token(contender: Contender, path: str, python: str, n_threads: int) -> Mapping[str, float]:
-    """Seconds from starting a process to the end of one that has answered a single token."""
+    """Seconds from starting a process to the end of one that has answered a single token.
+
+    A few lines of Python over each library; for barefoot also its command, which plans and measures first.
+    """
     start = time.perf_counter()
+    settings = {"model": path, "context": 512, "n_threads": n_threads, "first_token_of": PROMPT}
+    child(HERE / WORKERS[contender.engine], settings, python)
+    result = {FIRST: time.perf_counter() - start}
     if contender.engine == "barefoot":
         command = [sys.executable, "-m", "barefoot", "run", path, PROMPT, "--raw", "--max-tokens", "1", "--json"]
         command += ["--threads", str(n_threads), "--context", "512", "--temperature", "0", "--memory", "512MiB"]
+        start = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
-    else:
-        settings = {"model": path, "context": 512, "n_threads": n_threads, "first_token_of": PROMPT}
-        child(HERE / WORKERS[contender.engine], settings, python)
-    return {FIRST: time.perf_counter() - start}
+        result["command_first_token_s"] = time.perf_counter() - start
+    return result
 
 
 def measure(name: str, case: Case, args: argparse.Namespace) -> None:

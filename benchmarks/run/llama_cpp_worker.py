@@ -22,8 +22,8 @@ def evaluate(model: llama_cpp.Llama, ids: list[int], n_batch: int) -> None:
     """Append ``ids``; logits of the last one."""
     for start in range(0, len(ids), n_batch):
         part = ids[start : start + n_batch]
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(part))(*part), len(part))
-        if llama_cpp.llama_decode(model.ctx, batch):
+        tokens = (ctypes.c_int32 * len(part))(*part)  # held until the call is over: the batch only points to it
+        if llama_cpp.llama_decode(model.ctx, llama_cpp.llama_batch_get_one(tokens, len(part))):
             raise RuntimeError("llama_decode failed")
     llama_cpp.llama_synchronize(model.ctx)
 

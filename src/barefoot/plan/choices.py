@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -329,8 +329,23 @@ class Tables:
 
     def _compute_slots(self, frame: Frame) -> list[list[Option]]:
         """One list of options for each group of matrices, then one for the KV store; none is worse in all."""
-        slots = [self._group_slot(g, frame) for g in self.problem.groups]
-        return [undominated(options) for options in (*slots, self._kv_slot(frame))]
+        return [undominated(options) for options in self._all_options(frame)]
+
+    def least(self, frame: Frame) -> tuple[tuple[int, int], float, float]:
+        """(bytes, seconds, KL) below which no choice within the frame is: the sums of what each slot has least."""
+        main = second = 0
+        seconds = kl = 0.0
+        for options in self._all_options(frame):
+            main += min(o.bytes[0] for o in options)
+            second += min(o.bytes[1] for o in options)
+            seconds += min(o.seconds for o in options)
+            kl += min(o.kl for o in options)
+        return (main, second), seconds, kl
+
+    def _all_options(self, frame: Frame) -> Iterator[list[Option]]:
+        for group in self.problem.groups:
+            yield self._group_slot(group, frame)
+        yield self._kv_slot(frame)
 
     def _group_slot(self, group: WeightGroup, frame: Frame) -> list[Option]:
         if group in ("embed", "head"):

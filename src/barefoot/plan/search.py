@@ -55,8 +55,8 @@ class Search:
         self._frames = problem.frames()
         self._smallest_chunk = min(f.chunk for f in self._frames)
         self._overhead = functools.cache(self._compute_overhead)
-        self._least = functools.cache(lambda frame: _least(frame, self._tables))
-        self._least_size = functools.cache(lambda frame: _least(frame, self._sizes).bytes)
+        self._least = functools.cache(lambda frame: _Least(frame, *self._tables.least(frame)))
+        self._least_size = functools.cache(lambda frame: self._sizes.least(frame)[0])
 
     def footprint(self, frame: Frame, config: EngineConfig) -> Footprint:
         """Every byte of the job."""
@@ -153,9 +153,3 @@ class Search:
     def _bound(self, frame: Frame) -> int:
         """Bytes that any choice within the frame needs where the computation is."""
         return self._least_size(frame)[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
-
-
-def _least(frame: Frame, tables: Tables) -> _Least:
-    slots = tables.slots(frame)
-    size = (sum(min(o.bytes[0] for o in s) for s in slots), sum(min(o.bytes[1] for o in s) for s in slots))
-    return _Least(frame, size, sum(min(o.seconds for o in s) for s in slots), sum(min(o.kl for o in s) for s in slots))

@@ -90,7 +90,9 @@ inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, in
         continue;
       }
       if (kv.format == KvFormat::f16) {
-        for (int64_t i = 0; i < n; ++i) {
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) store_half(p + 2 * i, load(x + i));
+        for (; i < n; ++i) {
           const uint16_t half = float_to_half(x[i]);
           std::memcpy(p + 2 * i, &half, 2);
         }

@@ -25,7 +25,6 @@ struct Words {
 struct Counts {
   __m512i v;
 };
-inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Words load_words(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Words repeat_word(uint32_t word) { return {_mm512_set1_epi32(static_cast<int>(word))}; }
@@ -56,7 +55,6 @@ struct Words {
 struct Counts {
   __m256i v;
 };
-inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline I operator-(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Words load_words(const uint8_t* p) { return {load_256(p)}; }
 inline Words repeat_word(uint32_t word) { return {_mm256_set1_epi32(static_cast<int>(word))}; }
@@ -81,11 +79,6 @@ struct Words {
 struct Counts {
   uint64_t v[kLanes / 2];
 };
-inline I operator+(I a, I b) {  // modulo 2^32, as in the other registers
-  for (int i = 0; i < kLanes; ++i)
-    a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
-  return a;
-}
 inline I operator-(I a, I b) {
   for (int i = 0; i < kLanes; ++i)
     a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i]));
@@ -206,7 +199,7 @@ void multiply_planes(const PlaneArgs& p, const PlaneInput& x, const uint8_t* til
     for (int t = 0; t < Tokens; ++t) sum[t] = zero_int();
     for (int64_t step = plane_words(columns); step > 0; step -= kStepWords) {
       const int64_t n = step < kStepWords ? step : kStepWords, bytes = n * Bits * vector_bytes;
-      for (int64_t line = 0; line < bytes; line += 64) prefetch(tile + kPrefetchBytes + line);
+      fetch_ahead(tile, bytes);
       I joined[Tokens];
       for (int t = 0; t < Tokens; ++t) joined[t] = zero_int();
       for (int j = p.activation_bits - 1; j >= 0; --j) {
