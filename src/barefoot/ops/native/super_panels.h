@@ -78,8 +78,7 @@ void dot_super_panel(const uint8_t* panel, const Quantized8& x, int64_t token, f
     for (int t = 0; t < Tokens; ++t) total[t] = set1(0.0f);
     const uint8_t* group = panel;
     for (int64_t g = 0; g < groups32; g += P::chunks, group += P::group_bytes) {
-      if (row == 0)
-        fetch_ahead(group, P::group_bytes);
+      if (row == 0) fetch_ahead(group, P::group_bytes);
       alignas(64) uint8_t room[P::kUnpacked];
       const uint8_t* sub_scales = P::sub_scales(group, room);
       const uint8_t* chunk = group + P::header;
