@@ -1,6 +1,7 @@
 """One fresh process of barefoot: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings as in llama_cpp_worker.py, with ``kv`` and ``weights`` (spec strings) and ``chunk``; no torch, no command line.
+Settings as in llama_cpp_worker.py, with ``kv``, ``weights``, ``layouts`` (as on the command line) and ``chunk``; no
+torch, no command line.
 """
 
 import json
@@ -16,6 +17,8 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.io.tokenizer import load_tokenizer
+from barefoot.ops.dispatch import parse_layouts
 from barefoot.plan.job import parse_weights
 
 
@@ -26,15 +29,20 @@ def main() -> None:
     checkpoint = Checkpoint(settings["model"])
     config = EngineConfig(
         context=settings["context"],
-        weights=parse_weights(settings["weights"]) if "weights" in settings else {},
         kv=parse_composition(settings.get("kv", "f16"), techniques("kv.stores"), "kv")[0],
         chunk=settings.get("chunk", 128),
         n_threads=settings["n_threads"],
         activations=settings.get("activations", "int8"),
+        weights=parse_weights(settings["weights"]) if "weights" in settings else {},
+        layouts=parse_layouts(settings.get("layouts", "panels")),
         n_logits=64 if logits_of else 1,
     )
     engine = Engine(checkpoint, model_spec(checkpoint), config)
     load_s = time.perf_counter() - start
+    if "first_token_of" in settings:
+        engine.prefill(load_tokenizer(checkpoint).encode(settings["first_token_of"])).argmax()
+        print("{}")
+        return
     if logits_of:
         kept: list[np.ndarray] = []
         for window in logits_of:

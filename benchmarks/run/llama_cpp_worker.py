@@ -1,6 +1,7 @@
 """One fresh process of llama.cpp: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings: model, prefill, decode, n_threads, context, n_batch, kv (f16, q8_0 or q4_0); or ``logits_of`` (windows of
+Settings: model, prefill, decode, n_threads, context, n_batch, kv (f16, q8_0 or q4_0), flash_attn (by default only
+where quantized values need it: it costs decoding on CPU speed); or ``logits_of`` (windows of
 token ids) and ``out`` to keep the logits of the second halves instead of timing; or ``first_token_of``, a text: its
 first token and nothing else. Timing calls ``llama_decode`` itself: what the Python binding adds to it is not counted.
 """
@@ -22,8 +23,8 @@ def evaluate(model: llama_cpp.Llama, ids: list[int], n_batch: int) -> None:
     """Append ``ids``; logits of the last one."""
     for start in range(0, len(ids), n_batch):
         part = ids[start : start + n_batch]
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(part))(*part), len(part))
-        if llama_cpp.llama_decode(model.ctx, batch):
+        tokens = (ctypes.c_int32 * len(part))(*part)  # held until the call is over: the batch only points to it
+        if llama_cpp.llama_decode(model.ctx, llama_cpp.llama_batch_get_one(tokens, len(part))):
             raise RuntimeError("llama_decode failed")
     llama_cpp.llama_synchronize(model.ctx)
 
@@ -45,7 +46,7 @@ def main() -> None:
         n_ubatch=n_batch,
         logits_all="logits_of" in settings,
         verbose=False,
-        flash_attn=settings.get("flash_attn", True),
+        flash_attn=settings.get("flash_attn", settings.get("kv", "f16") != "f16"),
         type_k=KV_TYPES[settings.get("kv", "f16")],
         type_v=KV_TYPES[settings.get("kv", "f16")],
     )

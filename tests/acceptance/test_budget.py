@@ -67,6 +67,21 @@ def test_inside_the_budget(tmp_path, smollm2, memory):
     assert "Paris" in record["text"]
 
 
+@pytest.mark.parametrize(("batch", "kv", "row"), [(1, "q8", 68), (3, "f16", 128), (16, "q4", 40), (16, "f32", 256)])
+def test_a_batch_inside_the_budget(tmp_path, smollm2, batch, kv, row):
+    """18 prompts; the keys and values of every sequence are there, ``row`` bytes for a head's 64 numbers."""
+    prompts, n_bytes = tmp_path / "prompts.txt", 768 * MIB
+    prompts.write_text("\n".join(["The capital of France is", "1, 2, 3, 4,"] * 9), "utf-8")
+    job = ("--batch", str(batch), "--kv", kv, "--context", "512", "--max-tokens", "8", "--memory", str(n_bytes))
+    record = run(tmp_path, n_bytes, smollm2, "--prompts", str(prompts), "--raw", *job)
+    stored = batch * 512 * 30 * 2 * 3 * row
+    assert record["by_kind"]["kv"] == {"predicted": stored, "measured": stored}
+    assert [("Paris" in a["text"], " 5, 6" in a["text"]) for a in record["answers"]] == [
+        (True, False),
+        (False, True),
+    ] * 9
+
+
 def test_the_smallest_budget_of_a_large_vocabulary(tmp_path):
     """262,144 tokens: the tables of the tokenizer are a good part of what the process takes."""
     job = (fetched("gemma3-270m"), "--context", "1024", "--max-tokens", "16")

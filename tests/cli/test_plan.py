@@ -101,11 +101,33 @@ def test_choices_that_are_none(barefoot, tiny_gguf, arguments):
     assert done.stderr.startswith("error: ")
 
 
-def test_a_batch_is_planned_not_run(barefoot, tiny_gguf):
-    record = planned(barefoot, tiny_gguf.path, "--memory", "256MiB", "--batch", "2")
-    assert shlex.split(record["command"])[:2] == ["barefoot", "plan"]
-    again = json.loads(barefoot(*shlex.split(record["command"])[1:], "--json").stdout)
-    assert again["needed_bytes"] == record["needed_bytes"]
+def test_the_command_of_a_batch_answers_the_lines_of_standard_input(barefoot, tiny_gguf):
+    record = planned(barefoot, tiny_gguf.path, "--memory", "256MiB", "--batch", "2", "--context", "64")
+    assert shlex.split(record["command"])[:2] == ["barefoot", "run"]
+    done = barefoot(*shlex.split(record["command"])[1:], "--max-tokens", "4", stdin="one\n\ntwo\nthree\n")
+    assert done.returncode == 0, done.stderr
+    assert sorted(json.loads(line)["index"] for line in done.stdout.splitlines()) == [0, 1, 2]
+
+
+def test_a_plan_shows_its_batch(barefoot, tiny_gguf):
+    done = barefoot("plan", tiny_gguf.path, "--memory", "256MiB", "--batch", "3", "--context", "64")
+    assert "3 sequences decoded together" in done.stdout
+    assert "3 at once" in done.stdout
+
+
+def test_too_large_a_batch_names_the_largest(barefoot, tiny_gguf):
+    """Each sequence of 512 positions takes 2 layers × 2 × 512 rows of f32 to q4: 20 bytes a row at least."""
+    done = barefoot("plan", tiny_gguf.path, "--memory", "120MiB", "--batch", "4000", "--context", "512", "--json")
+    assert done.returncode == 3, done.stderr
+    record = json.loads(done.stdout)
+    largest = record["largest_batch"]
+    assert 100 < largest < 120 * 2**20 // (2 * 2 * 512 * 20)
+    assert f"the largest batch is {largest}" in record["message"]
+    assert "for each of 4000 sequences" in record["message"]
+    commands = [shlex.split(a["command"]) for a in record["alternatives"]]
+    (fitting,) = [c for c in commands if c[c.index("--batch") + 1] == str(largest)]
+    again = barefoot("plan", *fitting[2:], "--json")
+    assert again.returncode == 0, again.stderr
 
 
 def test_explain_counts_keys_and_values(barefoot, tiny_gguf):

@@ -10,8 +10,9 @@ from random_files import GEMMA, LLAMA, write_random
 
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
-from barefoot.core.ledger import Term, entry
+from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.measure import release_free_memory, resident
+from barefoot.core.registry import techniques
 from barefoot.engine.arena import Arena
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.footprint import CONVERT_ELEMENTS, ENCODE_BYTES_PER_WEIGHT, PASSING, footprint
@@ -26,7 +27,11 @@ from barefoot.ops import blocks
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.integer import IntegerGroups
 
+STORES = techniques("kv.stores")
 INT4, INT8 = IntegerGroups(4, 32), IntegerGroups(8, 32, True)
+INT2 = IntegerGroups(2, 32)
+WIDE = LLAMA | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1024}
+LOOKED_UP = {"weights": {"attn": INT2, "ffn": IntegerGroups(3, 32)}, "layouts": {"2/small": "lut", "3/small": "lut"}}
 CASES = {
     "plain": (LLAMA, {}),
     "q8": (LLAMA, {"kv": Int8Store(), "context": 77, "chunk": 5}),
@@ -35,8 +40,14 @@ CASES = {
     "streamed": (LLAMA, {"n_streamed_layers": 2, "weights": {"ffn": INT4}}),
     "all streamed": (LLAMA, {"n_streamed_layers": 4, "stream_head": True, "n_logits": 3}),
     "tied streamed": (LLAMA | {"tie_word_embeddings": True, "vocab_size": 4001}, {"stream_head": True}),
+    "looked up": (WIDE, LOOKED_UP),
+    "looked up, small chunk": (WIDE, LOOKED_UP | {"chunk": 3, "n_threads": 2}),
+    "looked up, rows beside": (LLAMA, LOOKED_UP | {"layouts": {"2/small": "lut", "3/small": "rows"}}),
     "windows": (GEMMA, {"kv": Int8Store(), "context": 300, "chunk": 24, "activations": "float32"}),
     "windows streamed": (GEMMA, {"n_streamed_layers": 3, "stream_head": True, "weights": {"attn": INT8}}),
+    "batch": (LLAMA, {"n_sequences": 3, "n_threads": 2}),
+    "batch beyond a chunk": (LLAMA, {"n_sequences": 16, "chunk": 5, "kv": Int8Store(), "n_streamed_layers": 1}),
+    "batch of windows": (GEMMA, {"n_sequences": 5, "n_logits": 2, "kv": Int4Store(), "stream_head": True}),
 }
 
 
@@ -110,11 +121,53 @@ def test_known_bytes_of_smollm_shape():
     assert by_owner["logits"] == 49152 * 4
 
 
+def test_look_ups_plan_their_tables_and_nothing_else():
+    """For the widest input, 1,024: 16 entries for 4 of them, a scale and a sum for 32, for each token."""
+    spec = spec_from_config(WIDE, "wide")
+    for chunk, n_tokens in ((1, 1), (5, 5)):
+        plans = [footprint(spec, config_of(LOOKED_UP | {"chunk": chunk, "layouts": each})) for each in
+                 ({}, LOOKED_UP["layouts"])]  # fmt: skip
+        multiplied, looked_up = ({e.owner: e.bytes for e in plan} for plan in plans)
+        tables = n_tokens * (16 * 1024 // 4 + 2 * 4 * 1024 // 32)
+        assert looked_up["scratch"] - multiplied["scratch"] == tables
+        assert {k: v for k, v in looked_up.items() if k not in ("scratch", "staging")} == {
+            k: v for k, v in multiplied.items() if k not in ("scratch", "staging")
+        }
+
+
 def test_window_layers_keep_a_ring():
     spec = spec_from_config(GEMMA, "windows")
     plan = footprint(spec, config_of({"context": 300, "chunk": 24}))
     # three layers keep 16 - 1 + 24 positions, one keeps 300; one head of 64 channels at 2 bytes, keys and values
     assert next(e.bytes for e in plan if e.owner == "kv") == (3 * 39 + 300) * 2 * 64 * 2
+
+
+@pytest.mark.parametrize("n_sequences", [1, 3, 16])
+@pytest.mark.parametrize("store", STORES)
+def test_a_batch_takes_its_sequences_keys_and_values(store, n_sequences, tmp_path):
+    """By hand, from the arrays, and by the system: private memory of this process grows by what is planned."""
+    config = LLAMA | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    write_random(tmp_path / "model", config)
+    row = {"f32": 256, "f16": 128, "q8": 64 + 2 * 2, "q4": 32 + 2 * 4}[store]  # bytes of a head's 64 numbers
+    kv = n_sequences * 4 * 2 * 512 * 4 * row  # layers, keys and values, positions, heads
+    settings = {"kv": STORES[store](), "context": 512, "n_sequences": n_sequences}
+    gc.collect()
+    release_free_memory()
+    before = resident()
+    with open_engine(tmp_path / "model", settings) as run:
+        for s in range(n_sequences):
+            run.prefill([s] * 5, sequence=s)
+        run.decode_batch(dict.fromkeys(range(n_sequences), 1))
+        gc.collect()
+        release_free_memory()
+        after = resident()
+        planned = {e.owner: e.bytes for e in run.footprint.select(phase="decode") if e.owner not in PASSING}
+        assert planned["kv"] == kv
+        assert planned["logits"] == -(-n_sequences * 259 * 4 // 64) * 64
+        assert storage_sizes(a for layer in run._layers for a in (layer.keys, layer.values)) == kv
+        if before is not None and after is not None:
+            grown = after.anonymous - before.anonymous
+            assert abs(grown - sum(planned.values())) < 256 << 10  # less than the smallest sequence's store
 
 
 def test_large_model_is_planned_from_its_config_alone():
@@ -157,6 +210,24 @@ def test_nothing_stays_allocated_per_token(tmp_path):
         assert after - before < 200 * 40  # less than one object a token
         if ops.backend().startswith("native"):  # the numpy reference makes arrays of its own
             assert peak - before < 32 * 1024
+
+
+def test_a_batch_leaves_nothing_allocated_per_token(tmp_path):
+    write_random(tmp_path / "model", LLAMA)
+    with open_engine(tmp_path / "model", {"context": 512, "n_sequences": 4}) as run:
+        tokens = dict.fromkeys(range(4), 7)
+        run.decode_batch(tokens)
+        tracemalloc.start()
+        for _ in range(250):
+            run.decode_batch(tokens)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(200):
+            run.decode_batch(tokens)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert after - before < 200 * 40  # less than one object a step
 
 
 def test_encoding_takes_what_is_planned(rng):
@@ -212,6 +283,22 @@ def test_loading_peak_is_planned_and_given_back(tmp_path):
             assert 0.9 * planned < after.anonymous - before.anonymous < 1.1 * planned
 
 
+def test_large_pages_take_no_byte_more():
+    """Regions of odd sizes beside each other: each takes its bytes, rounded to whole small pages."""
+    sizes = {"a": (37 << 20) + 1, "b": (21 << 20) + 4097, "c": 999}
+    before = resident()
+    if before is None:
+        pytest.fail("resident memory can't be read on this system")
+    plan = Footprint()
+    for owner, n_bytes in sizes.items():
+        plan += entry(owner, "weights", [Term("x", n_bytes, 1)], phases=("decode",))
+    arena = Arena(plan)
+    arrays = [arena.take(owner, 64) for owner in sizes]
+    taken = resident().anonymous - before.anonymous
+    assert 0 <= taken - sum(sizes.values()) < 3 * 4096 + 64 * 1024  # and what Python itself allocates on the way
+    assert all(array.nbytes == 64 for array in arrays)
+
+
 def test_arena_never_grows():
     arena = Arena(entry("a", "workspace", [Term("x", 1, 256)], phases=("decode",)))
     first = arena.take("a", 100)
@@ -243,6 +330,7 @@ def test_released_memory_goes_back_to_the_system():
         ({"chunk": 129}, "chunk must be 1 to 128"),
         ({"n_streamed_layers": 5}, "n_streamed_layers must be 0 to 4"),
         ({"n_logits": 17}, "n_logits must be 1 to 16"),
+        ({"n_sequences": 0}, "n_sequences must be at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings, message):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from barefoot.core.errors import InvalidInput
+from barefoot.engine import sampling
 from barefoot.engine.sampling import SamplingParams, kept, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32))
@@ -52,6 +53,28 @@ def test_equal_logits_are_drawn_equally():
     counts = np.bincount([sample(logits, (), SamplingParams(1.0), rng) for _ in range(4000)], minlength=8)
     assert counts.min() > 400
     assert len(kept(logits, SamplingParams(1.0, top_k=3))[0]) == 3
+
+
+def test_few_tokens_picked_are_those_of_the_whole_sort(monkeypatch, rng):
+    """The same draws, with many equal logits, whether the vocabulary is sorted or the top_k picked from it."""
+    logits = np.rint(3 * rng.standard_normal(4000)).astype(np.float32)
+
+    def draws(params):
+        generator = np.random.default_rng(5)
+        return [sample(logits, (), params, generator) for _ in range(200)]
+
+    for params in (
+        SamplingParams(1.0, top_k=50),
+        SamplingParams(3.0, top_k=700, top_p=0.7),
+        SamplingParams(3.0, top_k=900, min_p=0.05),
+    ):
+        monkeypatch.setattr(sampling, "FEW", 0.25)
+        assert kept(logits, params)[2] is not None
+        picked = draws(params)
+        monkeypatch.setattr(sampling, "FEW", 0.0)
+        assert kept(logits, params)[2] is None
+        assert draws(params) == picked
+        assert len(set(picked)) > 10
 
 
 def test_a_seed_repeats_the_draws():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,17 +10,18 @@ import pytest
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
-from barefoot.ops import cases, kvrows, reference
+from barefoot.ops import blocks, cases, kvrows, reference
 
 
-def attend(case, q, k_buf, v_buf, implementation=ops):
+def attend(case, q, k_buf, v_buf, implementation=ops, *, activations="float32", scale=None):
     out = np.full_like(q, 7)
-    scratch = np.empty(ops.attention_scratch_bytes(len(q), case.n_heads, case.n_kv_heads, case.head_dim), np.uint8)
+    shape = (len(q), case.n_heads, case.n_kv_heads, case.head_dim)
+    scratch = np.empty(ops.attention_scratch_bytes(*shape, activations), np.uint8)
     implementation.attention(
         q, k_buf, v_buf, case.format, out,
         n_heads=case.n_heads, n_kv_heads=case.n_kv_heads, head_dim=case.head_dim, capacity=case.capacity,
         n_past=case.n_past, n_tokens=len(q), window=case.window, softcap=case.softcap,
-        scale=case.head_dim**-0.5, scratch=scratch,
+        scale=scale or case.head_dim**-0.5, activations=activations, scratch=scratch,
     )  # fmt: skip
     return out
 
@@ -30,7 +32,8 @@ def queries(case, rng):
 
 def rounds_to_16_bits(case, n_tokens):
     """Whether the kernels multiply the codes of this case as integers."""
-    return case.format in ("q8", "q4") and case.head_dim % 32 == 0 and n_tokens == 1
+    few = n_tokens == 1 and case.n_heads // case.n_kv_heads <= 32
+    return ops.isa() != "numpy" and case.format in ("q8", "q4") and case.head_dim % 32 == 0 and few
 
 
 def rounded_queries(q):
@@ -71,19 +74,65 @@ def weight_rounding(case, q, k_buf, v_buf):
     return 6 * np.sqrt(variance).reshape(1, -1)
 
 
+def expected(case, q, k_buf, v_buf):
+    """What attention with float32 activations gives, and how far from it a kernel's sums may be."""
+    bound = 3e-6
+    if rounds_to_16_bits(case, len(q)):
+        q = rounded_queries(q)
+        bound = bound + weight_rounding(case, q, k_buf, v_buf)
+        assert bound.max() < 5e-4, case
+    return attend(case, q, k_buf, v_buf, reference), bound
+
+
+def bfloat16(x):
+    rows = x.reshape(-1, x.shape[-1])
+    return blocks.decode("bf16", blocks.encode("bf16", rows), rows.shape[1]).reshape(x.shape)
+
+
+def expected_bfloat16(case, q, k_buf, v_buf):
+    """Attention of queries times scale, keys and values rounded to bfloat16; how far rounded probabilities may be off.
+
+    A probability, of 8 significant bits, moves by at most 2^-8 of itself. It also inherits the error of its exponent,
+    which a float32 sum of head_dim products bounds by head_dim + 1 roundings of the sum of their magnitudes, and tanh
+    by a few of the cap; the power of two is within 3e-6, and n float32 additions round n times.
+    """
+    k, v = (bfloat16(kvrows.decode(case.format, buffer, case.head_dim)) for buffer in (k_buf, v_buf))
+    q = bfloat16(q * np.float32(case.head_dim**-0.5))
+    heads = q.reshape(len(q), case.n_kv_heads, -1, case.head_dim)
+    products = np.einsum("tgrd,gpd->tgrp", np.abs(heads), np.abs(k)).max()
+    exponent = ((case.head_dim + 1) * products + 8 * case.softcap) * 2.0**-24
+    relative = 2.0**-8 + 3e-6 + 2 * exponent + case.capacity * 2.0**-24
+    plain = dataclasses.replace(case, format="f32")
+    k_rows, v_rows, magnitudes = (rows.view(np.uint8) for rows in (k, v, np.abs(v)))
+    exact = attend(plain, q, k_rows, v_rows, reference, scale=1.0)
+    return exact, relative * attend(plain, q, k_rows, magnitudes, reference, scale=1.0)
+
+
 @pytest.mark.parametrize("fmt", kvrows.FORMATS)
 def test_attention_equals_the_reference(isa, fmt, rng, threads):
     for i, case in enumerate(c for c in cases.ATTENTION if c.format == fmt):
         threads(1 + i % 3)
         k_buf, v_buf = cases.filled_store(case, rng)
-        q, bound = queries(case, rng), 3e-6
-        got = attend(case, q, k_buf, v_buf)
-        if rounds_to_16_bits(case, case.n_tokens) and ops.isa() != "numpy":
-            q = rounded_queries(q)
-            bound = bound + weight_rounding(case, q, k_buf, v_buf)
-            assert bound.max() < 5e-4, case
-        error = np.abs(got - attend(case, q, k_buf, v_buf, reference))
-        assert (error < bound).all(), case
+        q = queries(case, rng)
+        exact, bound = expected(case, q, k_buf, v_buf)
+        assert (np.abs(attend(case, q, k_buf, v_buf) - exact) < bound).all(), case
+
+
+@pytest.mark.parametrize("fmt", kvrows.FORMATS)
+def test_int8_activations_let_tiles_round_to_bfloat16_and_nothing_else(isa, fmt, rng, threads):
+    few = [
+        cases.AttentionCase(fmt, heads, 1, 64, 300, 200, n, w) for heads, n, w in ((1, 2, 0), (3, 11, 0), (5, 7, 70))
+    ]
+    for i, case in enumerate([*few, *(c for c in cases.ATTENTION if c.format == fmt)]):
+        threads(1 + i % 3)
+        k_buf, v_buf = cases.filled_store(case, rng)
+        q = queries(case, rng)
+        got = attend(case, q, k_buf, v_buf, activations="int8")
+        kept = np.array_equal(got, attend(case, q, k_buf, v_buf))
+        assert kept == (isa != "amx" or case.n_tokens == 1), case
+        if not kept:
+            exact, bound = expected_bfloat16(case, q, k_buf, v_buf)
+            assert (np.abs(got - exact) <= bound).all(), case
 
 
 @pytest.mark.parametrize(("window", "softcap", "n_past"), [(0, 0.0, 0), (5, 0.0, 30), (4, 3.0, 9)])
@@ -140,14 +189,15 @@ def test_kv_row_bytes(fmt, n_bytes):
         ops.kv_row_bytes("q9", 8)
 
 
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("fmt", kvrows.FORMATS)
-def test_nan_and_infinity_in_a_key_reach_only_the_queries_that_see_it(isa, fmt, rng):
+def test_nan_and_infinity_in_a_key_reach_only_the_queries_that_see_it(isa, fmt, activations, rng):
     case = cases.AttentionCase(fmt, 4, 2, 32, 40, 0, 40)
     k, v = (rng.standard_normal((40, 64)).astype(np.float32) for _ in range(2))
     k[25, 3] = np.nan
     k_buf, v_buf = (np.zeros((2, 40, ops.kv_row_bytes(fmt, 32)), np.uint8) for _ in range(2))
     ops.kv_append(k, v, k_buf, v_buf, fmt, 40, 0)
-    out = attend(case, queries(case, rng), k_buf, v_buf).reshape(40, 2, 64)
+    out = attend(case, queries(case, rng), k_buf, v_buf, activations=activations).reshape(40, 2, 64)
     assert np.isfinite(out[:25]).all()
     assert np.isnan(out[25:, 0]).all()
     assert np.isfinite(out[:, 1]).all()
@@ -193,8 +243,8 @@ def test_one_token_for_any_number_of_queries_a_key(isa, fmt, sharing, rng):
     k_buf, v_buf = cases.filled_store(case, rng)
     q = queries(case, rng)
     got = attend(case, q, k_buf, v_buf)
-    exact = attend(case, q, k_buf, v_buf, reference)
-    assert np.abs(got - exact).max() < (2e-4 if fmt in ("q8", "q4") else 3e-6)
+    exact, bound = expected(case, q, k_buf, v_buf)
+    assert (np.abs(got - exact) < bound).all()
     alone = cases.AttentionCase(fmt, 2, 2, 32, 66, 100, 1, 65, 0.0)
     first = q.reshape(2, sharing, 32)[:, 0].reshape(1, -1).copy()
     if sharing <= (32 if fmt in ("q8", "q4") else 4):  # beyond, tiles are copied to float32
@@ -212,23 +262,26 @@ def test_chunked_prefill_equals_one_shot(isa, fmt, capacity, window, rng):
         ops.kv_append(k[start : start + size], v[start : start + size], k_buf, v_buf, fmt, capacity, start)
         case = cases.AttentionCase(fmt, 6, 2, 32, capacity, start, size, window)
         pieces.append(attend(case, q[start : start + size], k_buf, v_buf))
+        if size == 1:
+            alone, (exact, bound) = start, expected(case, q[start : start + size], k_buf, v_buf)
         start += size
     whole = [np.zeros((2, 96, ops.kv_row_bytes(fmt, 32)), np.uint8) for _ in range(2)]
     ops.kv_append(k, v, *whole, fmt, 96, 0)
     one_shot = attend(cases.AttentionCase(fmt, 6, 2, 32, 96, 0, 96, window), q, *whole)
-    error, alone = np.abs(np.concatenate(pieces) - one_shot), 30
-    assert np.delete(error, alone, axis=0).max() < 2e-6
-    assert error[alone].max() < (2e-4 if fmt in ("q8", "q4") else 2e-6)  # rounded to 16 bits
+    got = np.concatenate(pieces)
+    assert np.abs(np.delete(got - one_shot, alone, axis=0)).max() < 2e-6
+    assert (np.abs(got[alone] - exact) < bound).all()  # which may be rounded to 16 bits
 
 
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("case", [c for c in cases.ATTENTION if (c.format, c.head_dim) == ("q8", 64)])
-def test_results_do_not_depend_on_threads(isa, case, threads, rng):
+def test_results_do_not_depend_on_threads(isa, case, activations, threads, rng):
     k_buf, v_buf = cases.filled_store(case, rng)
     q = queries(case, rng)
     seen = set()
     for n in (1, 2, 3):
         threads(n)
-        seen.add(attend(case, q, k_buf, v_buf).tobytes())
+        seen.add(attend(case, q, k_buf, v_buf, activations=activations).tobytes())
     assert len(seen) == 1
 
 
@@ -236,16 +289,19 @@ def test_results_do_not_depend_on_threads(isa, case, threads, rng):
     ("fmt", "n_heads", "n_kv_heads", "head_dim"),
     [("f16", 9, 3, 80), ("f16", 9, 3, 64), ("q8", 64, 2, 32), ("q4", 9, 3, 64), ("q4", 33, 1, 96)],
 )
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("n_tokens", [1, 2, 50])
-def test_the_stated_scratch_is_exactly_what_is_used(isa, n_tokens, fmt, n_heads, n_kv_heads, head_dim, threads, rng):
+def test_the_stated_scratch_is_exactly_what_is_used(
+    isa, n_tokens, activations, fmt, n_heads, n_kv_heads, head_dim, threads, rng
+):
     threads(2)
     case = cases.AttentionCase(fmt, n_heads, n_kv_heads, head_dim, 64, 3, n_tokens)
     k_buf, v_buf = cases.filled_store(case, rng)
     q = queries(case, rng)
-    size = ops.attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim, n_threads=2)
+    size = ops.attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim, activations, n_threads=2)
     guarded = np.full(size + 64, 0xA5, np.uint8)
     shape = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
-    shape |= {"capacity": 64, "n_past": 3, "n_tokens": n_tokens}
+    shape |= {"capacity": 64, "n_past": 3, "n_tokens": n_tokens, "activations": activations}
     out = np.empty_like(q)
     ops.attention(q, k_buf, v_buf, fmt, out, **shape, scale=0.1, scratch=guarded[:size])
     assert (guarded[size:] == 0xA5).all()
@@ -273,6 +329,7 @@ def test_wrong_arguments_are_refused(rng):
         ("must not be negative", {"n_past": -1}),
         ("same shape", {"out": np.empty((3, 64), np.float32)}),
         ("not be the same array", {"out": q}),
+        ("activations must be int8 or float32, got 'int4'", {"activations": "int4"}),
     ):
         with pytest.raises(ValueError, match=match):
             ops.attention(**(good | changed))

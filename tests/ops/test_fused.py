@@ -1,4 +1,4 @@
-"""Norms, rotations, gates and argmax against the reference; the reference against plain formulas."""
+"""Norms, rotations, gates, argmax and top_k against the reference; the reference against plain formulas."""
 
 from __future__ import annotations
 
@@ -105,6 +105,50 @@ def test_argmax(isa, n, rng):
     assert ops.argmax(logits) == n - 1
 
 
+def test_argmax_finds_the_first_wherever_it_stands(isa, rng):
+    for place in range(700):
+        logits = normal(rng, 700)
+        logits[place] = 10
+        assert ops.argmax(logits) == place
+        logits[place:] = np.inf
+        assert ops.argmax(logits) == place
+        logits[place // 2] = np.nan
+        assert ops.argmax(logits) == place // 2
+
+
+def top_k(logits, k):
+    values, ids = np.zeros(k, np.float32), np.zeros(k, np.int32)
+    ops.top_k(logits, values, ids)
+    return values, ids
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_top_k_is_the_head_of_a_stable_sort(isa, n, rng):
+    ascending = np.arange(n, dtype=np.float32)
+    for logits in (normal(rng, n), np.rint(normal(rng, n)), ascending, -ascending):
+        for k in sorted({1, min(40, n), n // 3 + 1, n}):
+            order = sorted(range(n), key=lambda i: (-logits[i], i))[:k]
+            values, ids = top_k(logits, k)
+            assert ids.tolist() == order
+            assert np.array_equal(values, logits[order])
+            assert ids[0] == ops.argmax(logits)
+
+
+def test_top_k_puts_nan_first_and_knows_infinity(isa, rng):
+    logits = normal(rng, 900)
+    logits[[5, 800, 433]] = np.nan
+    logits[[6, 801]] = np.inf
+    logits[20:700:2] = -np.inf
+    finite = [i for i in np.argsort(-logits, kind="stable").tolist() if np.isfinite(logits[i])]
+    expected = [5, 433, 800, 6, 801, *finite, *(i for i in range(20, 700, 2))]
+    for k in (1, 2, 4, 5, 90, 900):
+        values, ids = top_k(logits, k)
+        assert ids.tolist() == expected[:k]
+        assert np.array_equal(values, logits[expected[:k]], equal_nan=True)
+        reference.top_k(logits, values, ids)
+        assert ids.tolist() == expected[:k]
+
+
 def test_wrong_shapes_are_refused():
     x, weight = np.zeros((2, 8), np.float32), np.zeros(7, np.float32)
     with pytest.raises(ValueError, match="length of the norm's weight: expected 8, got 7"):
@@ -121,6 +165,12 @@ def test_wrong_shapes_are_refused():
         ops.glu(x, x, x, activation="relu")
     with pytest.raises(ValueError, match="empty"):
         ops.argmax(np.zeros(0, np.float32))
+    with pytest.raises(ValueError, match="1 to 7 of 7 logits, got 8"):
+        top_k(weight, 8)
+    with pytest.raises(ValueError, match="1 to 7 of 7 logits, got 0"):
+        top_k(weight, 0)
+    with pytest.raises(ValueError, match="number of ids: expected 3, got 2"):
+        ops.top_k(weight, np.zeros(3, np.float32), np.zeros(2, np.int32))
     frozen = np.zeros((2, 8), np.float32)
     frozen.flags.writeable = False
     with pytest.raises(TypeError):

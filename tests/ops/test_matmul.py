@@ -44,7 +44,7 @@ def test_matmul_equals_the_reference(isa, name, activations, rng, threads):
         x = rng.standard_normal((case.n_tokens, case.cols)).astype(np.float32)
         (got,) = native(x, [weight], activations=activations)
         expected = np.empty_like(got)
-        reference.matmul(x, [weight], [expected], activations=activations)
+        reference.matmul(x, [weight], [expected], activations=reference.arithmetic(isa, len(x), activations))
         magnitude = np.abs(x) @ np.abs(reference.decode_rows(weight, slice(None))).T
         assert (np.abs(got - expected) / magnitude).max() < 1e-6, case
 
@@ -165,7 +165,7 @@ def test_bind_points_at_another_buffer(rng):
     assert not np.array_equal(*results)
 
 
-@pytest.mark.parametrize(("n_tokens", "n_cols"), [(1, 32), (3, 45), (17, 1331), (64, 4096)])
+@pytest.mark.parametrize(("n_tokens", "n_cols"), [(1, 32), (3, 45), (24, 32), (17, 1331), (64, 4096), (200, 576)])
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 def test_the_stated_scratch_is_exactly_what_is_used(n_tokens, n_cols, activations, threads, rng):
     threads(2)
@@ -180,11 +180,12 @@ def test_the_stated_scratch_is_exactly_what_is_used(n_tokens, n_cols, activation
 
 def test_scratch_is_not_overrun(isa, threads, rng):
     threads(3)
-    for n_tokens, name in ((1, "f32"), (1, "q4_0"), (50, "q2_k"), (50, "bf16")):
-        weight = packed(name, 100, 2304, rng)
-        size = ops.matmul_scratch_bytes(n_tokens, 2304)
+    few, many = ((1, 2304, "f32"), (1, 2304, "q4_0")), ((50, 2304, "q2_k"), (50, 2304, "bf16"))
+    for n_tokens, n_cols, name in (*few, *many, (131, 64, "q4_0"), (257, 576, "q8_0")):
+        weight = packed(name, 100, n_cols, rng)
+        size = ops.matmul_scratch_bytes(n_tokens, n_cols)
         guarded = np.full(size + 128, 0xA5, np.uint8)
-        x, out = np.ones((n_tokens, 2304), np.float32), np.empty((n_tokens, 100), np.float32)
+        x, out = np.ones((n_tokens, n_cols), np.float32), np.empty((n_tokens, 100), np.float32)
         ops.matmul(x, [weight], [out], scratch=guarded[64 : 64 + size])
         assert (guarded[:64] == 0xA5).all()
         assert (guarded[64 + size :] == 0xA5).all()

@@ -156,12 +156,13 @@ def test_products_equal_the_reference(isa, name, activations, rng, threads):
         x = rng.standard_normal((n_tokens, cols)).astype(np.float32)
         got = product(x, weight, activations=activations)
         expected = np.empty_like(got)
-        reference.matmul(x, [plain], [expected], activations=activations)
+        meaning = reference.arithmetic(isa, n_tokens, activations)
+        reference.matmul(x, [plain], [expected], activations=meaning)
         magnitude = np.abs(x) @ np.abs(reference.decode_rows(plain, slice(None))).T
         assert (np.abs(got - expected) / magnitude).max() < 1e-6, (rows, cols, n_tokens)
         assert (np.abs(got - product(x, plain, activations=activations)) / magnitude).max() < 1e-6
         again = np.empty_like(got)
-        reference.matmul(x, [weight], [again], activations=activations)
+        reference.matmul(x, [weight], [again], activations=meaning)
         assert np.array_equal(again, expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 from barefoot import ops
 from barefoot.ops import cases, reference
 
-D, HEADS, KV_HEADS, HEAD_DIM, FF, CAPACITY, MOST = 64, 4, 2, 16, 96, 40, 7
+D, HEADS, KV_HEADS, HEAD_DIM, FF, CAPACITY, MOST, SEQUENCES = 64, 4, 2, 16, 96, 40, 7, 3
 
 
 def build(module, rng):
@@ -34,9 +34,9 @@ def build(module, rng):
     q, k, v = floats(MOST, q_width), floats(MOST, kv_width), floats(MOST, kv_width)
     gate, up, down = floats(MOST, FF), floats(MOST, FF), floats(MOST, D)
     cos, sin = floats(MOST, HEAD_DIM // 2), floats(MOST, HEAD_DIM // 2)
-    keys, values = (np.zeros((KV_HEADS, CAPACITY, 2 * HEAD_DIM), np.uint8) for _ in range(2))
+    keys, values = (np.zeros((SEQUENCES, KV_HEADS, CAPACITY, 2 * HEAD_DIM), np.uint8) for _ in range(2))
     need = max(ops.matmul_scratch_bytes(MOST, FF), ops.attention_scratch_bytes(MOST, HEADS, KV_HEADS, HEAD_DIM))
-    need = max(need, ops.attention_scratch_bytes(1, HEADS, KV_HEADS, HEAD_DIM))
+    need = max(need, ops.attention_scratch_bytes(SEQUENCES, HEADS, KV_HEADS, HEAD_DIM, each=True))
     scratch = np.zeros(need, np.uint8)
     program = module.Program()
     program.rmsnorm(x, floats(D), 1e-5, normed)
@@ -76,6 +76,33 @@ def test_a_layer_equals_the_reference(isa):
         halves, halves_expected = stored.view(np.float16), wanted.view(np.float16)
         assert np.abs(halves[:, :past].astype(float) - halves_expected[:, :past]).max() < 0.1
         assert not stored[:, past:].any()
+
+
+def test_one_token_of_each_sequence_equals_the_reference(isa):
+    program, x, keys, values = build(ops, np.random.default_rng(5))
+    expected, x_expected, keys_expected, _ = build(reference, np.random.default_rng(5))
+    lengths = dict.fromkeys(range(SEQUENCES), 0)
+    for sequence, n in ((2, 5), (0, 1)):
+        program.run(n, 0, sequence)
+        expected.run(n, 0, sequence)
+        lengths[sequence] = n
+    for sequences in ([0, 2], [2, 1, 0], [1]):
+        positions = [lengths[s] for s in sequences]
+        x[:] = x_expected[:] = np.random.default_rng(len(sequences)).standard_normal(x.shape)
+        program.run_each(sequences, positions)
+        expected.run_each(sequences, positions)
+        n = len(sequences)
+        assert np.abs(x[:n] - x_expected[:n]).max() < 2e-2 * np.abs(x_expected[:n]).max()
+        assert np.array_equal(x[n:], x_expected[n:])
+        for s in sequences:
+            lengths[s] += 1
+    for s, length in lengths.items():
+        halves, halves_expected = keys[s].view(np.float16), keys_expected[s].view(np.float16)
+        assert np.abs(halves[:, :length].astype(float) - halves_expected[:, :length]).max() < 0.1
+        assert not keys[s, :, length:].any()
+        assert not values[s, :, length:].any()
+    with pytest.raises(ValueError, match="sequence 1 is there twice"):
+        program.run_each([1, 1], [3, 3])
 
 
 def test_a_program_equals_single_calls(isa, rng):

@@ -20,6 +20,7 @@ from barefoot.plan.job import Budget, RunJob, Stated, format_weights, parse_kv, 
 from barefoot.plan.known import known_spec
 from barefoot.plan.planner import candidates, plan, smallest_budget
 from barefoot.plan.reserved import SLACK_BYTES, Reserved
+from barefoot.plan.result import plan_from_json
 from barefoot.plan.roofline import phase_times
 from barefoot.plan.solve import pace
 from barefoot.weights.formats.integer import IntegerGroups
@@ -242,6 +243,29 @@ def test_a_batch_has_keys_and_values_for_each_sequence():
     assert kv == [1024 * 23_040, 8 * 1024 * 23_040]
     weights = [p.footprint.select(kind="weights", phase="decode").bytes for p in (one, eight)]
     assert weights[0] == weights[1]
+    logits = [p.footprint.select(kind="logits", phase="decode").bytes for p in (one, eight)]
+    assert logits == [49152 * 4, 8 * 49152 * 4]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_the_bytes_of_a_batch_are_those_that_the_engine_takes(batch):
+    found = run(budget=4 * GIB, job=RunJob(256, 64, batch=batch))
+    assert found.config.n_sequences == batch
+    engine = footprint(SMOL, found.config)
+    assert [e for e in found.footprint if e in engine.entries] == list(engine)
+    assert plan_from_json(found.to_json()).config == found.config
+
+
+def test_a_batch_is_predicted_to_decode_faster_than_one_by_one():
+    """Weights are read once for a step, keys and values for each: at the roofline of a machine bound by memory."""
+    stated = Stated(weights=dict.fromkeys(("embed", "attn", "ffn"), Stored()), kv=HalfStore(), chunk=64)
+    fast = replace(MACHINE, peaks=dict.fromkeys(MACHINE.peaks, 1e18), op_seconds=0.0)
+    one, eight = (run(budget=4 * GIB, job=RunJob(1024, 64, batch=n), stated=stated, device=fast) for n in (1, 8))
+    positions = sum(range(961, 1025))  # what 64 steps see
+    of_one = positions * 23_040 + 64 * 23_040 + 64 * 576 * 2  # read, written, and rows of the bf16 embedding
+    more = eight.decode.seconds - one.decode.seconds
+    assert more == pytest.approx(7 * of_one / (fast.read_gb_s["host"] * 1e9), rel=1e-6)
+    assert eight.decode.n_tokens == 8 * 64
 
 
 # Machines that one does not sit at.

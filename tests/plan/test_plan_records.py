@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.q4 import Int4Store
 from barefoot.kv.stores.q8 import Int8Store
 from barefoot.plan import explain, quality
-from barefoot.plan.job import Budget, RunJob
+from barefoot.plan.job import Budget, RunJob, Stated
 from barefoot.plan.known import known_spec
 from barefoot.plan.planner import plan
 from barefoot.plan.reserved import SLACK_BYTES, Reserved, reserved_expected, reserved_now
@@ -37,6 +38,21 @@ def saved():
 def test_a_plan_survives_toml_and_json(saved):
     assert plan_from_toml(saved.to_toml()) == saved
     assert plan_from_json(json.loads(json.dumps(saved.to_json()))) == saved
+
+
+def test_layouts_of_the_device_are_part_of_the_plan():
+    layouts = {"2/large": "lut", "3/small": "rows"}
+    device = replace(MACHINE, layouts=layouts)
+    arguments = SMOL, RunJob(1024, 64), Budget({"host": 150 * MIB}), device
+    found = plan(*arguments, reserved=Reserved(40 * MIB, "test"))
+    assert found.config.layouts == layouts
+    assert plan_from_toml(found.to_toml()) == found
+    assert "--layouts '2/large=lut 3/small=rows'" in found.command
+    stated = plan(*arguments, Stated(layouts={}), reserved=Reserved(40 * MIB, "test"))
+    assert stated.config.layouts == {}
+    assert "--layouts panels" in stated.command
+    one_thread = plan(*arguments, Stated(n_threads=1), reserved=Reserved(40 * MIB, "test"))
+    assert one_thread.config.layouts == {}  # they were measured with two
 
 
 def test_a_saved_plan_states_its_numbers(saved):

@@ -53,6 +53,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         type=parse_count,
         help=f"tokens of an answer; default {DEFAULT_MAX_TOKENS}, at most half of the context",
     )
+    job.add_argument(
+        "--batch", metavar="N", type=int, help="sequences of that context that are decoded together; default 1"
+    )
     stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
     stated.add_argument(
         "--weights",
@@ -71,6 +74,11 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     stated.add_argument(
         "--activations", choices=("int8", "float32"), help="inputs of quantized matrices: 8-bit (fast) or as they are"
     )
+    stated.add_argument(
+        "--layouts",
+        metavar="SPEC",
+        help='order of the weights in memory: "panels", or by class where another is faster, as in "2/large=lut"',
+    )
 
 
 def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
@@ -80,11 +88,12 @@ def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
     longest = spec.context_length
     context = args.context if args.context is not None else min(DEFAULT_CONTEXT, longest)
     max_tokens = args.max_tokens if args.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, context // 2))
-    return RunJob(context=context, max_tokens=max_tokens, batch=getattr(args, "batch", 1))
+    return RunJob(context=context, max_tokens=max_tokens, batch=1 if args.batch is None else args.batch)
 
 
 def stated(args: argparse.Namespace) -> Stated:
     """What the user has decided."""
+    from barefoot.ops.dispatch import parse_layouts
     from barefoot.plan.job import Stated, parse_kv, parse_weights
 
     return Stated(
@@ -95,6 +104,7 @@ def stated(args: argparse.Namespace) -> Stated:
         stream_head=args.stream_head,
         n_threads=args.threads,
         activations=args.activations,
+        layouts=parse_layouts(args.layouts) if args.layouts is not None else None,
     )
 
 

@@ -11,6 +11,7 @@ from barefoot.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from barefoot.cli.progress import Report
+    from barefoot.engine.generate import Generation
     from barefoot.engine.runner import Engine
     from barefoot.engine.sampling import SamplingParams
     from barefoot.io.chat import ChatTemplate
@@ -23,11 +24,13 @@ Message = dict[str, str]
 class Answer:
     """One answer and what it took.
 
-    ``n_prompt`` tokens were in the context when it began, ``n_prefilled`` of them not yet in the KV store;
-    ``n_decoded`` passes of one token followed, since the first token comes out of the prefill. ``finish_reason`` is one
-    of stop (the model or a stop string ended it), length, context (it is full), interrupted.
+    ``index`` numbers the prompts of a batch and the turns of a chat. ``n_prompt`` tokens were in the context when it
+    began, ``n_prefilled`` of them not yet in the KV store; ``n_decoded`` passes of one token followed, since the first
+    token comes out of the prefill. ``finish_reason`` is one of stop (the model or a stop string ended it), length,
+    context (it is full), interrupted. Seconds are its own share of a batch's, so that those of all answers add up.
     """
 
+    index: int
     text: str
     finish_reason: str
     n_prompt: int
@@ -37,13 +40,20 @@ class Answer:
     prefill_seconds: float
     decode_seconds: float
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.n_prefilled / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.n_decoded / self.decode_seconds if self.decode_seconds else 0.0
+    @classmethod
+    def of(cls, made: Generation, *, index: int, n_kept: int = 0, interrupted: bool = False) -> Answer:
+        """What came of a generation whose engine held ``n_kept`` tokens of the context already."""
+        return cls(
+            index=index,
+            text=made.text,
+            finish_reason="interrupted" if interrupted else made.finish_reason or "length",
+            n_prompt=n_kept + made.n_prompt,
+            n_prefilled=made.n_prompt,
+            n_tokens=len(made.ids),
+            n_decoded=made.n_decoded,
+            prefill_seconds=made.prefill_seconds,
+            decode_seconds=made.decode_seconds,
+        )
 
 
 def opening(system: str | None) -> list[Message]:
@@ -94,6 +104,7 @@ class Conversation:
         self._engine, self._tokenizer, self._template, self._sampling = engine, tokenizer, template, sampling
         self._stops, self._max_tokens = tuple(stops), max_tokens
         self._opening = opening(system)
+        self._n_answers = 0
         self.reset()
 
     def reset(self) -> None:
@@ -141,16 +152,8 @@ class Conversation:
         self._held = [*ids, *made.ids][: self._engine.position]
         if made.text:
             self._messages = [*messages, {"role": "assistant", "content": made.text}]
-        return Answer(
-            text=made.text,
-            finish_reason="interrupted" if interrupted else made.finish_reason or "length",
-            n_prompt=len(ids),
-            n_prefilled=len(ids) - n_kept,
-            n_tokens=len(made.ids),
-            n_decoded=made.n_decoded,
-            prefill_seconds=made.prefill_seconds,
-            decode_seconds=made.decode_seconds,
-        )
+        self._n_answers += 1
+        return Answer.of(made, index=self._n_answers - 1, n_kept=n_kept, interrupted=interrupted)
 
     def _keep_common(self, ids: Sequence[int]) -> int:
         """Forget what the KV store holds beyond the longest common beginning with ``ids``; its length.

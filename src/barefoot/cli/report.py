@@ -13,6 +13,7 @@ from barefoot.core.units import format_bytes
 if TYPE_CHECKING:
     from barefoot.core.ledger import Place
     from barefoot.core.model import ModelSpec
+    from barefoot.plan.job import RunJob
     from barefoot.plan.result import PhaseTime, Plan
 
 _SHOWN_CANDIDATES = 5
@@ -25,6 +26,12 @@ def model_line(name: str, spec: ModelSpec) -> str:
         f"{title}: {spec.arch}, {spec.n_parameters / 1e6:,.1f} M parameters, {spec.n_layers} layers, "
         f"{spec.vocab_size:,} words, context up to {spec.context_length:,}"
     )
+
+
+def job_line(job: RunJob) -> str:
+    """What is to be done, in a few words."""
+    text = f"context {job.context:,}, answers of up to {job.max_tokens:,} tokens"
+    return text if job.batch == 1 else f"{text}, {job.batch} at once"
 
 
 def bytes_table(footprint: Footprint, place: Place) -> str:
@@ -73,6 +80,7 @@ def choices_table(plan: Plan) -> str:
         ("weights", format_weights(config.weights)),
         ("kv", str(config.kv)),
         ("prefill", f"{config.chunk} tokens at once"),
+        ("batch", f"{plan.job.batch} sequences decoded together" if plan.job.batch > 1 else ""),
         ("from disk", _streamed(plan) or "nothing"),
         ("on host", f"{plan.n_host_layers} layers" if plan.n_host_layers else ""),
         ("compute", f"{config.n_threads} threads, {config.activations} activations" if plan.place == "host" else ""),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ class Device:
     link_gb_s : host to accelerator; 0 without accelerator.
     peer_gb_s : between accelerators, one direction; 0 when they only meet through the host.
     op_seconds : fixed time of one operator, from dispatch to return.
+    layouts : class of matrices → layout, where it was measured to be faster than panels (:mod:`barefoot.ops.dispatch`).
     sources : where each number comes from, by field name (``"read_gb_s.host"``) or for all (``"*"``).
     checked : whether the numbers were compared with the source when written down (measured ones are).
     """
@@ -69,6 +71,7 @@ class Device:
     peer_gb_s: float = 0.0
     n_accelerators: int = 0
     op_seconds: float = DEFAULT_OP_SECONDS
+    layouts: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     checked: bool = True
 
@@ -286,6 +289,12 @@ def cached_probe() -> Mapping[str, Any] | None:
     return data
 
 
+def _measured_layouts() -> Mapping[str, Any]:
+    dispatch = importlib.import_module("barefoot.ops.dispatch")  # by name: its kernels measure, in a layer above
+    layouts: Mapping[str, Any] = dispatch.faster(dispatch.cached(usable_threads()))
+    return layouts
+
+
 def this_machine() -> Device:
     """The machine that runs: memory and cores as they are now, speeds from the last probe or stated defaults."""
     model, cores, isa = _cpu()
@@ -317,6 +326,7 @@ def this_machine() -> Device:
         n_threads=usable_threads(),
         isa=isa,
         op_seconds=overhead,
+        layouts=_measured_layouts(),
         sources={
             "memory_bytes": total_source,
             "read_gb_s.host": host_source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ class Views:
 
 
 class Buffers:
-    """Activations and rope tables of up to ``chunk`` tokens."""
+    """Activations and rope tables of up to ``n_rows`` tokens."""
 
     def __init__(self, spec: ModelSpec, config: EngineConfig, arena: Arena) -> None:
         arrangement = activations(spec, config)
@@ -55,7 +56,7 @@ class Buffers:
 
     @property
     def embed_rows(self) -> U8:
-        """Embedding rows read from disk, uint8, for one chunk."""
+        """Embedding rows read from disk, uint8, for one pass."""
         return self._memory["embed_rows"]
 
     def views(self, n: int) -> Views:
@@ -77,19 +78,20 @@ class Buffers:
 
 
 class RopeTables:
-    """Cosines and sines of the positions of the present chunk, for each kind of rope."""
+    """Cosines and sines of the positions of the present pass, for each kind of rope."""
 
     def __init__(self, spec: ModelSpec, config: EngineConfig, arena: Arena) -> None:
         self.ropes: list[Rope] = list(dict.fromkeys(layer.rope for layer in spec.layers))
-        self._steps = arena.floats("rope", config.chunk)
-        self._steps[:] = np.arange(config.chunk)
-        self._positions = arena.floats("rope", config.chunk)
+        n = config.n_rows
+        self._steps = arena.floats("rope", n)
+        self._steps[:] = np.arange(n)
+        self._positions = arena.floats("rope", n)
         self._tables: list[tuple[F32, F32, F32]] = []
         for rope in self.ropes:
             half = rope.dim // 2
             frequencies = arena.floats("rope", half)
             frequencies[:] = inverse_frequencies(rope, config.context)
-            tables = arena.floats("rope", config.chunk, half), arena.floats("rope", config.chunk, half)
+            tables = arena.floats("rope", n, half), arena.floats("rope", n, half)
             self._tables.append((frequencies, *tables))
 
     def views(self, n: int) -> tuple[tuple[F32, F32], ...]:
@@ -97,7 +99,16 @@ class RopeTables:
 
     def fill(self, start: int, n: int) -> None:
         """Compute the tables of positions ``start`` to ``start + n``."""
-        positions = np.add(self._steps[:n], np.float32(start), out=self._positions[:n])
+        np.add(self._steps[:n], np.float32(start), out=self._positions[:n])
+        self._compute(n)
+
+    def fill_each(self, positions: Sequence[int]) -> None:
+        """Compute the tables of these positions."""
+        self._positions[: len(positions)] = positions
+        self._compute(len(positions))
+
+    def _compute(self, n: int) -> None:
+        positions = self._positions[:n]
         for rope, (frequencies, cos, sin) in zip(self.ropes, self._tables, strict=True):
             angles = np.multiply(positions[:, None], frequencies, out=sin[:n])
             np.cos(angles, out=cos[:n])

@@ -8,6 +8,7 @@ from typing import Literal
 
 from barefoot.core.model import WeightGroup
 from barefoot.kv.stores import KVStore
+from barefoot.ops.dispatch import Layout
 from barefoot.weights.formats import WeightFormat
 
 Activations = Literal["int8", "float32"]
@@ -23,13 +24,17 @@ class EngineConfig:
     chunk : tokens that prefill passes through the layers at once; bounds the activations.
     weights : format of each group of matrices (embed, attn, ffn, head); vectors are always f32.
     kv : the KV store.
-    activations : ``int8`` quantizes the inputs of quantized matrices by groups of 32 (fast); ``float32`` does not.
+    activations : ``int8`` rounds the inputs of quantized matrices to 8 bits by groups of 32, or many of them to
+        bfloat16 where the processor multiplies that faster (fast); ``float32`` keeps them.
     n_streamed_layers : so many layers, the last ones, stay on disk and pass through two buffers in each step. They
         keep the file's own blocks, whatever ``weights`` says.
     stream_head : the matrix that makes the logits is read from disk by tiles in each step, and, when it is tied,
         embedding rows are read singly.
-    n_logits : tokens whose logits are computed at once; more than 1 only pays where every token's logits are wanted.
+    n_logits : tokens of a prompt whose logits are computed at once; more than 1 only pays where all are wanted.
+    n_sequences : sequences that the KV store holds, ``context`` positions each; one token of each makes a decode step.
     n_threads : compute threads.
+    layouts : class of matrices → the layout in which resident ones lie, where it is not panels
+        (:mod:`barefoot.ops.dispatch`). Only for int8: ``float32`` reads rows.
     """
 
     context: int
@@ -40,4 +45,16 @@ class EngineConfig:
     n_streamed_layers: int = 0
     stream_head: bool = False
     n_logits: int = 1
+    n_sequences: int = 1
     n_threads: int = 1
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens of the largest pass: a chunk of a prompt, or one of each sequence."""
+        return max(self.chunk, self.n_sequences)
+
+    @property
+    def n_logit_rows(self) -> int:
+        """Tokens whose logits are there at once."""
+        return max(self.n_logits, self.n_sequences)

@@ -15,13 +15,13 @@ from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
-from barefoot.ops import attention_scratch_bytes, blocks, matmul_scratch_bytes, panels
+from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
 
 RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
-ARRANGE_BYTES = 1 << 20  # of rows rearranged as panels at a time: within the cache of a core
+ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a core
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
@@ -46,7 +46,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
-        + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config))], phases=RUNNING)
+        + entry("scratch", "workspace", [_block("scratch", scratch_bytes(spec, config, placement))], phases=RUNNING)
     )
 
 
@@ -96,12 +96,13 @@ def tile_rows(resident: Resident) -> int:
     weight = resident.weight
     row_bytes = blocks.row_bytes(weight.format, weight.cols)
     rows = CONVERT_ELEMENTS // weight.cols if resident.converted else ARRANGE_BYTES // row_bytes
-    return min(weight.rows, max(1, rows // panels.ROWS) * panels.ROWS)
+    whole = lut.ROWS if resident.layout == "lut" else panels.ROWS
+    return min(weight.rows, max(1, rows // whole) * whole)
 
 
 def staging_sizes(placement: Placement) -> tuple[int, int, int]:
     """Bytes of the largest tile as stored, bytes as float32 and weights of the largest that is converted."""
-    tiles = [(r, tile_rows(r)) for r in placement.resident if r.converted or r.layout == "panels"]
+    tiles = [(r, tile_rows(r)) for r in placement.resident if r.converted or r.layout != "rows"]
     raw = max((rows * blocks.row_bytes(r.weight.format, r.weight.cols) for r, rows in tiles), default=0)
     elements = max((rows * r.weight.cols for r, rows in tiles if r.converted), default=0)
     return raw, elements * 4, elements
@@ -120,19 +121,20 @@ def _staging(placement: Placement) -> Footprint:
 
 
 def kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int) -> int:
-    """Bytes of one layer's keys; values take the same."""
+    """Bytes of one layer's keys, of all sequences; values take the same."""
     slots = spec.kv_positions(layer, config.context, config.chunk)
-    return spec.n_kv_heads * slots * config.kv.row_bytes(spec.head_dim)
+    return config.n_sequences * spec.n_kv_heads * slots * config.kv.row_bytes(spec.head_dim)
 
 
 def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
-    terms = config.kv.terms(spec, config.context, config.chunk)
+    of_one = config.kv.terms(spec, config.context, config.chunk)
+    terms = [Term(t.name, config.n_sequences * t.count, t.bytes_each) for t in of_one]
     padding = _padding(2 * [kv_bytes(spec, config, layer) for layer in range(spec.n_layers)])
     return [*terms, padding]
 
 
 def _logits(spec: ModelSpec, config: EngineConfig) -> list[Term]:
-    n = config.n_logits * spec.vocab_size
+    n = config.n_logit_rows * spec.vocab_size
     return [Term("logits", n, 4), _padding([n * 4])]
 
 
@@ -142,12 +144,12 @@ def activations(spec: ModelSpec, config: EngineConfig) -> Arrangement:
 
 
 def activation_buffers(spec: ModelSpec, config: EngineConfig) -> list[tuple[Buffer, int]]:
-    """Each array of a pass over ``chunk`` tokens, and its width: float32 (chunk, width), or bytes of width 0.
+    """Each array of the largest pass, and its width: float32 (n_rows, width), or bytes of width 0.
 
     Steps: 0 embed, 1 norm, 2 q k v, 3 rope and append, 4 attention, 5 o, 6 norm and add, 7 norm, 8 gate and up, 9 glu,
     10 down, 11 norm and add, 12 logits.
     """
-    n = config.chunk
+    n = config.n_rows
     d, ff = spec.d_model, spec.d_ff
     q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     sandwich = any(w.name.endswith("post_attn_norm") for w in spec.weights)
@@ -181,24 +183,26 @@ def _streamed_embed_row_bytes(spec: ModelSpec, config: EngineConfig) -> int:
 
 
 def _rope(spec: ModelSpec, config: EngineConfig) -> list[Term]:
-    """For each kind of rope, frequencies, and the cosines and sines of one chunk's positions."""
-    terms = [Term("positions", 2 * round_up(config.chunk, 16), 4)]
+    """For each kind of rope, frequencies, and the cosines and sines of a pass's positions."""
+    terms = [Term("positions", 2 * round_up(config.n_rows, 16), 4)]
     for rope in dict.fromkeys(layer.rope for layer in spec.layers):
         half = rope.dim // 2
         terms.append(Term("frequencies", round_up(half, 16), 4))
-        terms.append(Term("cosines and sines", 2 * round_up(config.chunk * half, 16), 4))
+        terms.append(Term("cosines and sines", 2 * round_up(config.n_rows * half, 16), 4))
     return terms
 
 
-def scratch_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -> int:
     """The most that one op of a pass needs; ops run one after the other and share it."""
+    looks_up = any(r.layout == "lut" for r in placement.resident)
     inputs = (spec.d_model, spec.n_heads * spec.head_dim, spec.d_ff)
-    sizes = [
-        size
-        for n in (1, config.chunk)
-        for size in (
-            *(matmul_scratch_bytes(n, cols, config.activations, n_threads=config.n_threads) for cols in inputs),
-            attention_scratch_bytes(n, spec.n_heads, spec.n_kv_heads, spec.head_dim, n_threads=config.n_threads),
-        )
-    ]
-    return max(sizes)
+    heads, threads = (spec.n_heads, spec.n_kv_heads, spec.head_dim), config.n_threads
+    return max(
+        *(
+            matmul_scratch_bytes(n, cols, config.activations, n_threads=threads, looks_up=looks_up)
+            for n in {1, min(lut.FEW_TOKENS, config.n_rows), config.n_rows}
+            for cols in inputs
+        ),
+        attention_scratch_bytes(config.chunk, *heads, config.activations, n_threads=threads),
+        attention_scratch_bytes(config.n_sequences, *heads, n_threads=threads, each=True),
+    )

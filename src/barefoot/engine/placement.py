@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from barefoot.core.errors import InvalidInput
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
-from barefoot.ops import blocks, panels
+from barefoot.ops import blocks, dispatch
 from barefoot.weights.formats.stored import Stored
 
 PAGE = 4096  # bytes; direct reads start and end on multiples of it, in the file and in memory
@@ -19,11 +18,11 @@ HEAD_TILE_BYTES = 1 << 20  # rows of a streamed head that are read at a time
 
 @dataclass(frozen=True)
 class Resident:
-    """A weight in memory: its block format, and whether its ``layout`` is rows or panels, which take the same bytes."""
+    """A weight in memory: its block format and its layout; all layouts take the same bytes."""
 
     weight: WeightSpec
     format: str
-    layout: Literal["rows", "panels"]
+    layout: dispatch.Layout
 
     @property
     def converted(self) -> bool:
@@ -80,11 +79,14 @@ def place(spec: ModelSpec, config: EngineConfig) -> Placement:
 
 def _resident(weight: WeightSpec, config: EngineConfig) -> Resident:
     format_id = config.weights.get(weight.group, Stored()).layout(weight.format)
-    fast = config.activations == "int8" and panels.supports(format_id, weight.rows, weight.cols)
-    return Resident(weight, format_id, "panels" if fast else "rows")
+    if config.activations != "int8":
+        return Resident(weight, format_id, "rows")
+    return Resident(weight, format_id, dispatch.choose(format_id, weight.rows, weight.cols, config.layouts))
 
 
 def _check(spec: ModelSpec, config: EngineConfig) -> None:
+    if config.n_sequences < 1:
+        raise InvalidInput(f"n_sequences must be at least 1, got {config.n_sequences}")
     for name, got, low, high in (
         ("context", config.context, 1, spec.context_length),
         ("chunk", config.chunk, 1, config.context),

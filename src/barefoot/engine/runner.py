@@ -1,8 +1,12 @@
-"""The torch-free engine: a decoder run token by token and chunk by chunk, in exactly the planned bytes."""
+"""The torch-free engine: a decoder run token by token and chunk by chunk, in exactly the planned bytes.
+
+A prompt passes through the layers ``chunk`` tokens at a time, one sequence after the other; a decode step passes one
+token of each sequence that takes part, so that the matrices are read once for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +22,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
+from barefoot.engine.sequences import Sequences
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
 from barefoot.engine.weights import Progress, load
 from barefoot.io.inventory import Checkpoint
@@ -30,8 +35,8 @@ AllLogits = Callable[[int, F32], None]  # index in the prompt of the first row, 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's weights, keys and values. ``matrices`` are q, k, v, o, gate, up, down; those of a streamed layer are
-    bound to a buffer when it is run, in the order of ``streamed``."""
+    """One layer's weights, and the keys and values of all sequences. ``matrices`` are q, k, v, o, gate, up, down; those
+    of a streamed layer are bound to a buffer when it is run, in the order of ``streamed``."""
 
     spec: LayerSpec
     rope: int
@@ -47,7 +52,7 @@ class _Layer:
 
 
 class Engine:
-    """A model loaded under a configuration, and one sequence's keys and values.
+    """A model loaded under a configuration, and the keys and values of its sequences, numbered from 0 on.
 
     Parameters
     ----------
@@ -66,8 +71,7 @@ class Engine:
         self.spec, self.config = spec, config
         self.footprint = footprint(spec, config)
         self.arena = Arena(self.footprint)
-        self.position = 0
-        self._highest = 0  # positions written since the last reset: rings hold the latest of these
+        self._sequences = Sequences(spec, config)
         self._tensors = checkpoint.tensors
         self._placement = place(spec, config)
         self._files = WeightFiles(checkpoint.paths)
@@ -89,8 +93,8 @@ class Engine:
     def _allocate(self) -> None:
         spec, config, placement = self.spec, self.config, self._placement
         self._buffers = Buffers(spec, config, self.arena)
-        self._logits = self.arena.floats("logits", config.n_logits, spec.vocab_size)
-        self._scratch = self.arena.take("scratch", scratch_bytes(spec, config))
+        self._logits = self.arena.floats("logits", config.n_logit_rows, spec.vocab_size)
+        self._scratch = self.arena.take("scratch", scratch_bytes(spec, config, placement))
         self._layers = [self._layer(i) for i in range(spec.n_layers)]
         first_streamed = spec.n_layers - len(placement.streamed)
         self._resident_layers = self._program(self._layers[:first_streamed])
@@ -123,7 +127,7 @@ class Engine:
             streamed = {w.name: _unbound(w) for w in self._placement.streamed[index - first_streamed]}
         matrix = {name: streamed.get(prefix + name) or self._matrices[prefix + name] for name in _MATRICES}
         capacity = spec.kv_positions(index, config.context, config.chunk)
-        shape = (spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
+        shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
         n_bytes = kv_bytes(spec, config, index)
         return _Layer(
             spec=spec.layers[index],
@@ -151,57 +155,59 @@ class Engine:
             self._stream.close()
         self._files.close()
 
-    # --- the sequence -----------------------------------------------------------------------------------------------
+    # --- the sequences ----------------------------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """How many tokens each sequence has."""
+        return self._sequences.lengths
+
+    @property
+    def position(self) -> int:
+        """How many tokens the first sequence has."""
+        return self._sequences.length(0)
 
     @property
     def remaining(self) -> int:
-        """How many more tokens the context holds."""
+        """How many more tokens the context of the first sequence holds."""
         return self.config.context - self.position
 
-    def reset(self) -> None:
+    def reset(self, sequence: int = 0) -> None:
         """Forget the sequence."""
-        self.position = self._highest = 0
+        self._sequences.reset(sequence)
 
-    def truncate(self, n: int) -> None:
-        """Forget all but the first ``n`` tokens.
+    def truncate(self, n: int, sequence: int = 0) -> None:
+        """Forget all but the first ``n`` tokens of the sequence.
 
         Raises
         ------
-        InvalidInput : ``n`` is not 0 to ``position``, or a window layer has already overwritten what token n would see.
+        InvalidInput : ``n`` is not 0 to its length, or a window layer has already overwritten what token n would see.
         """
-        if not 0 <= n <= self.position:
-            raise InvalidInput(f"can keep 0 to {self.position} tokens, got {n}")
-        if n == 0:
-            self.reset()
-            return
-        for layer in self._layers:
-            window = layer.spec.window
-            oldest_kept = self._highest - layer.capacity
-            if window is not None and oldest_kept > max(0, n + 1 - window):
-                raise InvalidInput(
-                    f"can't go back from {self._highest} tokens to {n}: layers with a window of {window} keep "
-                    f"{layer.capacity} positions",
-                    cure="reset, and prefill the kept tokens again",
-                )
-        self.position = n
+        self._sequences.truncate(n, sequence)
 
     def prefill(
-        self, ids: Sequence[int], progress: Progress | None = None, *, all_logits: AllLogits | None = None
+        self,
+        ids: Sequence[int],
+        progress: Progress | None = None,
+        *,
+        sequence: int = 0,
+        all_logits: AllLogits | None = None,
     ) -> F32:
-        """Append ``ids``, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until the next call.
+        """Append ``ids`` to a sequence, ``chunk`` at a time; the logits of the last one, float32 (vocab,), valid until
+        the next call.
 
         ``progress`` gets (tokens done, tokens in all); ``all_logits`` every token's logits, ``n_logits`` at a time.
 
         Raises
         ------
-        InvalidInput : no ids, an unknown id, or more than the context holds; nothing was appended.
+        InvalidInput : no ids, an unknown id or sequence, or more than the context holds; nothing was appended.
         CorruptFile : streamed weights can't be read; the chunks before are kept.
         """
-        self._check(ids)
+        self._sequences.check(ids, sequence)
         for start in range(0, len(ids), self.config.chunk):
             part = ids[start : start + self.config.chunk]
             last = start + len(part) == len(ids)
-            views = self._forward(part, logits_follow=last or all_logits is not None)
+            views = self._append(part, sequence, logits_follow=last or all_logits is not None)
             if all_logits is not None:
                 for first in range(0, len(part), self.config.n_logits):
                     all_logits(start + first, self._head(views, first, min(len(part), first + self.config.n_logits)))
@@ -209,40 +215,62 @@ class Engine:
                 progress(start + len(part), len(ids))
         return self._last(views, views.n - 1)
 
-    def decode(self, token: int) -> F32:
+    def decode(self, token: int, sequence: int = 0) -> F32:
         """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
-        self._check((token,))
-        return self._last(self._forward((token,), logits_follow=True), 0)
+        self._sequences.check((token,), sequence)
+        return self._last(self._append((token,), sequence, logits_follow=True), 0)
 
-    def _check(self, ids: Sequence[int]) -> None:
-        if not len(ids):
-            raise InvalidInput("no tokens were given; a sequence needs at least one")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.spec.vocab_size:
-            raise InvalidInput(f"token ids must be 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}")
-        if len(ids) > self.remaining:
-            raise InvalidInput(
-                f"{len(ids)} tokens don't fit: {self.remaining} of {self.config.context} positions are left",
-                cure="shorten the prompt, or use a larger context",
-            )
+    def decode_batch(self, tokens: Mapping[int, int]) -> F32:
+        """Append one token to each of several sequences, in one pass that reads the weights once.
+
+        ``tokens`` are the ids by sequence. Returns the logits after them, float32 (len(tokens), vocab), in the order of
+        ``tokens``, valid until the next call. With ``activations="float32"`` a row is what decoding that sequence alone
+        gives; with int8 the inputs are rounded alike, and sums may be taken in another order.
+
+        Raises
+        ------
+        InvalidInput : as in prefill; nothing was appended to any sequence.
+        CorruptFile : streamed weights can't be read; nothing was appended, unless it was the logits' matrix.
+        """
+        for sequence, token in tokens.items():
+            self._sequences.check((token,), sequence)
+        if not tokens:
+            raise InvalidInput("no tokens were given; a batch needs at least one")
+        views = self._begin(list(tokens.values()))
+        sequences = list(tokens)
+        positions = [self._sequences.length(s) for s in sequences]
+        self._buffers.tables.fill_each(positions)
+        grown = dict.fromkeys(sequences, 1)
+        self._run_layers(lambda program: program.run_each(sequences, positions), grown, logits_follow=True)
+        return self._head(views, 0, views.n)
 
     # --- one pass ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, ids: Sequence[int], *, logits_follow: bool) -> Views:
-        """Pass tokens through all layers, leaving the residual stream in ``x``."""
+    def _append(self, ids: Sequence[int], sequence: int, *, logits_follow: bool) -> Views:
+        """Pass tokens of one sequence through all layers, leaving the residual stream in ``x``."""
+        views, position = self._begin(ids), self._sequences.length(sequence)
+        self._buffers.tables.fill(position, views.n)
+        grown = {sequence: views.n}
+        self._run_layers(lambda program: program.run(views.n, position, sequence), grown, logits_follow=logits_follow)
+        return views
+
+    def _begin(self, ids: Sequence[int]) -> Views:
+        """The arrays of a pass over ``ids``, their embeddings in ``x``."""
         if ops.n_threads() != self.config.n_threads:  # another engine of this process uses another number
             ops.set_threads(self.config.n_threads)
         views = self._buffers.views(len(ids))
-        self._highest = max(self._highest, self.position + views.n)
         self._embed(ids, views)
-        self._buffers.tables.fill(self.position, views.n)
-        self._resident_layers.run(views.n, self.position)
+        return views
+
+    def _run_layers(self, run: Callable[[ops.Program], None], grown: Mapping[int, int], *, logits_follow: bool) -> None:
+        """Pass ``x`` through all layers by ``run``, after which the sequences have ``grown`` by so many tokens each."""
+        self._sequences.overwrite(grown)
+        run(self._resident_layers)
         for item, (layer, program) in enumerate(self._streamed_layers):
             last = item + 1 == len(self._streamed_layers)
             self._bind(layer, item, 0 if last and not (logits_follow and self._n_tiles) else item + 1)
-            program.run(views.n, self.position)
-        self.position += views.n
-        return views
+            run(program)
+        self._sequences.grow(grown)
 
     def _bind(self, layer: _Layer, item: int, then: int) -> None:
         assert self._stream is not None
@@ -273,8 +301,8 @@ class Engine:
     # --- a layer, recorded ------------------------------------------------------------------------------------------
 
     def _program(self, layers: Sequence[_Layer]) -> ops.Program:
-        """The ops of these layers on the residual stream ``x``, for up to ``chunk`` tokens."""
-        program, views = ops.Program(), self._buffers.views(self.config.chunk)
+        """The ops of these layers on the residual stream ``x``, for up to ``n_rows`` tokens."""
+        program, views = ops.Program(), self._buffers.views(self.config.n_rows)
         for layer in layers:
             self._attention(program, layer, views)
             self._feed_forward(program, layer, views)
@@ -310,6 +338,7 @@ class Engine:
             scale=spec.attn_scale,
             window=layer.spec.window or 0,
             softcap=spec.attn_softcap,
+            activations=self.config.activations,
             scratch=self._scratch,
         )
         self._project(program, views.attn_out, layer.o, views.x, views.o, vectors.get("post_attn_norm"))
@@ -349,7 +378,7 @@ class Engine:
         return logits
 
     def _head(self, views: Views, first: int, stop: int) -> F32:
-        """Logits (stop - first, vocab) of tokens of the present chunk."""
+        """Logits (stop - first, vocab) of tokens of the present pass."""
         spec, placement = self.spec, self._placement
         n = stop - first
         inputs, logits = views.head_in[:n], self._logits[:n]

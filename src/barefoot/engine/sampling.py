@@ -15,6 +15,7 @@ from barefoot.core.ledger import Footprint, Term, entry
 F32 = npt.NDArray[np.float32]
 
 BYTES_PER_TOKEN = 17  # of the vocabulary: two copies of the logits, running sums in float64, a mask
+FEW = 0.25  # of the vocabulary: up to so many tokens are picked without sorting the others
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class SamplingParams:
 def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.random.Generator | None) -> int:
     """The id of the next token.
 
-    A rank among the sorted logits is drawn, and the token of that rank looked up: no array of ids is needed, whatever
-    the filters leave.
+    A rank among the sorted logits is drawn. Where the whole vocabulary was sorted, the token of that rank is looked up:
+    no array of its ids is needed.
 
     Parameters
     ----------
@@ -80,8 +81,10 @@ def sample(logits: F32, history: Sequence[int], params: SamplingParams, rng: np.
     if params.temperature == 0:
         return ops.argmax(np.ascontiguousarray(logits))
     assert rng is not None
-    values, cumulative = kept(logits, params)
+    values, cumulative, ids = kept(logits, params)
     rank = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    if ids is not None:
+        return int(ids[rank])
     equal_before = int(np.count_nonzero(values[:rank] == values[rank]))
     return int(np.flatnonzero(logits == values[rank])[equal_before])
 
@@ -95,15 +98,19 @@ def penalized(logits: F32, history: Sequence[int], penalty: float) -> F32:
     return logits
 
 
-def kept(logits: F32, params: SamplingParams) -> tuple[F32, npt.NDArray[np.float64]]:
-    """What the filters leave: logits, largest first, and the running sums of exp((logit - largest) / temperature)."""
-    n, largest = len(logits), float(logits.max())
-    values = logits
-    if 0 < params.top_k < n:
-        values = np.partition(logits, n - params.top_k)[n - params.top_k :]
+def kept(logits: F32, params: SamplingParams) -> tuple[F32, npt.NDArray[np.float64], npt.NDArray[np.int32] | None]:
+    """What the filters leave: logits, largest first, and the running sums of exp((logit - largest) / temperature).
+
+    The third are the ids of these tokens, and maybe of more after them; None unless ``top_k`` kept few.
+    """
+    values, largest, ids = logits, float(logits.max()), None
+    if 0 < params.top_k <= FEW * len(logits):
+        values, ids = np.empty(params.top_k, np.float32), np.empty(params.top_k, np.int32)
+        ops.top_k(np.ascontiguousarray(logits), values, ids)
     if params.min_p > 0:
         values = values[values >= np.float32(largest + params.temperature * np.log(params.min_p))]
-    values = np.sort(values)[::-1]
+    if ids is None:
+        values = np.sort(values)[::-1][: params.top_k or None]
     cumulative = values.astype(np.float64)
     cumulative -= largest
     cumulative /= params.temperature
@@ -112,4 +119,4 @@ def kept(logits: F32, params: SamplingParams) -> tuple[F32, npt.NDArray[np.float
     if params.top_p < 1:
         n_kept = int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
         values, cumulative = values[:n_kept], cumulative[:n_kept]
-    return values, cumulative
+    return values, cumulative, ids

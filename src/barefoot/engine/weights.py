@@ -76,7 +76,7 @@ class _Loader:
 
     def fill(self, resident: Resident, target: U8) -> Iterator[int]:
         """Fill ``target``, yielding the bytes of the file after each piece."""
-        if resident.converted or resident.layout == "panels":
+        if resident.converted or resident.layout != "rows":
             yield from self._stage(resident, target)
         else:
             yield from self._copy(resident.weight, target)
@@ -101,10 +101,13 @@ class _Loader:
             self._files.read(tensor.shard, offset, rows)
             if resident.converted:
                 rows = self._convert(resident, rows, n_rows)
+            to = packed[first : first + n_rows]
             if resident.layout == "panels":
-                ops.pack_panels(resident.format, rows, n_rows, weight.cols, packed[first : first + n_rows])
+                ops.pack_panels(resident.format, rows, n_rows, weight.cols, to)
+            elif resident.layout == "lut":
+                ops.pack_lut(resident.format, rows, n_rows, weight.cols, to)
             else:
-                packed[first : first + n_rows] = rows
+                to[:] = rows
             yield n_bytes
 
     def _convert(self, resident: Resident, raw: U8, n_rows: int) -> U8:

@@ -1,9 +1,10 @@
 """The numerical ops of barefoot: one schema per op, compiled kernels behind it, numpy where they are missing.
 
 Arrays are C-contiguous numpy arrays. Activations are float32 [n_tokens, d]; weights and KV buffers are uint8 in the
-formats of ``barefoot.ops.blocks`` and ``barefoot.ops.kvrows``. Nothing is allocated inside an op: outputs and scratch
-are the caller's, and ``matmul_scratch_bytes`` and ``attention_scratch_bytes`` say how much. Wrong shapes, dtypes or
-sizes raise TypeError or ValueError before anything is read.
+formats of ``barefoot.ops.blocks``, ``barefoot.ops.planes`` and ``barefoot.ops.kvrows``. Nothing is allocated inside an
+op: outputs and scratch are the caller's, and ``matmul_scratch_bytes``, ``plane_scratch_bytes`` and
+``attention_scratch_bytes`` say how much. Wrong shapes, dtypes or sizes raise TypeError or ValueError before anything is
+read.
 
 The instruction set is chosen once at import from what the processor has; the environment variable ``BAREFOOT_ISA`` or
 ``set_isa`` overrides it. For a given number of threads results are the same from run to run.
@@ -19,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import lut, panels, reference
+from barefoot.ops import lut, panels, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -36,6 +37,7 @@ __all__ = [
     "add_",
     "argmax",
     "attention",
+    "attention_each",
     "attention_scratch_bytes",
     "available_isas",
     "backend",
@@ -44,6 +46,7 @@ __all__ = [
     "head_rmsnorm",
     "isa",
     "kv_append",
+    "kv_append_each",
     "kv_row_bytes",
     "lut",
     "matmul",
@@ -52,12 +55,16 @@ __all__ = [
     "pack_lut",
     "pack_panels",
     "panels",
+    "plane_matmul",
+    "plane_scratch_bytes",
+    "planes",
     "populate",
     "read_at",
     "rmsnorm",
     "rope",
     "set_isa",
     "set_threads",
+    "top_k",
 ]
 
 F32 = npt.NDArray[np.float32]
@@ -78,9 +85,12 @@ else:
 
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
 #: ``matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and ``attention``, which take
-#: what the functions below take, with arrays of as many rows as it will ever have tokens; they record, and keep the
-#: arrays alive. ``run(n_tokens, n_past)`` calls them in order on the first ``n_tokens`` rows: ``n_past`` is the
-#: position of the first token. Arguments are checked op by op as it runs; weights may be bound between runs.
+#: what the functions below take, with arrays of as many rows as it will ever have tokens, and KV buffers of all
+#: sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the arrays alive.
+#: ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one sequence of
+#: which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of each of
+#: several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are checked op by
+#: op as it runs; weights may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:
@@ -103,9 +113,11 @@ def matmul(
     x : float32 [n_tokens, cols]
     weights : each [rows_i, cols], any formats
     outs : float32 [n_tokens, rows_i] each
-    activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric; a token that holds
-        NaN or infinity gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights block by block and
-        sums in float32. Dense weights (f32, f16, bf16) always take float32.
+    activations : ``"int8"`` rounds x once to int8, one scale per token and 32 columns, symmetric. On ``amx``, from 24
+        tokens on, x and the decoded weights are rounded to bfloat16 instead, which is finer: each errs by at most 2^-9
+        of itself (below 2^-126 it becomes zero), and sums are float32. Either way a token that holds NaN or infinity
+        (in bfloat16 from 2^128 - 2^119 on) gives NaN in all its outputs. ``"float32"`` keeps x, decodes the weights
+        block by block and sums in float32. Dense weights (f32, f16, bf16) always take float32.
     scratch : uint8, at least ``matmul_scratch_bytes(n_tokens, cols, activations)``; with ``looks_up=True`` if a weight
         has the layout ``"lut"``, whose products round tables of sums instead of x (``barefoot.ops.lut``)
     """
@@ -141,6 +153,40 @@ def pack_lut(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
     ValueError : ``lut.supports(format, n_rows, n_cols)`` is false, or sizes differ.
     """
     _impl.pack_lut(format, rows, n_rows, n_cols, out)
+
+
+def plane_matmul(
+    x: F32, weight: planes.PlaneWeight, out: F32, *, activation_bits: int, add: bool = False, scratch: U8
+) -> None:
+    """out = x @ W^T, or out += x @ W^T with ``add``, of bit planes (``barefoot.ops.planes``).
+
+    Sums within a group of columns are exact integers, sums of groups float32. The result does not depend on threads.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    activation_bits : 1 to 8; x is rounded to so many bits, one scale per token and group of the weight. A token that
+        holds NaN or infinity gives NaN in all its outputs.
+    scratch : uint8, at least ``plane_scratch_bytes(n_tokens, cols, activation_bits, weight.format.group)``
+    """
+    if x.shape[1:] != (weight.cols,) or out.shape != (len(x), weight.rows):
+        raise ValueError(
+            f"planes [{weight.rows}, {weight.cols}] take x [n_tokens, {weight.cols}] and out [n_tokens, "
+            f"{weight.rows}], got {x.shape} and {out.shape}"
+        )
+    fmt = weight.format
+    _impl.plane_matmul(
+        x,
+        weight.buffer,
+        out,
+        weight_bits=fmt.bits,
+        group=fmt.group,
+        zero=fmt.zero,
+        has_minimum=fmt.has_minimum,
+        activation_bits=activation_bits,
+        add=add,
+        scratch=scratch,
+    )
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
@@ -207,6 +253,7 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    activations: str = "float32",
     scratch: U8,
 ) -> None:
     """Causal attention over the store: query i sits at position n_past + i and sees the positions up to its own.
@@ -221,7 +268,10 @@ def attention(
     window : how many positions a query sees, its own included; 0 = all. The store must hold every position that a
         query sees: min(n_past + n_tokens, window - 1 + n_tokens) ≤ capacity.
     scale : factor of the scores; softcap : c > 0 puts them through c * tanh(score / c) before the softmax
-    scratch : uint8, at least ``attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim)``
+    activations : ``"float32"`` as above. ``"int8"`` lets several tokens' attention round where the instruction set
+        gains by it: "amx" rounds queries times scale, keys, values and probabilities to bfloat16, once each, and
+        multiplies those; scores, softmax and sums stay float32. It changes nothing elsewhere, nor for a single token.
+    scratch : uint8, at least ``attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, head_dim, activations)``
     """
     _impl.attention(
         q,
@@ -238,6 +288,62 @@ def attention(
         window=window,
         scale=scale,
         softcap=softcap,
+        activations=activations,
+        scratch=scratch,
+    )
+
+
+def kv_append_each(
+    k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int, sequences: list[int], positions: list[int]
+) -> None:
+    """``kv_append`` of one token of each of several sequences: row i belongs to ``sequences[i]`` at ``positions[i]``.
+
+    k, v : float32 [n, n_kv_heads * head_dim]
+    k_buf, v_buf : uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)]
+    sequences, positions : n ints each; no sequence twice
+    """
+    _impl.kv_append_each(k, v, k_buf, v_buf, fmt, capacity, sequences, positions)
+
+
+def attention_each(
+    q: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    out: F32,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    sequences: list[int],
+    positions: list[int],
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    scratch: U8,
+) -> None:
+    """``attention`` of one token of each of several sequences: exactly what each gives alone, in one parallel region.
+
+    q, out : float32 [n, n_heads * head_dim], not the same array; row i sits at ``positions[i]`` of ``sequences[i]``
+    k_buf, v_buf, sequences, positions : as in ``kv_append_each``, already holding these tokens
+    scratch : uint8, at least ``attention_scratch_bytes(n, n_heads, n_kv_heads, head_dim, each=True)``
+    """
+    _impl.attention_each(
+        q,
+        k_buf,
+        v_buf,
+        fmt,
+        out,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        sequences=sequences,
+        positions=positions,
+        window=window,
+        scale=scale,
+        softcap=softcap,
         scratch=scratch,
     )
 
@@ -245,6 +351,16 @@ def attention(
 def argmax(logits: F32) -> int:
     """The index of the largest of float32 [n]; the first one on a tie, and the first NaN if there is any."""
     return int(_impl.argmax(logits))
+
+
+def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
+    """The k largest of ``logits`` and where they stand, largest first, without sorting the others.
+
+    Equal ones come by index; NaN precede all numbers, so that the first id is what ``argmax`` returns.
+
+    logits : float32 [n]; values : float32 [k]; ids : int32 [k]; 1 ≤ k ≤ n
+    """
+    _impl.top_k(logits, values, ids)
 
 
 def read_at(fd: int, offset: int, array: U8) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows, lut, panels
+from barefoot.ops import blocks, kvrows, lut, panels, planes
+from barefoot.ops.scratch import BFLOAT16_TOKENS
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -92,6 +94,24 @@ def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32]:
     return codes, scales
 
 
+def arithmetic(isa: str, n_tokens: int, activations: str) -> str:
+    """What ``activations`` means for quantized weights on an instruction set: itself, or bfloat16 in place of int8."""
+    return "bfloat16" if isa == "amx" and activations == "int8" and n_tokens >= BFLOAT16_TOKENS else activations
+
+
+def round_bfloat16(x: F32) -> F32:
+    """The nearest numbers of 8 significant bits, to even; what is below 2^-126 counts as zero."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), rounded.view(np.float32))
+
+
+def round_activations(x: F32) -> F32:
+    """x in bfloat16; a token that holds NaN, infinity or what rounds to it becomes NaN."""
+    finite = np.abs(x).max(axis=1, keepdims=True, initial=0) < 2.0**128 - 2.0**119
+    return np.where(finite, round_bfloat16(np.where(finite, x, 0)), np.float32(np.nan))
+
+
 def matmul(
     x: F32,
     weights: Sequence[Any],
@@ -101,25 +121,50 @@ def matmul(
     add: bool = False,
     scratch: U8 | None = None,
 ) -> None:
+    """``activations`` takes "bfloat16" besides (``arithmetic``): quantized weights are rounded to it as well."""
     exact = x.astype(np.float64)
     rounded = exact
     if activations == "int8" and any(blocks.block_elements(w.format) > 1 for w in weights):
         codes, scales = quantize_activations(x)
         rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), GROUP, axis=1)
+    elif activations == "bfloat16":
+        rounded = round_activations(x).astype(np.float64)
     for weight, out in zip(weights, outs, strict=True):
         if weight.layout == "lut" and activations == "int8" and len(x) <= lut.FEW_TOKENS:
             looked_up = lut.product(x, weight).astype(np.float32)
             out[...] = out + looked_up if add else looked_up
             continue
-        inputs = exact if blocks.block_elements(weight.format) == 1 else rounded
+        dense = blocks.block_elements(weight.format) == 1
+        inputs = exact if dense else rounded
         for start in range(0, weight.rows, ROWS_AT_A_TIME):
             chunk = slice(start, min(start + ROWS_AT_A_TIME, weight.rows))
+            decoded = decode_rows(weight, chunk)
+            if activations == "bfloat16" and not dense:
+                decoded = round_bfloat16(decoded)
             with np.errstate(invalid="ignore", over="ignore"):
-                product = (inputs @ decode_rows(weight, chunk).astype(np.float64).T).astype(np.float32)
+                product = (inputs @ decoded.astype(np.float64).T).astype(np.float32)
             if add:
                 out[:, chunk] += product
             else:
                 out[:, chunk] = product
+
+
+def plane_matmul(
+    x: F32,
+    weight: U8,
+    out: F32,
+    *,
+    weight_bits: int,
+    group: int,
+    zero: float,
+    has_minimum: bool,
+    activation_bits: int,
+    add: bool,
+    scratch: U8 | None = None,
+) -> None:
+    fmt = planes.PlaneFormat(weight_bits, group, zero, has_minimum)
+    product = planes.product(x, planes.PlaneWeight(fmt, out.shape[1], x.shape[1], weight), activation_bits)
+    out[...] = out + product if add else product
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
@@ -189,8 +234,11 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    activations: str = "float32",
     scratch: U8 | None = None,
 ) -> None:
+    if activations not in ("int8", "float32"):
+        raise ValueError(f"activations must be int8 or float32, got {activations!r}")
     first = max(0, n_past - window + 1) if window else 0
     positions = np.arange(first, n_past + n_tokens)
     if len(positions) > capacity:
@@ -213,45 +261,113 @@ def attention(
     out[...] = np.einsum("tgrp,gpd->tgrd", weights, values).reshape(n_tokens, -1)
 
 
+def kv_append_each(
+    k: F32,
+    v: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    capacity: int,
+    sequences: Sequence[int],
+    positions: Sequence[int],
+) -> None:
+    for i, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        kv_append(k[i : i + 1], v[i : i + 1], k_buf[sequence], v_buf[sequence], fmt, capacity, position)
+
+
+def attention_each(
+    q: F32,
+    k_buf: U8,
+    v_buf: U8,
+    fmt: str,
+    out: F32,
+    *,
+    sequences: Sequence[int],
+    positions: Sequence[int],
+    **options: Any,
+) -> None:
+    for i, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        keys, values, row = k_buf[sequence], v_buf[sequence], slice(i, i + 1)
+        attention(q[row], keys, values, fmt, out[row], n_past=position, n_tokens=1, **options)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The tokens that a program runs on: ``n`` of one sequence, or one of each of several, whose ``spots`` are the
+    arguments ``sequences`` and ``positions``."""
+
+    n: int
+    n_past: int = 0
+    sequence: int = 0
+    spots: Mapping[str, Any] | None = None
+
+
 class Program:
     """A recorded sequence of ops; ``run`` calls them on the first rows of their arrays."""
 
     def __init__(self) -> None:
-        self._calls: list[Callable[[int, int], None]] = []
+        self._calls: list[Callable[[_Run], None]] = []
 
     def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
-        self._calls.append(lambda n, past: matmul(x[:n], weights, [out[:n] for out in outs], **options))
+        self._calls.append(lambda run: matmul(x[: run.n], weights, [out[: run.n] for out in outs], **options))
 
     def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
-        self._calls.append(lambda n, past: rmsnorm(x[:n], weight, eps, out[:n], **options))
+        self._calls.append(lambda run: rmsnorm(x[: run.n], weight, eps, out[: run.n], **options))
 
     def head_rmsnorm(self, x: F32, n_heads: int, head_dim: int, weight: F32, eps: float, **options: Any) -> None:
-        self._calls.append(lambda n, past: head_rmsnorm(x[:n], n_heads, head_dim, weight, eps, **options))
+        self._calls.append(lambda run: head_rmsnorm(x[: run.n], n_heads, head_dim, weight, eps, **options))
 
     def rope(self, x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved: bool) -> None:
-        self._calls.append(lambda n, past: rope(x[:n], n_heads, head_dim, cos[:n], sin[:n], interleaved=interleaved))
+        def call(run: _Run) -> None:
+            rope(x[: run.n], n_heads, head_dim, cos[: run.n], sin[: run.n], interleaved=interleaved)
+
+        self._calls.append(call)
 
     def glu(self, gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
-        self._calls.append(lambda n, past: glu(gate[:n], up[:n], out[:n], activation=activation))
+        self._calls.append(lambda run: glu(gate[: run.n], up[: run.n], out[: run.n], activation=activation))
 
     def add_(self, x: F32, y: F32) -> None:
-        self._calls.append(lambda n, past: add_(x[:n], y if y.ndim == 1 else y[:n]))
+        self._calls.append(lambda run: add_(x[: run.n], y if y.ndim == 1 else y[: run.n]))
 
     def kv_append(self, k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int) -> None:
-        self._calls.append(lambda n, past: kv_append(k[:n], v[:n], k_buf, v_buf, fmt, capacity, past))
+        def call(run: _Run) -> None:
+            rows = k[: run.n], v[: run.n]
+            if run.spots is not None:
+                kv_append_each(*rows, k_buf, v_buf, fmt, capacity, **run.spots)
+            else:
+                kv_append(*rows, k_buf[run.sequence], v_buf[run.sequence], fmt, capacity, run.n_past)
+
+        self._calls.append(call)
 
     def attention(self, q: F32, k_buf: U8, v_buf: U8, fmt: str, out: F32, **options: Any) -> None:
-        self._calls.append(
-            lambda n, past: attention(q[:n], k_buf, v_buf, fmt, out[:n], n_past=past, n_tokens=n, **options)
-        )
+        def call(run: _Run) -> None:
+            rows, outs = q[: run.n], out[: run.n]
+            if run.spots is not None:
+                attention_each(rows, k_buf, v_buf, fmt, outs, **run.spots, **options)
+            else:
+                store = k_buf[run.sequence], v_buf[run.sequence]
+                attention(rows, *store, fmt, outs, n_past=run.n_past, n_tokens=run.n, **options)
 
-    def run(self, n_tokens: int, n_past: int) -> None:
+        self._calls.append(call)
+
+    def run(self, n_tokens: int, n_past: int, sequence: int = 0) -> None:
+        self._run(_Run(n_tokens, n_past, sequence))
+
+    def run_each(self, sequences: Sequence[int], positions: Sequence[int]) -> None:
+        self._run(_Run(len(sequences), spots={"sequences": sequences, "positions": positions}))
+
+    def _run(self, run: _Run) -> None:
         for call in self._calls:
-            call(n_tokens, n_past)
+            call(run)
 
 
 def argmax(logits: F32) -> int:
     return int(np.argmax(logits))
+
+
+def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
+    order = np.lexsort((-logits, ~np.isnan(logits)))[: len(values)]
+    values[:], ids[:] = logits[order], order
 
 
 def read_at(fd: int, offset: int, array: U8) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from barefoot.core.model import MATRIX_GROUPS, ModelSpec, WeightGroup, WeightSpe
 from barefoot.engine.config import Activations, EngineConfig
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
+from barefoot.ops.dispatch import Layout
 from barefoot.plan import quality
 from barefoot.plan.job import RunJob, Stated
 from barefoot.plan.memory import layer_kv_bytes
@@ -86,6 +87,13 @@ class Problem:
         return self.stated.n_threads or self.device.n_cores
 
     @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """What was measured on the device counts for its number of threads."""
+        if self.stated.layouts is not None:
+            return self.stated.layouts
+        return self.device.layouts if self.n_threads == self.device.n_threads else {}
+
+    @property
     def slow_place(self) -> Place:
         """Where layers go that the place that computes has no room for."""
         return "host" if self.device.n_accelerators else "disk"
@@ -102,7 +110,9 @@ class Problem:
             activations=self.activations,
             n_streamed_layers=0 if self.device.n_accelerators else frame.n_slow,
             stream_head=frame.stream_head,
+            n_sequences=self.job.batch,
             n_threads=self.n_threads,
+            layouts=self.layouts,
         )
 
     def frames(self) -> list[Frame]:
@@ -319,8 +329,23 @@ class Tables:
 
     def _compute_slots(self, frame: Frame) -> list[list[Option]]:
         """One list of options for each group of matrices, then one for the KV store; none is worse in all."""
-        slots = [self._group_slot(g, frame) for g in self.problem.groups]
-        return [undominated(options) for options in (*slots, self._kv_slot(frame))]
+        return [undominated(options) for options in self._all_options(frame)]
+
+    def least(self, frame: Frame) -> tuple[tuple[int, int], float, float]:
+        """(bytes, seconds, KL) below which no choice within the frame is: the sums of what each slot has least."""
+        main = second = 0
+        seconds = kl = 0.0
+        for options in self._all_options(frame):
+            main += min(o.bytes[0] for o in options)
+            second += min(o.bytes[1] for o in options)
+            seconds += min(o.seconds for o in options)
+            kl += min(o.kl for o in options)
+        return (main, second), seconds, kl
+
+    def _all_options(self, frame: Frame) -> Iterator[list[Option]]:
+        for group in self.problem.groups:
+            yield self._group_slot(group, frame)
+        yield self._kv_slot(frame)
 
     def _group_slot(self, group: WeightGroup, frame: Frame) -> list[Option]:
         if group in ("embed", "head"):

@@ -6,17 +6,17 @@ import shlex
 
 from barefoot.core.spec import format_technique
 from barefoot.core.units import exact_bytes, flag_bytes
+from barefoot.ops.dispatch import format_layouts
 from barefoot.plan.job import RunJob, Stated, format_weights
 
 
 def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Stated, *, exact: bool = False) -> str:
     """The command for ``job`` within ``budget_bytes`` of the place that computes, with what is stated as flags.
 
-    ``barefoot run`` of one sequence on this machine, ``barefoot plan`` of more or for another machine. ``exact`` never
-    rounds the budget up.
+    ``barefoot run`` on this machine (of a batch: the prompts are the lines of standard input), ``barefoot plan`` for
+    another one. ``exact`` never rounds the budget up.
     """
-    runs_here = device == "this" and job.batch == 1
-    words = ["barefoot", "run" if runs_here else "plan", model]
+    words = ["barefoot", "run" if device == "this" else "plan", model]
     words += ["--device", device] if device != "this" else []
     words += ["--memory", exact_bytes(budget_bytes) if exact else flag_bytes(budget_bytes)]
     words += ["--context", str(job.context), "--max-tokens", str(job.max_tokens)]
@@ -29,4 +29,5 @@ def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Sta
         words.append("--stream-head" if stated.stream_head else "--no-stream-head")
     words += ["--threads", str(stated.n_threads)] if stated.n_threads is not None else []
     words += ["--activations", stated.activations] if stated.activations is not None else []
+    words += ["--layouts", format_layouts(stated.layouts)] if stated.layouts is not None else []
     return shlex.join(words)

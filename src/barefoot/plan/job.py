@@ -14,6 +14,7 @@ from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.engine.config import Activations
 from barefoot.kv.stores import KVStore
+from barefoot.ops.dispatch import Layout
 from barefoot.weights.formats import WeightFormat
 
 
@@ -67,7 +68,7 @@ class Stated:
     chunk : tokens of prefill at once.
     streamed_layers : so many of the last layers stay on disk (with an accelerator: on the host); 0 forbids it.
     stream_head : whether the logits' matrix stays on disk.
-    n_threads, activations : as in the engine's config.
+    n_threads, activations, layouts : as in the engine's config.
     """
 
     weights: Mapping[WeightGroup, WeightFormat] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Stated:
     stream_head: bool | None = None
     n_threads: int | None = None
     activations: Activations | None = None
+    layouts: Mapping[str, Layout] | None = None
 
     def __post_init__(self) -> None:
         for name, got, least in (

@@ -1,12 +1,11 @@
-"""The bytes of a whole job: the engine's footprint on the host, or a model spread over accelerators and their host."""
+"""The bytes of a job on accelerators and their host; on a host alone the engine states them itself."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 from barefoot.core.device import Device
-from barefoot.core.ledger import Entry, Footprint, Phase, Place, Term, entry
+from barefoot.core.ledger import Footprint, Phase, Place, Term, entry
 from barefoot.core.model import ModelSpec
 from barefoot.core.units import MIB
 from barefoot.engine.config import EngineConfig
@@ -17,18 +16,6 @@ from barefoot.plan.operators import Site, layer_place, layout_of
 RUN_PHASES: tuple[Phase, ...] = ("load", "prefill", "decode")
 # Driver context and matrix-library workspaces of each accelerator; assumed, there is no process to measure.
 ACCELERATOR_RUNTIME_BYTES = 512 * MIB
-
-
-def host_footprint(spec: ModelSpec, config: EngineConfig, job: RunJob) -> Footprint:
-    """The engine's own footprint; each sequence of the batch has its own keys, values and logits."""
-    from barefoot.engine.footprint import footprint
-
-    def batched(e: Entry) -> Entry:
-        if job.batch == 1 or e.kind not in ("kv", "logits"):
-            return e
-        return dataclasses.replace(e, terms=tuple(Term(t.name, job.batch * t.count, t.bytes_each) for t in e.terms))
-
-    return Footprint(tuple(batched(e) for e in footprint(spec, config)))
 
 
 def layer_kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int, batch: int) -> int:

@@ -52,8 +52,9 @@ class Refusal:
     def message(self) -> str:
         """What happened, in one line, and what would fit; the alternatives' commands are separate."""
         short = self.needed_bytes - self.available_bytes
+        of_batch = f" for each of {self.job.batch} sequences" if self.job.batch > 1 else ""
         text = (
-            f"{self.model} with a context of {self.job.context:,} tokens needs at least "
+            f"{self.model} with a context of {self.job.context:,} tokens{of_batch} needs at least "
             f"{format_bytes(self.needed_bytes)} in {self.place} memory; available are "
             f"{format_bytes(self.available_bytes)}, {format_bytes(short)} too few"
         )

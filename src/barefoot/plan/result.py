@@ -104,6 +104,7 @@ class Plan:
             stream_head=config.stream_head,
             n_threads=config.n_threads,
             activations=config.activations,
+            layouts=config.layouts,
         )
         return command(self.model, self.device, self.job, self.budget[self.place], stated, exact=True)
 
@@ -123,6 +124,7 @@ class Plan:
                 "n_streamed_layers": config.n_streamed_layers,
                 "stream_head": config.stream_head,
                 "n_threads": config.n_threads,
+                "layouts": dict(config.layouts),
             },
             "n_host_layers": self.n_host_layers,
             "budget_bytes": dict(self.budget),
@@ -188,7 +190,9 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
                 activations=cast(Activations, config["activations"]),
                 n_streamed_layers=config["n_streamed_layers"],
                 stream_head=config["stream_head"],
+                n_sequences=data["job"]["batch"],
                 n_threads=config["n_threads"],
+                layouts=dict(config["layouts"]),
             ),
             footprint=Footprint(entries),
             budget=dict(data["budget_bytes"]),

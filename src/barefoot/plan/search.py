@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 from barefoot.core.ledger import Footprint, Place
 from barefoot.engine.config import EngineConfig
+from barefoot.engine.footprint import footprint as engine_footprint
 from barefoot.plan.choices import Frame, Problem, Tables
-from barefoot.plan.memory import accelerator_footprint, host_footprint
+from barefoot.plan.memory import accelerator_footprint
 from barefoot.plan.solve import Choice, best, by_bytes, by_speed, pace
 
 ANY_BYTES = 1 << 62
@@ -54,8 +55,8 @@ class Search:
         self._frames = problem.frames()
         self._smallest_chunk = min(f.chunk for f in self._frames)
         self._overhead = functools.cache(self._compute_overhead)
-        self._least = functools.cache(lambda frame: _least(frame, self._tables))
-        self._least_size = functools.cache(lambda frame: _least(frame, self._sizes).bytes)
+        self._least = functools.cache(lambda frame: _Least(frame, *self._tables.least(frame)))
+        self._least_size = functools.cache(lambda frame: self._sizes.least(frame)[0])
 
     def footprint(self, frame: Frame, config: EngineConfig) -> Footprint:
         """Every byte of the job."""
@@ -63,7 +64,7 @@ class Search:
         if self.place == "accelerator":
             job = accelerator_footprint(problem.spec, config, problem.job, problem.device, frame.n_slow)
         else:
-            job = host_footprint(problem.spec, config, problem.job)
+            job = engine_footprint(problem.spec, config)
         return self.fixed + job
 
     def _compute_overhead(self, chunk: int, streams: bool, stream_head: bool) -> tuple[int, int]:
@@ -152,9 +153,3 @@ class Search:
     def _bound(self, frame: Frame) -> int:
         """Bytes that any choice within the frame needs where the computation is."""
         return self._least_size(frame)[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
-
-
-def _least(frame: Frame, tables: Tables) -> _Least:
-    slots = tables.slots(frame)
-    size = (sum(min(o.bytes[0] for o in s) for s in slots), sum(min(o.bytes[1] for o in s) for s in slots))
-    return _Least(frame, size, sum(min(o.seconds for o in s) for s in slots), sum(min(o.kl for o in s) for s in slots))

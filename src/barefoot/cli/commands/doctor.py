@@ -87,7 +87,7 @@ def _layouts() -> dict[str, Any] | None:
     if table is None:
         return None
     return {
-        f"{kind} bits" if kind.isdigit() else kind.replace(",", " bits,"): {
+        f"{kind[0]} bits{', no minimums' if kind.endswith('-sym') else ''}": {
             size: {"fastest": min(each, key=each.__getitem__), "seconds": each} for size, each in sizes.items()
         }
         for kind, sizes in table["seconds"].items()

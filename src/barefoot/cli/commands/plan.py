@@ -30,7 +30,6 @@ JSON_KEYS = {
 def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser, shapes_suffice=True)
     arguments.add_job(parser)
-    parser.add_argument("--batch", metavar="N", type=int, default=1, help="sequences that share the weights; default 1")
     parser.add_argument(
         "--device",
         metavar="NAME",
@@ -81,7 +80,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.json == console.STDOUT:
         return 0
     print(console.bold(report.model_line(args.model, spec), sys.stdout))
-    print(f"on {device.title}; budget {said_by}; context {job.context:,}, answers of up to {job.max_tokens:,} tokens")
+    print(f"on {device.title}; budget {said_by}; {report.job_line(job)}")
     report.print_section(report.bytes_table(best.footprint, best.place))
     print(console.bold(report.budget_line(best), sys.stdout))
     report.print_section(report.choices_table(best))

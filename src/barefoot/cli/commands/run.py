@@ -1,18 +1,20 @@
-"""``barefoot run``: an answer, or a chat, inside a memory budget."""
+"""``barefoot run``: an answer, a chat, or the answers to a file of prompts, inside a memory budget."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import select
 import stat
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from barefoot.cli import arguments, chat, console, models, progress
+from barefoot.cli import arguments, batch, chat, console, models, progress
 from barefoot.cli.outcome import Outcome
 from barefoot.core.units import format_bytes
 
@@ -31,19 +33,21 @@ EXIT_INTERRUPTED = 130
 
 DEFAULT_PROMPT = "In one sentence, why is the sky blue?"
 
-HELP = "answer a prompt, or chat, inside a memory budget"
+HELP = "answer a prompt, chat, or answer a file of prompts, inside a memory budget"
 EXAMPLES = (
     'barefoot run smollm2 "What is the capital of France?" --memory 128MiB --context 1024 --report',
     "barefoot run smollm2 --memory 256MiB",
     'cat CHANGELOG.md | barefoot run smollm2 "Summarize this:" --memory 256MiB',
     "barefoot run smollm2 --memory 128MiB --context 1024 --max-tokens 64 --json result.json",
+    "barefoot run smollm2 --prompts questions.txt --batch 8 --memory 256MiB --context 512",
     "barefoot run smollm2 --plan plan.toml",
 )
 JSON_KEYS = {
-    "text": "the answer (of a chat: the last one)",
+    "text": "the answer (of a chat: the last one; of many prompts: null, see answers)",
     "finish_reason": "stop: the model or a stop string ended it; length: --max-tokens did; context; interrupted",
-    "prompt_tokens": "tokens in the context when the answer began",
-    "decode_tokens": "tokens of the answer",
+    "prompt_tokens": "tokens in the context when the answer began; of many prompts, their sum",
+    "decode_tokens": "tokens of the answer; of many prompts, the sum",
+    "answers": "index, text, finish_reason, prompt_tokens and decode_tokens of each answer",
     "budget_bytes": "what was allowed",
     "predicted_peak_bytes": "what the ledger adds up to in its largest phase",
     "measured_peak_bytes": "the operating system's high-water mark of the process; null where it keeps none",
@@ -54,11 +58,11 @@ JSON_KEYS = {
     "terms": "every entry of the ledger with its terms [name, count, bytes each]",
     "load_seconds": "reading the weights into place",
     "first_token_seconds": "from the start of the process's work to the first token, loading included",
-    "prefill_tokens_per_second": "of the prompt",
-    "decode_tokens_per_second": "of the answer's tokens after the first",
+    "prefill_tokens_per_second": "of the prompt, or of all prompts",
+    "decode_tokens_per_second": "of the answer's tokens after the first; of many prompts, of all answers together",
     "predicted_prefill_tokens_per_second": "by the plan",
     "predicted_decode_tokens_per_second": "by the plan",
-    "turns": "number of answers; more than one only in a chat",
+    "turns": "number of answers; more than one only in a chat, or of many prompts",
     "plan": "the plan, as `plan --json` writes it",
     "machine": "processor, cores, kernels",
     "versions": "of barefoot, Python and numpy",
@@ -76,6 +80,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f'"{DEFAULT_PROMPT}"',
     )
     arguments.add_job(parser)
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="answer every line of FILE (-, or with --batch nothing: of what is piped in), --batch of them at once. A "
+        'line is a prompt, or in a JSONL file an object with "prompt" or "messages". Answers are written in the order '
+        f"in which they end, a line of JSON each: {', '.join(batch.LINE_KEYS)}",
+    )
     parser.add_argument("--plan", metavar="FILE", help="run a plan that `plan --save` kept")
     text = parser.add_argument_group("the text")
     text.add_argument("--system", metavar="TEXT", type=arguments.text, help="how the model is to behave")
@@ -112,23 +123,31 @@ def execute(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     if args.plan:
         _take_saved_plan(args)
-    prompt = _prompt(args)
-    is_chat = prompt is None
+    conversations = batch.read(args, _piped) if batch.is_asked(args) else None
+    prompt = _prompt(args) if conversations is None else None
+    is_chat = conversations is None and prompt is None
     path = models.fetch(args.model)
     _prepare(is_chat)
     from barefoot.cli.conversation import Conversation, encode, opening
     from barefoot.core.measure import release_free_memory
+    from barefoot.engine.generate import Limits
     from barefoot.engine.specs import model_spec
     from barefoot.io.chat import find_chat_template
     from barefoot.io.inventory import Checkpoint
     from barefoot.io.tokenizer import load_tokenizer
 
+    shown, keeps_texts = args.json != console.STDOUT, args.json is not None
     with Checkpoint(path) as checkpoint:
         spec = model_spec(checkpoint)
         job = arguments.job(args, spec)
-        n_text_bytes = 4 * job.context if prompt is None else len(prompt.encode())
-        extra = models.tokenizer_footprint(checkpoint, n_text_bytes, is_chat=is_chat)
-        extra += sampling.footprint(spec.vocab_size)
+        extra = sampling.footprint(spec.vocab_size)
+        if conversations is not None:
+            job = dataclasses.replace(job, batch=min(job.batch, len(conversations)))
+            extra += batch.footprint(conversations, job, keeps_texts=keeps_texts)
+            n_text_bytes = max(batch.text_bytes(conversations))
+        else:
+            n_text_bytes = 4 * job.context if prompt is None else len(prompt.encode())
+        extra += models.tokenizer_footprint(checkpoint, n_text_bytes, is_chat=is_chat)
         plan, reserved = _plan(args, spec, job, extra)
         tokenizer = load_tokenizer(checkpoint)
         template = find_chat_template(checkpoint)
@@ -136,29 +155,52 @@ def execute(args: argparse.Namespace) -> int:
             if not args.raw:
                 console.print_note(f"{args.model} brings no chat format: it continues the text as a base model does")
             template = None
-        ids = None
-        if prompt is not None:  # a prompt that is too long is refused before weights are loaded
+        ids, all_ids = None, None
+        if conversations is not None:  # prompts that are too long are refused before weights are loaded
+            all_ids = batch.encode_all(conversations, tokenizer, template, args.system, job.context)
+        elif prompt is not None:
             ids = encode(tokenizer, template, [*opening(args.system), {"role": "user", "content": prompt}], job.context)
         release_free_memory()
         begun = time.perf_counter()
         with _load(checkpoint, spec, plan) as engine:
             loaded = time.perf_counter()
-            conversation = Conversation(
-                engine, tokenizer, template, sampling, system=args.system, stops=args.stop, max_tokens=job.max_tokens
-            )
-            ask = functools.partial(_ask, conversation, shown=args.json != console.STDOUT)
-            answers = [ask(prompt, ids=ids)] if prompt is not None else chat.chat(conversation, ask)
+            if all_ids is not None:
+                limits = Limits(job.max_tokens, sampling, args.stop, tokenizer.eos_ids)
+                with progress.line() as report:
+                    answers = batch.answer_all(
+                        engine, all_ids, tokenizer, limits, _writer(shown), report, keeps_texts=keeps_texts
+                    )
+            else:
+                conversation = Conversation(
+                    engine,
+                    tokenizer,
+                    template,
+                    sampling,
+                    system=args.system,
+                    stops=args.stop,
+                    max_tokens=job.max_tokens,
+                )
+                ask = functools.partial(_ask, conversation, write=_writer(shown))
+                answers = [ask(prompt, ids=ids)] if prompt is not None else chat.chat(conversation, ask)
             handed_out: dict[Kind, int] = {**engine.arena.used(), "reserved": reserved.bytes}
             handed_out["workspace"] = handed_out.get("workspace", 0) + tokenizer.resident_bytes()
-    outcome = Outcome(plan, reserved, handed_out, answers, loaded - begun, begun - started)
+    is_batch = all_ids is not None
+    outcome = Outcome(plan, reserved, handed_out, answers, loaded - begun, begun - started, is_batch=is_batch)
     _tell(args, outcome)
-    interrupted = bool(answers) and answers[-1].finish_reason == "interrupted" and not is_chat
-    return EXIT_INTERRUPTED if interrupted else 0
+    return EXIT_INTERRUPTED if _was_interrupted(answers, all_ids, is_chat=is_chat) else 0
+
+
+def _was_interrupted(answers: list[Answer], prompts: Sequence[object] | None, *, is_chat: bool) -> bool:
+    """Whether Ctrl-C ended the work; a chat goes on after it."""
+    if prompts is not None:
+        return len(answers) < len(prompts)
+    return bool(answers) and answers[-1].finish_reason == "interrupted" and not is_chat
 
 
 def _take_saved_plan(args: argparse.Namespace) -> None:
     """Let the saved plan state whatever the command line leaves open."""
     from barefoot.core.errors import InvalidInput
+    from barefoot.ops.dispatch import format_layouts
     from barefoot.plan.job import format_weights
     from barefoot.plan.result import plan_from_toml
 
@@ -174,6 +216,7 @@ def _take_saved_plan(args: argparse.Namespace) -> None:
         "memory": plan.budget["host"],
         "context": plan.job.context,
         "max_tokens": plan.job.max_tokens,
+        "batch": plan.job.batch,
         "weights": format_weights(config.weights),
         "kv": str(config.kv),
         "chunk": config.chunk,
@@ -181,6 +224,7 @@ def _take_saved_plan(args: argparse.Namespace) -> None:
         "stream_head": config.stream_head,
         "threads": config.n_threads,
         "activations": config.activations,
+        "layouts": format_layouts(config.layouts),
     }
     for name, value in saved.items():
         if getattr(args, name) is None:
@@ -253,14 +297,21 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _ask(conversation: Conversation, prompt: str, *, shown: bool, ids: list[int] | None = None) -> Answer:
-    """One answer, streamed to standard output."""
+def _writer(shown: bool) -> Callable[[str], None]:
+    """What puts text on standard output at once, if it is to be shown there."""
 
     def write(text: str) -> None:
         if shown:
             sys.stdout.write(text)
             sys.stdout.flush()
 
+    return write
+
+
+def _ask(
+    conversation: Conversation, prompt: str, *, write: Callable[[str], None], ids: list[int] | None = None
+) -> Answer:
+    """One answer, streamed to standard output."""
     with progress.line() as report:
         answer = conversation.ask(prompt, write, report, ids=ids)
     write("\n")

@@ -7,23 +7,32 @@ struct AttentionScratch {  // of one thread
 struct AttentionLayout {
   int64_t sharing;        // query heads per key head
   int64_t tile_tokens;    // tokens of one task
-  int64_t width;          // head_dim rounded up to whole vectors
+  int64_t width, deep;    // head_dim rounded up to whole vectors, and to whole tiles of bfloat16
   int64_t thread_floats;  // scratch of one thread
   int64_t bytes;
   float* base;
-  float* partial;  // [n_heads][kMaxSplits][width + 2]: weighted sum, maximum, total
+  float* partial;  // [tokens][n_heads][kMaxSplits][width + 2]: weighted sum, maximum, total; of single tokens
 };
+
+// What one thread of attention_bf16.h holds; counted for every instruction set, so that a plan is for all of them.
+inline int64_t bfloat16_bytes(int64_t n_queries, int64_t deep) {
+  const int64_t each_query = 6 * deep + 12, each_key = (2 + 2 + 4 + 1) * deep + 6 * kBfloat16Queries;
+  return round_up(n_queries, kBfloat16Queries) * each_query + kKeyTile * each_key;
+}
 
 inline AttentionLayout lay_out(const AttentionArgs& a) {
   AttentionLayout l{};
   l.sharing = a.n_heads / a.kv.n_kv_heads;
-  const int64_t tokens = kQueryTile / l.sharing > 1 ? kQueryTile / l.sharing : 1;
-  l.tile_tokens = tokens < a.n_tokens ? tokens : a.n_tokens;
+  const int64_t tokens = kQueryTile / l.sharing > 1 ? kQueryTile / l.sharing : 1, together = a.spots ? 1 : a.n_tokens;
+  l.tile_tokens = tokens < together ? tokens : together;
   l.width = round_up(a.kv.head_dim, 16);
+  l.deep = round_up(a.kv.head_dim, 32);
   const int64_t queries = l.tile_tokens * l.sharing;
   const int64_t floats = 2 * queries * l.width + 2 * kKeyTile * l.width + queries * kKeyTile + 2 * queries;
-  l.thread_floats = round_up(4 * floats, kAlign) / 4;
-  const int64_t partial = a.n_tokens == 1 ? round_up(4 * kMaxSplits * a.n_heads * (l.width + 2), kAlign) : 0;
+  const int64_t reduced = a.int8 && together > 1 ? bfloat16_bytes(queries, l.deep) : 0;
+  l.thread_floats = round_up(4 * floats > reduced ? 4 * floats : reduced, kAlign) / 4;
+  const int64_t partials = together == 1 ? a.n_tokens * a.n_heads * kMaxSplits : 0;
+  const int64_t partial = round_up(4 * partials * (l.width + 2), kAlign);
   l.bytes = kAlign + 4 * a.n_threads * l.thread_floats + partial;
   l.base = reinterpret_cast<float*>(a.scratch + (kAlign - reinterpret_cast<uintptr_t>(a.scratch) % kAlign) % kAlign);
   l.partial = l.base + a.n_threads * l.thread_floats;
@@ -31,6 +40,32 @@ inline AttentionLayout lay_out(const AttentionArgs& a) {
 }
 
 inline int64_t attention_scratch(const AttentionArgs& a) { return lay_out(a).bytes; }
+
+// Rows of a tile, on their way to the cache; the last one stands twice, for loops over pairs.
+struct TileRows {
+  const uint8_t* at[kKeyTile + 1];
+  int64_t n;
+};
+inline TileRows tile_rows(const KvShape& kv, const uint8_t* buffer, int64_t head, int64_t base, int64_t n) {
+  TileRows rows;
+  const int64_t row_bytes = kv.row_bytes();
+  const uint8_t* const begin = buffer + head * kv.capacity * row_bytes;
+  const uint8_t* const end = begin + kv.capacity * row_bytes;
+  const uint8_t* row = begin + base % kv.capacity * row_bytes;
+  for (int64_t j = 0; j < n; ++j) {
+    rows.at[j] = row;
+    row += row_bytes;
+    if (row == end) row = begin;
+  }
+  rows.at[n] = rows.at[n - 1];
+  rows.n = n;
+#if defined(__GNUC__)
+  // They are wanted after the tile before them: without this, memory would rest while that one is worked on.
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows.at[j] + b);
+#endif
+  return rows;
+}
 
 // A small matrix product: out[i][c] = (add ? out[i][c] : 0) + sum over j < n of weights[i][j] * rows[j][c]. It gives the
 // scores (weights = queries, rows = transposed keys) and their weighted sums (weights = scores, rows = values).
@@ -174,14 +209,23 @@ inline void write_output(const float* sum, float total, int64_t n, float* out) {
 }
 
 // Many tokens: a task is a key head and a tile of tokens, the longest first.
-inline void attend_tiles(const AttentionArgs& a, const AttentionLayout& l) {
-  const int64_t n_tiles = (a.n_tokens + l.tile_tokens - 1) / l.tile_tokens, dim = a.kv.head_dim;
+// body(thread, head, first token, n_tokens, first position, end of the positions)
+template <class Body>
+inline void each_tile(const AttentionArgs& a, const AttentionLayout& l, Body body) {
+  const int64_t n_tiles = (a.n_tokens + l.tile_tokens - 1) / l.tile_tokens;
   parallel_for(n_tiles * a.kv.n_kv_heads, a.n_threads, [&](int64_t task, int thread) {
     const int64_t head = task % a.kv.n_kv_heads, t0 = (n_tiles - 1 - task / a.kv.n_kv_heads) * l.tile_tokens;
     const int64_t n = a.n_tokens - t0 < l.tile_tokens ? a.n_tokens - t0 : l.tile_tokens;
     const int64_t oldest = a.n_past + t0 - a.window + 1;
+    body(thread, head, t0, n, a.window > 0 && oldest > 0 ? oldest : 0, a.n_past + t0 + n);
+  });
+}
+
+inline void attend_tiles(const AttentionArgs& a, const AttentionLayout& l) {
+  const int64_t dim = a.kv.head_dim;
+  each_tile(a, l, [&](int thread, int64_t head, int64_t t0, int64_t n, int64_t first, int64_t last) {
     const AttentionScratch s = scratch_of(l, thread);
-    attend(a, l, s, head, t0, n, a.window > 0 && oldest > 0 ? oldest : 0, a.n_past + t0 + n);
+    attend(a, l, s, head, t0, n, first, last);
     for (int64_t i = 0; i < n * l.sharing; ++i) {
       float* out = a.out + ((t0 + i / l.sharing) * a.n_heads + head * l.sharing + i % l.sharing) * dim;
       write_output(s.sum + i * l.width, s.total[i], dim, out);

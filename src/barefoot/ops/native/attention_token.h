@@ -13,32 +13,6 @@ constexpr float kQueryLevels = 127 * 254 + 126;  // one more would round high to
 constexpr float kWeightLevels = 32767;
 constexpr int64_t kMostPackedQueries = 32;  // whose codes fit beside a tile's in the scratch
 
-// Rows of a tile, on their way to the cache; the last one stands twice, for loops over pairs.
-struct TileRows {
-  const uint8_t* at[kKeyTile + 1];
-  int64_t n;
-};
-inline TileRows tile_rows(const KvShape& kv, const uint8_t* buffer, int64_t head, int64_t base, int64_t n) {
-  TileRows rows;
-  const int64_t row_bytes = kv.row_bytes();
-  const uint8_t* const begin = buffer + head * kv.capacity * row_bytes;
-  const uint8_t* const end = begin + kv.capacity * row_bytes;
-  const uint8_t* row = begin + base % kv.capacity * row_bytes;
-  for (int64_t j = 0; j < n; ++j) {
-    rows.at[j] = row;
-    row += row_bytes;
-    if (row == end) row = begin;
-  }
-  rows.at[n] = rows.at[n - 1];
-  rows.n = n;
-#if defined(__GNUC__)
-  // They are wanted after the tile before them: without this, memory would rest while that one is worked on.
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(rows.at[j] + b);
-#endif
-  return rows;
-}
-
 // Call body with Constant<1 .. kTokenQueries> and the first query of each block.
 template <class Body>
 inline void query_blocks(int64_t n_queries, Body body) {
@@ -53,13 +27,6 @@ inline void query_blocks(int64_t n_queries, Body body) {
 }
 
 // --- rows of floats ---
-
-struct HalfRow {
-  static F part(const uint8_t* row, int64_t d) { return load_half(row + 2 * d); }
-};
-struct FloatRow {
-  static F part(const uint8_t* row, int64_t d) { return load(row + 4 * d); }
-};
 
 template <class Row, int Queries>
 inline void dot_float_rows(const TileRows& keys, const float* q, int64_t dim, int64_t width, float* score) {
@@ -352,27 +319,59 @@ inline void attend_one(const AttentionArgs& a, const AttentionLayout& l, const A
   else attend_rows(a, l, s, FloatTiles<FloatRow>{l, s, dim}, head, first, last);
 }
 
-// One token: a task is a key head and a range of keys; the ranges are then put together in order. How the keys are
-// split depends on their number only, so the result is the same for any number of threads.
-inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
-  const int64_t last = a.n_past + 1, oldest = last - a.window, first = a.window > 0 && oldest > 0 ? oldest : 0;
+// The keys that one token sees, and the ranges that they are split into.
+struct SplitKeys {
+  int64_t first, last, range, n_splits;
+};
+inline SplitKeys split_keys(int64_t position, int64_t window) {
+  const int64_t last = position + 1, oldest = last - window, first = window > 0 && oldest > 0 ? oldest : 0;
   const int64_t fair = round_up((last - first + kMaxSplits - 1) / kMaxSplits, kKeyTile);
-  const int64_t range = fair > 4 * kKeyTile ? fair : 4 * kKeyTile, n_splits = (last - first + range - 1) / range;
+  const int64_t range = fair > 4 * kKeyTile ? fair : 4 * kKeyTile;
+  return {first, last, range, (last - first + range - 1) / range};
+}
+
+// The arguments of one token by itself.
+inline AttentionArgs alone(const AttentionArgs& a, int64_t token) {
+  AttentionArgs one = a;
+  if (!a.spots) return one;
+  const Spot& spot = a.spots[token];
+  one.q += token * a.n_heads * a.kv.head_dim;
+  one.k += spot.sequence * a.kv.bytes();
+  one.v += spot.sequence * a.kv.bytes();
+  one.n_past = spot.position;
+  return one;
+}
+
+// Single tokens, each of its own sequence: a task is a token, a key head and a range of keys; the ranges are then put
+// together in order. How the keys are split depends on their number only, so a token's result is the same for any
+// number of threads, and whatever other tokens are there.
+inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
   const int64_t stride = l.width + 2, dim = a.kv.head_dim;
-  const int threads = (last - first) * a.n_heads * dim < kParallel ? 1 : a.n_threads;
-  parallel_for(n_splits * a.kv.n_kv_heads, threads, [&](int64_t task, int thread) {
-    const int64_t head = task / n_splits, split = task % n_splits, begin = first + split * range;
+  int64_t most = 0, n_keys = 0;
+  for (int64_t token = 0; token < a.n_tokens; ++token) {
+    const SplitKeys keys = split_keys(alone(a, token).n_past, a.window);
+    most = keys.n_splits > most ? keys.n_splits : most;
+    n_keys += keys.last - keys.first;
+  }
+  const int threads = n_keys * a.n_heads * dim < kParallel ? 1 : a.n_threads;
+  parallel_for(a.n_tokens * a.kv.n_kv_heads * most, threads, [&](int64_t task, int thread) {
+    const int64_t split = task % most, head = task / most % a.kv.n_kv_heads, token = task / most / a.kv.n_kv_heads;
+    const AttentionArgs one = alone(a, token);
+    const SplitKeys keys = split_keys(one.n_past, a.window);
+    if (split >= keys.n_splits) return;
+    const int64_t begin = keys.first + split * keys.range, end = begin + keys.range;
     const AttentionScratch s = scratch_of(l, thread);
-    attend_one(a, l, s, head, begin, begin + range < last ? begin + range : last);
+    attend_one(one, l, s, head, begin, end < keys.last ? end : keys.last);
     for (int64_t i = 0; i < l.sharing; ++i) {
-      float* part = l.partial + ((head * l.sharing + i) * kMaxSplits + split) * stride;
+      float* part = l.partial + ((token * a.n_heads + head * l.sharing + i) * kMaxSplits + split) * stride;
       std::memcpy(part, s.sum + i * l.width, l.width * sizeof(float));
       part[l.width] = s.top[i];
       part[l.width + 1] = s.total[i];
     }
   });
-  for (int64_t h = 0; h < a.n_heads; ++h) {
+  for (int64_t h = 0; h < a.n_tokens * a.n_heads; ++h) {
     float* into = l.partial + h * kMaxSplits * stride;
+    const int64_t n_splits = split_keys(alone(a, h / a.n_heads).n_past, a.window).n_splits;
     for (int64_t split = 1; split < n_splits; ++split) {
       const float* part = into + split * stride;
       const float top = part[l.width] > into[l.width] ? part[l.width] : into[l.width];
@@ -387,6 +386,9 @@ inline void attend_splits(const AttentionArgs& a, const AttentionLayout& l) {
 
 inline void attention(const AttentionArgs& a) {
   const AttentionLayout l = lay_out(a);
-  if (a.n_tokens == 1) attend_splits(a, l);
-  else attend_tiles(a, l);
+  if (a.n_tokens == 1 || a.spots) return attend_splits(a, l);
+#if defined(BAREFOOT_AMX)
+  if (a.int8) return attend_tiles_bfloat16(a, l);
+#endif
+  attend_tiles(a, l);
 }

@@ -309,7 +309,8 @@ template <class Format>
 constexpr bool has_panels = panels_exist<Format>();
 template <class Format>
 constexpr bool lut_exists() {
-  if constexpr (has_panels<Format>) return Format::code_bits <= 4 && Format::elements <= 128;
+  if constexpr (has_panels<Format>)  // one scale, before the codes
+    return Format::code_bits <= 4 && Format::scale_at == 0 && Format::sub_bytes == 0;
   else return false;
 }
 template <class Format>

@@ -54,18 +54,53 @@ inline void rmsnorm(const float* x, const float* weight, float eps, bool plus_on
   parallel_for(n_rows, n_rows * n < kParallel ? 1 : n_threads(), one_row);
 }
 
+// Pairs (a, b), half a head apart, to (a c - b s, a s + b c).
+inline void rotate_halves(float* a, float* b, const float* c, const float* s, int64_t half) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const F x = load(a + i), y = load(b + i), cosine = load(c + i), sine = load(s + i);
+    store(a + i, x * cosine - y * sine);
+    store(b + i, x * sine + y * cosine);
+  }
+  for (; i < half; ++i) {
+    const float x = a[i], y = b[i];
+    a[i] = x * c[i] - y * s[i];
+    b[i] = x * s[i] + y * c[i];
+  }
+}
+
+// The same of neighbours: n elements, cosines twice each, and sines with the sign of their part, (-s, s).
+inline void rotate_neighbours(float* x, const float* c, const float* s, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F pairs = load(x + i);
+    store(x + i, pairs * load(c + i) + swap_pairs(pairs) * load(s + i));
+  }
+  for (; i < n; i += 2) {
+    const float a = x[i], b = x[i + 1];
+    x[i] = a * c[i] + b * s[i];
+    x[i + 1] = b * c[i + 1] + a * s[i + 1];
+  }
+}
+
 inline void rope(float* x, int64_t n_tokens, int64_t n_heads, int64_t head_dim, const float* cos, const float* sin,
                  int64_t half, bool interleaved) {
+  constexpr int64_t kBlock = 64;  // pairs whose cosines and sines are spread at a time, for all heads
   const auto one_token = [&](int64_t token, int) {
     const float *c = cos + token * half, *s = sin + token * half;
-    const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
-    for (int64_t h = 0; h < n_heads; ++h) {
-      float* head = x + (token * n_heads + h) * head_dim;
-      for (int64_t i = 0; i < half; ++i) {
-        const float a = head[i * step], b = head[i * step + apart];
-        head[i * step] = a * c[i] - b * s[i];
-        head[i * step + apart] = a * s[i] + b * c[i];
+    float* const heads = x + token * n_heads * head_dim;
+    for (int64_t h = 0; h < n_heads && !interleaved; ++h)
+      rotate_halves(heads + h * head_dim, heads + h * head_dim + half, c, s, half);
+    for (int64_t first = 0; first < half && interleaved; first += kBlock) {
+      const int64_t n = half - first < kBlock ? half - first : kBlock;
+      float spread_c[2 * kBlock], spread_s[2 * kBlock];
+      for (int64_t i = 0; i < n; ++i) {
+        spread_c[2 * i] = spread_c[2 * i + 1] = c[first + i];
+        spread_s[2 * i] = -s[first + i];
+        spread_s[2 * i + 1] = s[first + i];
       }
+      for (int64_t h = 0; h < n_heads; ++h)
+        rotate_neighbours(heads + h * head_dim + 2 * first, spread_c, spread_s, 2 * n);
     }
   };
   parallel_for(n_tokens, n_tokens * n_heads * head_dim < kParallel ? 1 : n_threads(), one_token);
@@ -91,13 +126,4 @@ inline void add(float* x, const float* y, int64_t n) {
   in_pieces(n, [&](int64_t begin, int64_t end) {
     map(x + begin, y + begin, x + begin, end - begin, [](F a, F b) { return a + b; });
   });
-}
-
-inline int64_t argmax(const float* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (x[i] != x[i]) return i;
-    if (x[i] > x[best]) best = i;
-  }
-  return best;
 }

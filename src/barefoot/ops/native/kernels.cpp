@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -32,6 +33,10 @@ struct Constant {
 
 #include BAREFOOT_VEC
 // In this order: each uses the ones before it.
+#if defined(BAREFOOT_AMX)
+#include "amx.h"
+#endif
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"
@@ -44,13 +49,23 @@ struct Constant {
 //
 #include "lut.h"
 //
+#include "tiles.h"
+//
 #include "matmul.h"
 //
+#include "planes.h"
+//
 #include "fused.h"
+//
+#include "select.h"
 //
 #include "kvrows.h"
 //
 #include "attention.h"
+//
+#if defined(BAREFOOT_AMX)
+#include "attention_bf16.h"
+#endif
 //
 #include "attention_token.h"
 
@@ -61,6 +76,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

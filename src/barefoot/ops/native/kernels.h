@@ -13,11 +13,16 @@ constexpr int64_t kRowTile = 32;
 constexpr int64_t kFloatRowTile = 8;
 constexpr int64_t kKeyTile = 64;
 constexpr int64_t kQueryTile = 96;
+constexpr int64_t kBfloat16Queries = 32;
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kLutRows = 64;
+constexpr int64_t kPlaneRows = 16;
 constexpr int64_t kFewLutTokens = 8;  // up to here products are looked up; beyond, codes are unpacked into tiles
+constexpr int64_t kBfloat16Tokens = 24;    // from here on products are taken in bfloat16 where the processor has tiles
+constexpr int64_t kBfloat16Columns = 256;  // whose bfloat16 weights are held at a time
+constexpr int64_t kBfloat16Block = 128;    // tokens whose sums are held at a time
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -49,6 +54,20 @@ struct MatmulArgs {
   int n_threads;
 };
 
+struct PlaneArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols;
+  const uint8_t* weight;
+  int64_t n_rows, group;  // group: a multiple of 32 columns, at most kMostPlaneColumns
+  int weight_bits, activation_bits;  // 1 to 8
+  float zero;  // the code that stands for 0 where no minimum is added
+  bool has_minimum, add;
+  float* out;  // [n_tokens, n_rows]
+  uint8_t* scratch;
+  int n_threads;
+};
+constexpr int64_t kMostPlaneColumns = 32768;  // 2^15 * 255 * 255 < 2^31: products of a group fit int32
+
 enum class KvFormat { f32, f16, q8, q4 };
 
 struct KvShape {
@@ -60,6 +79,11 @@ struct KvShape {
     if (format == KvFormat::f16) return 2 * head_dim;
     return format == KvFormat::q8 ? head_dim + 2 * groups : head_dim / 2 + 4 * groups;
   }
+  int64_t bytes() const { return n_kv_heads * capacity * row_bytes(); }  // of one sequence's keys, or its values
+};
+
+struct Spot {  // where a token belongs
+  int64_t sequence, position;
 };
 
 struct AttentionArgs {
@@ -69,8 +93,10 @@ struct AttentionArgs {
   float* out;
   int64_t n_heads, n_past, n_tokens, window;
   float scale, softcap;
+  bool int8;  // so coarse may the rounding be
   uint8_t* scratch;
   int n_threads;
+  const Spot* spots = nullptr;  // of each token, one for a sequence; null: all are of one sequence, from n_past on
 };
 
 enum class Activation { silu, gelu_tanh };
@@ -92,6 +118,10 @@ struct Kernels {
   void (*kv_append)(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer);
   void (*attention)(const AttentionArgs&);
   int64_t (*attention_scratch)(const AttentionArgs&);
+  void (*plane_matmul)(const PlaneArgs&);
+  int64_t (*plane_scratch)(const PlaneArgs&);
+  int64_t (*plane_bytes)(const PlaneArgs&);
+  void (*top_k)(const float* x, int64_t n, int64_t k, float* values, int32_t* ids);
 };
 
 }  // namespace barefoot

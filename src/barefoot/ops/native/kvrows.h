@@ -40,6 +40,14 @@ inline void decode_kv_row(const KvShape& kv, const uint8_t* p, float* out, int64
   for (int64_t i = n; i < width; ++i) out[i] = 0.0f;
 }
 
+// A vector of the elements from d on, a multiple of kLanes.
+struct HalfRow {
+  static F part(const uint8_t* row, int64_t d) { return load_half(row + 2 * d); }
+};
+struct FloatRow {
+  static F part(const uint8_t* row, int64_t d) { return load(row + 4 * d); }
+};
+
 inline void encode_kv_group(KvFormat format, const float* x, int64_t n, uint8_t* p) {
   const bool q8 = format == KvFormat::q8;
   float low = x[0], high = x[0];
@@ -82,7 +90,9 @@ inline void kv_append(const float* rows, int64_t n_tokens, const KvShape& kv, in
         continue;
       }
       if (kv.format == KvFormat::f16) {
-        for (int64_t i = 0; i < n; ++i) {
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) store_half(p + 2 * i, load(x + i));
+        for (; i < n; ++i) {
           const uint16_t half = float_to_half(x[i]);
           std::memcpy(p + 2 * i, &half, 2);
         }

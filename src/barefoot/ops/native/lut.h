@@ -321,7 +321,7 @@ void look_up_panel(const uint8_t* panel, int64_t chunks, const LutTables& x, int
   float total[kFewLutTokens][L::rows] = {};
   const uint8_t* group = panel;
   for (int64_t g = 0; g < groups32; g += chunks, group += group_bytes) {
-    for (int64_t line = 0; line < group_bytes; line += 64) prefetch(group + kPrefetchBytes + line);
+    fetch_ahead(group, group_bytes);
     for (int64_t t = 0; t < n_tokens; ++t) {
       const int64_t at = t * groups32 + g;
       F sum[n];

@@ -8,6 +8,7 @@ struct LayoutKernels {
 
 struct FormatKernels {
   bool dense;
+  int64_t group;  // weights that share a scale
   LayoutKernels layouts[3];  // by Layout
   void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
   void (*dot_rows)(const uint8_t* const*, const Quantized8&, int64_t, float*);
@@ -27,6 +28,7 @@ constexpr FormatKernels kernels_of() {
   k.dense = is_dense<Format>;
   k.layouts[0] = {&multiply_float<&dequantize_row<Format>>, &dequantize_row<Format>};
   if constexpr (!is_dense<Format>) {
+    k.group = Format::group;
     k.multiply_tile = &multiply_tile_all<Format::group, Format::wide && !kUnsignedBytes>;
     k.dot_rows = &dot_rows<Format>;
     k.unpack_tile = &unpack_tile<Format>;
@@ -69,6 +71,7 @@ constexpr int64_t kParallel = 8192;     // elements below which waking the threa
 
 struct MatmulScratch {
   Quantized8 x;
+  uint16_t* x16;  // in place of x, where products are taken in bfloat16
   LutTables lut;
   uint8_t* tiles;
   int64_t tile_bytes;  // per thread
@@ -83,6 +86,8 @@ inline bool has_layout(const MatmulArgs& m, Layout layout) {
 inline bool looks_up(const MatmulArgs& m) {
   return m.int8 && m.n_tokens <= kFewLutTokens && has_layout(m, Layout::lut);
 }
+
+inline bool takes_bfloat16(const MatmulArgs& m) { return kHasTiles && m.int8 && m.n_tokens >= kBfloat16Tokens; }
 
 inline MatmulScratch lay_out(const MatmulArgs& m) {
   const int64_t block = m.n_cols < kColumnBlock ? round_up(m.n_cols, 32) : kColumnBlock;
@@ -102,8 +107,17 @@ inline MatmulScratch lay_out(const MatmulArgs& m) {
     s.x.sum32 = reinterpret_cast<float*>(take(m.n_tokens * groups * 4));
     s.x.sum16 = reinterpret_cast<float*>(take(m.n_tokens * groups * 8));
     s.x.minus2 = reinterpret_cast<int32_t*>(take(m.n_tokens * groups * 4));
+    s.x16 = reinterpret_cast<uint16_t*>(base);
+    const int64_t bytes16 = m.n_tokens < kBfloat16Tokens ? 0 : round_up(m.n_tokens, 16) * groups * kGroup * 2;
+    at = at < bytes16 ? bytes16 : at;
   }
   s.tile_bytes = m.int8 ? kRowTile * (block + block / 16 * 8) : kFloatRowTile * block * 4;
+  if (m.int8 && m.n_tokens >= kBfloat16Tokens) {
+    const int64_t width = block < kBfloat16Columns ? block : kBfloat16Columns;
+    const int64_t tokens = m.n_tokens < kBfloat16Block ? round_up(m.n_tokens, 16) : kBfloat16Block;
+    const int64_t bytes16 = kRowTile * (width + width / 16 * 8 + 2 * width + 4 * tokens);
+    s.tile_bytes = s.tile_bytes < bytes16 ? bytes16 : s.tile_bytes;
+  }
   s.tiles = take(s.tile_bytes * m.n_threads);
   if (looks_up(m)) {
     s.lut.table = take(m.n_tokens * groups * kRuns * kTable);
@@ -177,6 +191,11 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
       const int64_t n = end - r < kFloatRowTile ? end - r : kFloatRowTile;
       multiply(w.data, r, n, m.x, m.n_tokens, m.n_cols, reinterpret_cast<float*>(tile), w.out, w.rows, m.add);
     }
+  } else if (takes_bfloat16(m)) {
+    multiply_in_tiles(m, s.x16, All::info[w.format].block_elements, k.group, w.out, w.rows, begin, end, tile,
+                      [&](int64_t r0, int64_t n, int64_t k0, int64_t columns, const Tile& to) {
+                        fill_tile(w, m.n_cols, r0, n, k0, columns, to);
+                      });
   } else if (w.layout == Layout::panels && m.n_tokens <= kFewPanelTokens) {
     const uint8_t* panels = w.data + begin * All::info[w.format].row_bytes(m.n_cols);
     k.dot_panels(panels, (end - begin) / kPanelRows, k.chunks, s.x, m.n_tokens, w.out + begin, w.rows, m.add);
@@ -194,15 +213,17 @@ inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Wei
 inline void matmul(const MatmulArgs& m) {
   const MatmulScratch s = lay_out(m);
   bool rounds = false;
-  int64_t total_rows = 0;
   for (int i = 0; i < m.n_weights; ++i) {
     const bool looked_up = m.weights[i].layout == Layout::lut && looks_up(m);
     rounds = rounds || (m.int8 && !looked_up && !All::kernels[m.weights[i].format].dense);
-    total_rows += m.weights[i].rows;
   }
   if (rounds) {
     const int threads = m.n_tokens * m.n_cols < kParallel ? 1 : m.n_threads;
-    parallel_for(m.n_tokens, threads, [&](int64_t t, int) { quantize_token(m.x + t * m.n_cols, t, s.x); });
+    parallel_for(m.n_tokens, threads, [&](int64_t t, int) {
+      const float* x = m.x + t * m.n_cols;
+      if (takes_bfloat16(m)) round_token(x, t, m.n_tokens, m.n_cols, s.x16);
+      else quantize_token(x, t, s.x);
+    });
   }
   if (looks_up(m)) {
     // The tables of one input serve all weights of this call. Pieces of 1,024 columns.
@@ -214,21 +235,31 @@ inline void matmul(const MatmulArgs& m) {
         build_tables(m.x + g * kGroup, s.lut.table + g * kRuns * kTable, s.lut.half_scale + g, s.lut.sum + g);
     });
   }
-  // About eight tasks a thread: enough to even out a busy machine, few enough to stream rows.
+  // All rows stand in one line, in units. A task takes its share of half of what is left: the first ones stream many
+  // rows, the last ones are a unit and even out what the machine did to the others.
   const int64_t unit = has_layout(m, Layout::lut) ? kLutRows : kRowTile;
-  const int64_t share = round_up(total_rows / (8 * m.n_threads) + 1, unit);
+  int64_t n_units = 0;
+  for (int i = 0; i < m.n_weights; ++i) n_units += (m.weights[i].rows + unit - 1) / unit;
+  const auto after = [&](int64_t begin) {
+    const int64_t share = (n_units - begin) / (2 * m.n_threads);
+    return begin + (share > 1 ? share : 1);
+  };
   int64_t n_tasks = 0;
-  for (int i = 0; i < m.n_weights; ++i) n_tasks += (m.weights[i].rows + share - 1) / share;
+  for (int64_t at = 0; at < n_units; at = after(at)) ++n_tasks;
   parallel_for(n_tasks, m.n_threads, [&](int64_t task, int thread) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < task; ++i) begin = after(begin);
+    const int64_t end = after(begin);
+    int64_t first = 0;  // unit of the weight
     for (int i = 0; i < m.n_weights; ++i) {
       const Weight& w = m.weights[i];
-      const int64_t here = (w.rows + share - 1) / share;
-      if (task < here) {
-        const int64_t begin = task * share, end = begin + share < w.rows ? begin + share : w.rows;
-        multiply_rows(m, s, w, begin, end, s.tiles + thread * s.tile_bytes);
-        return;
-      }
-      task -= here;
+      const int64_t next = first + (w.rows + unit - 1) / unit;
+      const int64_t from = begin > first ? begin : first, to = end < next ? end : next;
+      const int64_t last_row = (to - first) * unit;
+      if (from < to)
+        multiply_rows(m, s, w, (from - first) * unit, last_row < w.rows ? last_row : w.rows,
+                      s.tiles + thread * s.tile_bytes);
+      first = next;
     }
   });
 }

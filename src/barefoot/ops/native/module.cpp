@@ -46,6 +46,8 @@ using Bytes = Array<const uint8_t>;
 using BytesOut = Array<uint8_t>;
 using KvBytes = Array<const uint8_t, nb::ndim<3>>;
 using KvBytesOut = Array<uint8_t, nb::ndim<3>>;
+using KvStore = Array<const uint8_t, nb::ndim<4>>;  // of several sequences
+using KvStoreOut = Array<uint8_t, nb::ndim<4>>;
 
 struct Isa {
   const char* name;
@@ -161,10 +163,14 @@ struct Products {  // what matmul multiplies with, and where the results go
   bool int8;
 };
 
-Products products(nb::sequence weights, nb::sequence outs, const std::string& activations) {
+bool is_int8(const std::string& activations) {
   if (activations != "int8" && activations != "float32")
     refuse("activations must be int8 or float32, got '" + activations + "'");
-  Products p{{}, {}, {}, activations == "int8"};
+  return activations == "int8";
+}
+
+Products products(nb::sequence weights, nb::sequence outs, const std::string& activations) {
+  Products p{{}, {}, {}, is_int8(activations)};
   expect_size("number of outs", static_cast<int64_t>(nb::len(weights)), static_cast<int64_t>(nb::len(outs)));
   for (nb::handle weight : weights) {
     p.weights.push_back(nb::cast<const PackedWeight*>(weight));
@@ -233,6 +239,24 @@ void pack_lut(const std::string& format, Bytes rows, int64_t n_rows, int64_t n_c
   kernels().pack_lut(shape.format(), rows.data(), n_rows, n_cols, out.data());
 }
 
+void plane_matmul(Matrix x, Bytes weight, MatrixOut out, int weight_bits, int64_t group, float zero, bool has_minimum,
+                  int activation_bits, bool add, BytesOut scratch) {
+  if (weight_bits < 1 || weight_bits > 8 || activation_bits < 1 || activation_bits > 8)
+    refuse("codes have 1 to 8 bits, got weights of " + text(weight_bits) + " and activations of " +
+           text(activation_bits));
+  if (group < 32 || group % 32 || group > kMostPlaneColumns)
+    refuse("planes have groups of 32 to " + text(kMostPlaneColumns) + " columns, whole words of 32, got " + text(group));
+  expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+  const PlaneArgs args{x.data(),        dim(x, 0), dim(x, 1),   weight.data(), dim(out, 1), group,          weight_bits,
+                       activation_bits, zero,      has_minimum, add,           out.data(),  scratch.data(), n_threads()};
+  expect_size("bytes of the weight's buffer", kernels().plane_bytes(args), static_cast<int64_t>(weight.size()));
+  const int64_t needed = kernels().plane_scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  if (x.size() == 0) return;
+  nb::gil_scoped_release release;
+  kernels().plane_matmul(args);
+}
+
 // --- fused ---
 
 void rmsnorm(Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
@@ -285,6 +309,14 @@ int64_t argmax(Vector logits) {
   return kernels().argmax(logits.data(), dim(logits, 0));
 }
 
+void top_k(Vector logits, Array<float, nb::ndim<1>> values, Array<int32_t, nb::ndim<1>> ids) {
+  const int64_t n = dim(logits, 0), k = dim(values, 0);
+  expect_size("number of ids", k, dim(ids, 0));
+  if (k < 1 || k > n || n > INT32_MAX) refuse("top_k takes 1 to " + text(n) + " of " + text(n) + " logits, got " + text(k));
+  nb::gil_scoped_release release;
+  kernels().top_k(logits.data(), n, k, values.data(), ids.data());
+}
+
 // --- KV ---
 
 KvFormat kv_format(const std::string& name) {
@@ -301,31 +333,84 @@ KvShape kv_shape(const std::string& format, int64_t n_kv_heads, int64_t head_dim
   return {kv_format(format), n_kv_heads, head_dim, capacity};
 }
 
-template <class A>
-void expect_store(const A& buffer, const KvShape& kv) {
-  expect_size("key heads of the KV buffer", kv.n_kv_heads, dim(buffer, 0));
-  expect_size("slots of the KV buffer", kv.capacity, dim(buffer, 1));
-  expect_size("bytes of a KV row", kv.row_bytes(), dim(buffer, 2));
+// Where the tokens of a call belong: all to one sequence, from n_past on, or each to its own.
+struct Where {
+  int64_t sequence = 0, n_past = 0;
+  const std::vector<Spot>* spots = nullptr;
+  const Spot* data() const { return spots ? spots->data() : nullptr; }
+};
+
+std::vector<Spot> spots_of(const std::vector<int64_t>& sequences, const std::vector<int64_t>& positions) {
+  expect_size("number of positions", static_cast<int64_t>(sequences.size()), static_cast<int64_t>(positions.size()));
+  std::vector<Spot> spots;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    for (const Spot& other : spots)
+      if (other.sequence == sequences[i]) refuse("sequence " + text(sequences[i]) + " is there twice");
+    spots.push_back({sequences[i], positions[i]});
+  }
+  return spots;
 }
 
-void kv_append(Matrix k, Matrix v, KvBytesOut k_buf, KvBytesOut v_buf, const std::string& fmt, int64_t capacity,
-               int64_t start) {
+// Of one sequence, or of several.
+template <class A>
+void expect_store(const A& buffer, const KvShape& kv) {
+  const size_t last = buffer.ndim() - 1;
+  expect_size("key heads of the KV buffer", kv.n_kv_heads, dim(buffer, last - 2));
+  expect_size("slots of the KV buffer", kv.capacity, dim(buffer, last - 1));
+  expect_size("bytes of a KV row", kv.row_bytes(), dim(buffer, last));
+}
+
+template <class A>
+void expect_sequences(const A& buffer, const Where& where, int64_t n_tokens) {
+  const int64_t n = buffer.ndim() == 4 ? dim(buffer, 0) : 1;
+  const auto check = [&](int64_t sequence) {
+    expect(0 <= sequence && sequence < n, "sequence, below the number of sequences", n, sequence);
+  };
+  if (!where.spots) return check(where.sequence);
+  expect_size("tokens", static_cast<int64_t>(where.spots->size()), n_tokens);
+  for (const Spot& spot : *where.spots) check(spot.sequence);
+}
+
+template <class A>
+void append(const Matrix& k, const Matrix& v, const A& k_buf, const A& v_buf, const std::string& fmt, int64_t capacity,
+            const Where& where) {
   expect_same_shape("k and v", k, v);
-  const int64_t n_kv_heads = dim(k_buf, 0);
+  const int64_t n_kv_heads = dim(k_buf, k_buf.ndim() - 3);
   expect(n_kv_heads > 0 && dim(k, 1) % n_kv_heads == 0, "columns of k, a multiple of", n_kv_heads, dim(k, 1));
   const KvShape kv = kv_shape(fmt, n_kv_heads, dim(k, 1) / n_kv_heads, capacity);
   expect_store(k_buf, kv);
   expect_store(v_buf, kv);
-  expect(dim(k, 0) <= capacity, "tokens, at most the capacity", capacity, dim(k, 0));
-  expect(start >= 0, "start", 0, start);
+  expect_sequences(k_buf, where, dim(k, 0));
+  expect_sequences(v_buf, where, dim(k, 0));
+  const std::vector<Spot> one{{where.sequence, where.n_past}};
+  const std::vector<Spot>& starts = where.spots ? *where.spots : one;
+  const int64_t n_each = where.spots ? 1 : dim(k, 0);
+  expect(n_each <= capacity, "tokens, at most the capacity", capacity, n_each);
+  for (const Spot& start : starts) expect(start.position >= 0, "start", 0, start.position);
   nb::gil_scoped_release release;
-  kernels().kv_append(k.data(), dim(k, 0), kv, start, k_buf.data());
-  kernels().kv_append(v.data(), dim(k, 0), kv, start, v_buf.data());
+  int64_t row = 0;
+  for (const Spot& start : starts) {
+    kernels().kv_append(k.data() + row, n_each, kv, start.position, k_buf.data() + start.sequence * kv.bytes());
+    kernels().kv_append(v.data() + row, n_each, kv, start.position, v_buf.data() + start.sequence * kv.bytes());
+    row += n_each * dim(k, 1);
+  }
 }
 
-void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out, int64_t n_heads,
-               int64_t n_kv_heads, int64_t head_dim, int64_t capacity, int64_t n_past, int64_t n_tokens, float scale,
-               int64_t window, float softcap, BytesOut scratch) {
+void kv_append(Matrix k, Matrix v, KvBytesOut k_buf, KvBytesOut v_buf, const std::string& fmt, int64_t capacity,
+               int64_t start) {
+  append(k, v, k_buf, v_buf, fmt, capacity, {0, start});
+}
+
+void kv_append_each(Matrix k, Matrix v, KvStoreOut k_buf, KvStoreOut v_buf, const std::string& fmt, int64_t capacity,
+                    const std::vector<int64_t>& sequences, const std::vector<int64_t>& positions) {
+  const std::vector<Spot> spots = spots_of(sequences, positions);
+  append(k, v, k_buf, v_buf, fmt, capacity, {0, 0, &spots});
+}
+
+template <class A>
+void attend(const Matrix& q, const A& k_buf, const A& v_buf, const std::string& fmt, const MatrixOut& out,
+            int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t capacity, const Where& where,
+            int64_t n_tokens, float scale, int64_t window, float softcap, bool int8, const BytesOut& scratch) {
   const KvShape kv = kv_shape(fmt, n_kv_heads, head_dim, capacity);
   expect_store(k_buf, kv);
   expect_store(v_buf, kv);
@@ -333,17 +418,41 @@ void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, M
   expect_same_shape("q and out", q, out);
   expect_size("tokens of q", n_tokens, dim(q, 0));
   expect_size("columns of q", n_heads * head_dim, dim(q, 1));
-  if (n_past < 0 || window < 0) refuse("n_past and window must not be negative");
   if (q.data() == out.data() && q.size()) refuse("q and out must not be the same array");
-  const int64_t reach = n_past + n_tokens, needed_keys = window > 0 && window - 1 + n_tokens < reach ? window - 1 + n_tokens : reach;
-  expect(needed_keys <= capacity, "positions needed at once, at most the capacity", capacity, needed_keys);
+  expect_sequences(k_buf, where, n_tokens);
+  expect_sequences(v_buf, where, n_tokens);
+  const auto expect_keys = [&](int64_t n_past, int64_t n) {
+    if (n_past < 0 || window < 0) refuse("n_past and window must not be negative");
+    const int64_t reach = n_past + n, needed = window > 0 && window - 1 + n < reach ? window - 1 + n : reach;
+    expect(needed <= capacity, "positions needed at once, at most the capacity", capacity, needed);
+  };
+  if (!where.spots) expect_keys(where.n_past, n_tokens);
+  else for (const Spot& spot : *where.spots) expect_keys(spot.position, 1);
   if (n_tokens == 0) return;
-  const AttentionArgs args{q.data(), k_buf.data(), v_buf.data(), kv,      out.data(),     n_heads,
-                           n_past,   n_tokens,     window,       scale, softcap, scratch.data(), n_threads()};
+  const int64_t offset = where.sequence * kv.bytes();
+  const AttentionArgs args{q.data(),     k_buf.data() + offset, v_buf.data() + offset, kv,     out.data(),
+                           n_heads,      where.n_past,          n_tokens,              window, scale, softcap,
+                           int8,         scratch.data(),        n_threads(),           where.data()};
   const int64_t needed = kernels().attention_scratch(args);
   expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
   nb::gil_scoped_release release;
   kernels().attention(args);
+}
+
+void attention(Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out, int64_t n_heads,
+               int64_t n_kv_heads, int64_t head_dim, int64_t capacity, int64_t n_past, int64_t n_tokens, float scale,
+               int64_t window, float softcap, const std::string& activations, BytesOut scratch) {
+  attend(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, {0, n_past}, n_tokens, scale, window,
+         softcap, is_int8(activations), scratch);
+}
+
+void attention_each(Matrix q, KvStore k_buf, KvStore v_buf, const std::string& fmt, MatrixOut out, int64_t n_heads,
+                    int64_t n_kv_heads, int64_t head_dim, int64_t capacity, const std::vector<int64_t>& sequences,
+                    const std::vector<int64_t>& positions, float scale, int64_t window, float softcap,
+                    BytesOut scratch) {
+  const std::vector<Spot> spots = spots_of(sequences, positions);
+  attend(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, {0, 0, &spots}, dim(q, 0), scale, window,
+         softcap, false, scratch);
 }
 
 // --- programs ---
@@ -362,7 +471,7 @@ A first(const A& array, int64_t n) {
 
 class Program {
  public:
-  using Call = std::function<void(int64_t n_past)>;
+  using Call = std::function<void(const Where&)>;
   using Recorded = std::function<Call(int64_t n_tokens)>;
 
   void record(Recorded op) {
@@ -370,7 +479,15 @@ class Program {
     n_tokens_ = -1;
   }
 
-  void run(int64_t n_tokens, int64_t n_past) {
+  void run(int64_t n_tokens, int64_t n_past, int64_t sequence) { call(n_tokens, {sequence, n_past}); }
+
+  void run_each(const std::vector<int64_t>& sequences, const std::vector<int64_t>& positions) {
+    const std::vector<Spot> spots = spots_of(sequences, positions);
+    call(static_cast<int64_t>(spots.size()), {0, 0, &spots});
+  }
+
+ private:
+  void call(int64_t n_tokens, const Where& where) {
     if (n_tokens < 1) refuse("a program runs on 1 token or more, got " + text(n_tokens));
     if (n_tokens != n_tokens_) {
       n_tokens_ = -1;
@@ -378,10 +495,9 @@ class Program {
       for (const Recorded& op : recorded_) calls_.push_back(op(n_tokens));
       n_tokens_ = n_tokens;
     }
-    for (const Call& call : calls_) call(n_past);
+    for (const Call& call : calls_) call(where);
   }
 
- private:
   std::vector<Recorded> recorded_;
   std::vector<Call> calls_;  // for the number of tokens of the last run: decoding repeats 1
   int64_t n_tokens_ = -1;
@@ -393,27 +509,27 @@ void record_matmul(Program& program, Matrix x, nb::sequence weights, nb::sequenc
   program.record([=, all = products(weights, outs, activations)](int64_t n) -> Program::Call {
     Products p = all;
     for (MatrixOut& out : p.outs) out = first(out, n);
-    return [=, x = first(x, n)](int64_t) { multiply(x, p, add, scratch); };
+    return [=, x = first(x, n)](const Where&) { multiply(x, p, add, scratch); };
   });
 }
 
 void record_rmsnorm(Program& program, Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
   program.record([=](int64_t n) -> Program::Call {
-    return [=, x = first(x, n), out = first(out, n)](int64_t) { rmsnorm(x, weight, eps, out, plus_one); };
+    return [=, x = first(x, n), out = first(out, n)](const Where&) { rmsnorm(x, weight, eps, out, plus_one); };
   });
 }
 
 void record_head_rmsnorm(Program& program, MatrixOut x, int64_t n_heads, int64_t head_dim, Vector weight, float eps,
                          bool plus_one) {
   program.record([=](int64_t n) -> Program::Call {
-    return [=, x = first(x, n)](int64_t) { head_rmsnorm(x, n_heads, head_dim, weight, eps, plus_one); };
+    return [=, x = first(x, n)](const Where&) { head_rmsnorm(x, n_heads, head_dim, weight, eps, plus_one); };
   });
 }
 
 void record_rope(Program& program, MatrixOut x, int64_t n_heads, int64_t head_dim, Matrix cos, Matrix sin,
                  bool interleaved) {
   program.record([=](int64_t n) -> Program::Call {
-    return [=, x = first(x, n), cos = first(cos, n), sin = first(sin, n)](int64_t) {
+    return [=, x = first(x, n), cos = first(cos, n), sin = first(sin, n)](const Where&) {
       rope(x, n_heads, head_dim, cos, sin, interleaved);
     };
   });
@@ -422,7 +538,7 @@ void record_rope(Program& program, MatrixOut x, int64_t n_heads, int64_t head_di
 void record_glu(Program& program, Array<const float> gate, Array<const float> up, Array<float> out,
                 const std::string& activation) {
   program.record([=](int64_t n) -> Program::Call {
-    return [=, gate = first(gate, n), up = first(up, n), out = first(out, n)](int64_t) {
+    return [=, gate = first(gate, n), up = first(up, n), out = first(out, n)](const Where&) {
       glu(gate, up, out, activation);
     };
   });
@@ -430,26 +546,26 @@ void record_glu(Program& program, Array<const float> gate, Array<const float> up
 
 void record_add(Program& program, Array<float> x, Array<const float> y) {
   program.record([=](int64_t n) -> Program::Call {
-    return [x = first(x, n), y = y.ndim() == 1 ? y : first(y, n)](int64_t) { add_(x, y); };
+    return [x = first(x, n), y = y.ndim() == 1 ? y : first(y, n)](const Where&) { add_(x, y); };
   });
 }
 
-void record_kv_append(Program& program, Matrix k, Matrix v, KvBytesOut k_buf, KvBytesOut v_buf, const std::string& fmt,
+void record_kv_append(Program& program, Matrix k, Matrix v, KvStoreOut k_buf, KvStoreOut v_buf, const std::string& fmt,
                       int64_t capacity) {
   program.record([=](int64_t n) -> Program::Call {
-    return [=, k = first(k, n), v = first(v, n)](int64_t n_past) {
-      kv_append(k, v, k_buf, v_buf, fmt, capacity, n_past);
+    return [=, k = first(k, n), v = first(v, n)](const Where& where) {
+      append(k, v, k_buf, v_buf, fmt, capacity, where);
     };
   });
 }
 
-void record_attention(Program& program, Matrix q, KvBytes k_buf, KvBytes v_buf, const std::string& fmt, MatrixOut out,
+void record_attention(Program& program, Matrix q, KvStore k_buf, KvStore v_buf, const std::string& fmt, MatrixOut out,
                       int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t capacity, float scale,
-                      int64_t window, float softcap, BytesOut scratch) {
+                      int64_t window, float softcap, const std::string& activations, BytesOut scratch) {
   program.record([=](int64_t n) -> Program::Call {
-    return [=, q = first(q, n), out = first(out, n)](int64_t n_past) {
-      attention(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, n_past, n, scale, window, softcap,
-                scratch);
+    return [=, int8 = is_int8(activations), q = first(q, n), out = first(out, n)](const Where& where) {
+      attend(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, where, n, scale, window, softcap, int8,
+             scratch);
     };
   });
 }
@@ -506,6 +622,9 @@ NB_MODULE(_native, m) {
         "out"_a.noconvert());
   m.def("pack_lut", &barefoot::pack_lut, "format"_a, "rows"_a.noconvert(), "n_rows"_a, "n_cols"_a,
         "out"_a.noconvert());
+  m.def("plane_matmul", &barefoot::plane_matmul, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(),
+        nb::kw_only(), "weight_bits"_a, "group"_a, "zero"_a, "has_minimum"_a, "activation_bits"_a, "add"_a,
+        "scratch"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
@@ -516,11 +635,18 @@ NB_MODULE(_native, m) {
         "activation"_a = "silu");
   m.def("add_", &barefoot::add_, "x"_a.noconvert(), "y"_a.noconvert());
   m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
+  m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
   m.def("kv_append", &barefoot::kv_append, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
         "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "start"_a);
   m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
         "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "n_past"_a,
-        "n_tokens"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert());
+        "n_tokens"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "activations"_a = "float32",
+        "scratch"_a.noconvert());
+  m.def("kv_append_each", &barefoot::kv_append_each, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
+        "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "sequences"_a, "positions"_a);
+  m.def("attention_each", &barefoot::attention_each, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(),
+        "fmt"_a, "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a,
+        "sequences"_a, "positions"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert());
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())
       .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
@@ -538,8 +664,9 @@ NB_MODULE(_native, m) {
            "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a)
       .def("attention", &record_attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,
            "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a, "scale"_a,
-           "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert())
-      .def("run", &Program::run, "n_tokens"_a, "n_past"_a);
+           "window"_a = 0, "softcap"_a = 0.0f, "activations"_a = "float32", "scratch"_a.noconvert())
+      .def("run", &Program::run, "n_tokens"_a, "n_past"_a, "sequence"_a = 0)
+      .def("run_each", &Program::run_each, "sequences"_a, "positions"_a);
 
   m.def("read_at", &barefoot::read_at, "fd"_a, "offset"_a, "array"_a.noconvert());
   m.def("populate", &barefoot::populate, "array"_a.noconvert());

@@ -10,7 +10,7 @@ int n_threads();
 void set_threads(int n);
 
 // Run body(context, task, thread) for every task in [0, n_tasks); thread < min(n_threads(), max_threads). Tasks are
-// handed out one at a time, so their results must not depend on which thread runs them. One region runs at a time.
+// handed out a few at a time where they are many, in any order, so their results must not depend on which thread runs them. One region runs at a time.
 void run_tasks(int64_t n_tasks, int max_threads, void (*body)(void*, int64_t, int), void* context);
 
 template <class Body>

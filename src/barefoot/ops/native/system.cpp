@@ -1,7 +1,10 @@
 #include "system.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+
+#include "pool.h"
 
 #if defined(_WIN32)
 #define NOMINMAX
@@ -59,12 +62,12 @@ size_t page_bytes() {
 }
 
 #if defined(__linux__) && defined(__x86_64__)
-// Tiles of bfloat16 (AMX-BF16), and AVX512-BF16, which fills them.
+// Tiles of bfloat16 (AMX-BF16), AVX512-BF16 and -VBMI, which fill them, and -VPOPCNTDQ, which every such processor has.
 bool has_amx_bf16() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
-  return tiles && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1), others = (c >> 1 & 1) && (c >> 14 & 1);
+  return tiles && others && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
 // The kernel keeps 8 KiB more state for every thread of a process that uses tiles, so it wants to be asked first.
@@ -94,7 +97,14 @@ void populate_pages(uint8_t* data, size_t size) {
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; headers may be older than the kernel
   const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
   const auto end = reinterpret_cast<uintptr_t>(data) + size;
-  if (madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite) == 0) return;
+  constexpr uintptr_t kSlice = 32 << 20;  // a task's: clearing pages is all that happens until the first is filled
+  std::atomic<bool> refused{false};
+  parallel_for(static_cast<int64_t>((end - begin + kSlice - 1) / kSlice), n_threads(), [&](int64_t i, int) {
+    const uintptr_t from = begin + static_cast<uintptr_t>(i) * kSlice;
+    const uintptr_t n = end - from < kSlice ? end - from : kSlice;
+    if (madvise(reinterpret_cast<void*>(from), n, kPopulateWrite) != 0) refused = true;
+  });
+  if (!refused) return;
 #endif
   volatile uint8_t* touched = data;
   for (size_t at = 0; at < size; at += page) touched[at] = touched[at];

@@ -27,6 +27,7 @@ inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F swap_pairs(F a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline F where_less(F a, F b, F yes, F no) {
@@ -79,6 +80,7 @@ inline I widen_bytes(const uint8_t* p) {
 }
 inline void store_quads(uint8_t* p, Quads a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline I set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
+inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 template <int Count>
 inline I shift_left(I a) {
   return {_mm256_slli_epi32(a.v, Count)};

@@ -101,6 +101,11 @@ inline F max(F a, F b) {
   BAREFOOT_EACH b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return b;
 }
+inline F swap_pairs(F a) {  // lanes 0 and 1, 2 and 3, …
+  F r;
+  BAREFOOT_EACH r.v[i] = a.v[i ^ 1];
+  return r;
+}
 inline F min(F a, F b) {
   BAREFOOT_EACH b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return b;
@@ -178,6 +183,10 @@ inline I set1(int32_t a) {
   I r;
   BAREFOOT_EACH r.v[i] = a;
   return r;
+}
+inline I operator+(I a, I b) {  // modulo 2^32, as in the other registers
+  BAREFOOT_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
+  return a;
 }
 template <int Count>
 inline I shift_left(I a) {
