@@ -282,7 +282,7 @@ _register("tq1_0", superblocks.ELEMENTS, superblocks.TQ1_0_BYTES)(superblocks.de
 # --- own integer groups ---------------------------------------------------------------------------------------------
 
 
-def _tof16_at(values: F32) -> npt.NDArray[np.float16]:
+def _to_f16(values: F32) -> npt.NDArray[np.float16]:
     return np.clip(values, -F16_MAX, F16_MAX).astype(np.float16)
 
 
@@ -315,13 +315,13 @@ def _integer_group(bits: int, group: int, symmetric: bool) -> BlockFormat:
     def encode_blocks(weights: F32) -> U8:
         if symmetric:
             extreme = np.take_along_axis(weights, np.abs(weights).argmax(axis=1, keepdims=True), axis=1)
-            headers = [_tof16_at(extreme / np.float32(-half))]
+            headers = [_to_f16(extreme / np.float32(-half))]
             shifted, zero = weights, half
         else:
             low, high = _two_means(weights) if bits == 1 else (weights.min(axis=1), weights.max(axis=1))
-            minimum = _tof16_at(low[:, None])
+            minimum = _to_f16(low[:, None])
             shifted, zero = weights - minimum.astype(np.float32), 0
-            headers = [_tof16_at((high[:, None] - minimum.astype(np.float32)) / np.float32(levels)), minimum]
+            headers = [_to_f16((high[:, None] - minimum.astype(np.float32)) / np.float32(levels)), minimum]
         step = headers[0].astype(np.float32)
         ratio = np.divide(shifted, step, out=np.zeros_like(shifted), where=step != 0)
         codes = np.clip(np.rint(ratio) + zero, 0, levels).astype(np.uint8)
@@ -353,7 +353,7 @@ def _ternary_group(group: int) -> BlockFormat:
     def encode_blocks(weights: F32) -> U8:
         magnitude = np.abs(weights)
         kept = magnitude > np.float32(0.7) * magnitude.mean(axis=1, keepdims=True)
-        scale = _tof16_at(
+        scale = _to_f16(
             magnitude.sum(axis=1, keepdims=True, where=kept) / np.maximum(kept.sum(axis=1, keepdims=True), 1)
         )
         codes = (1 + np.sign(weights) * kept).astype(np.uint8)
