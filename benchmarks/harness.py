@@ -65,7 +65,9 @@ def child(
     # Not as `python script`, which would let modules beside the script shadow installed ones (llama_cpp).
     start = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [python, "-c", start, str(script), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    # A peer's interpreter has no barefoot; its worker only takes the plain-Python measuring from the sources.
+    env = None if python == sys.executable else {**os.environ, "PYTHONPATH": str(RESULTS.parents[1] / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=env)
     if done.returncode:
         raise RuntimeError(f"{script.name} failed with {done.returncode}:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background has them and their children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 Done = subprocess.CompletedProcess[str]
 

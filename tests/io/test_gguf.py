@@ -151,3 +151,35 @@ def test_real_header(smollm2: Path):
         blob, offsets = read_strings(file, header.metadata["tokenizer.ggml.tokens"])
     assert blob.tobytes() == "".join(tokens).encode()
     assert np.diff(offsets).tolist() == [len(t.encode()) for t in tokens]
+
+
+def test_strings_of_every_length_across_the_windows_they_are_read_in(tmp_path: Path):
+    """Lengths around one byte's range, and around a window's 65,536 bytes, short ones between them."""
+    rng = np.random.default_rng(3)
+    lengths = [
+        *rng.integers(1, 40, 3000),
+        0,
+        1,
+        255,
+        256,
+        257,
+        1,
+        65_527,
+        65_528,
+        65_529,
+        2,
+        65_536,
+        0,
+        *range(240, 270),
+    ]
+    words = ["".join(chr(97 + (n + i) % 26) for i in range(n)) for n in map(int, lengths)]
+    writer = gguf.GGUFWriter(tmp_path / "words.gguf", "llama")
+    writer.add_array("strings", words)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    header = read_gguf(tmp_path / "words.gguf")
+    with BinaryFile(tmp_path / "words.gguf") as file:
+        blob, offsets = read_strings(file, header.metadata["strings"])
+    raw = blob.tobytes()
+    assert [raw[a:b].decode() for a, b in pairwise(offsets.tolist())] == words

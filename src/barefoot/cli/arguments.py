@@ -72,7 +72,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     stated.add_argument("--threads", metavar="N", type=int, help="compute threads")
     stated.add_argument(
-        "--activations", choices=("int8", "float32"), help="inputs of quantized matrices: 8-bit (fast) or as they are"
+        "--activations",
+        choices=("int8", "float32"),
+        help="inputs of quantized matrices: 8-bit, or bfloat16 where that is faster; or as they are",
     )
     stated.add_argument(
         "--layouts",
