@@ -248,14 +248,6 @@ _add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode))
 _add(BlockFormat("bf16", 1, 2, lambda b: (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _bf16_encode))
 
 
-# --- super-blocks of 256 of GGUF files ------------------------------------------------------------------------------
-
-
-for _each in (*superblocks.K_QUANTS, superblocks.TQ2_0):
-    _add(BlockFormat(_each.name, superblocks.ELEMENTS, _each.n_bytes, _each.decode, super_block=_each))
-_add(BlockFormat("tq1_0", superblocks.ELEMENTS, superblocks.TQ1_0_BYTES, superblocks.decode_tq1_0))
-
-
 # --- groups with one scale ------------------------------------------------------------------------------------------
 
 
@@ -275,6 +267,19 @@ _add(_of_group("q4_1", Group(4, has_minimum=True), Uniform(4, 32)))  # d; m; nib
 _add(_of_group("q5_0", Group(5, zero=16), Uniform(5, 32, symmetric=True)))  # d; bits, nibbles; w = d * (q - 16)
 _add(_of_group("q5_1", Group(5, has_minimum=True), Uniform(5, 32)))  # d; m; bits, nibbles; w = d * q + m
 _add(_of_group("q8_0", Group(8, signed=True), Uniform(8, 32, symmetric=True)))  # d; signed bytes; w = d * q
+
+
+# --- super-blocks of 256 of GGUF files ------------------------------------------------------------------------------
+
+
+for _each in (*superblocks.K_QUANTS, superblocks.TQ2_0):
+    _add(BlockFormat(_each.name, superblocks.ELEMENTS, _each.n_bytes, _each.decode, super_block=_each))
+_add(BlockFormat("tq1_0", superblocks.ELEMENTS, superblocks.TQ1_0_BYTES, superblocks.decode_tq1_0))
+
+
+# --- own integer groups ---------------------------------------------------------------------------------------------
+
+
 for _bits in (*INTEGER_BITS, 1):
     for _size in GROUP_SIZES:
         if _bits > 1:

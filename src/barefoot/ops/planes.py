@@ -50,6 +50,7 @@ import numpy.typing as npt
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.units import round_up
 from barefoot.ops import blocks
+from barefoot.ops.grids import F16_MAX
 from barefoot.ops.payload import pack_chunks, unpack_chunks
 
 U8 = npt.NDArray[np.uint8]
@@ -200,7 +201,7 @@ def quantize(weights: F32, bits: int, group: int) -> PlaneWeight:
         raise InvalidInput("weights hold NaN or infinity, which planes can't store")
     starts = np.arange(0, n_cols, group)
     largest = np.maximum.reduceat(np.abs(weights), starts, axis=1)
-    steps = np.minimum(largest * np.float32(2 / fmt.levels), np.float32(blocks.F16_MAX)).astype(np.float16)
+    steps = np.minimum(largest * np.float32(2 / fmt.levels), np.float32(F16_MAX)).astype(np.float16)
     wide = np.repeat(steps.astype(np.float32), group, axis=1)[:, :n_cols]
     ratio = np.divide(weights, wide, out=np.zeros((n_rows, n_cols), np.float32), where=wide != 0)
     codes = np.clip(np.floor(ratio) + np.float32(1 << (bits - 1)), 0, fmt.levels).astype(np.uint8)

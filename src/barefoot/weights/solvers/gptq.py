@@ -31,7 +31,7 @@ FACTOR_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Gptq(Solver, name="gptq", papers=(57, 58), status="stable"):
+class Gptq(Solver, name="gptq", papers=(), status="stable"):
     damp: float = 0.01
     order: bool = False
     refine: bool = True
