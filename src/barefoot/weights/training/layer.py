@@ -1,0 +1,95 @@
+"""A decoder layer as one differentiable function of its weights, for every architecture that a ``ModelSpec`` describes.
+
+The function is that of ``barefoot.engine.layer_pass``, which its tests hold it to: RMS norms (also behind each half, and
+over the heads of q and k), rotations of either kind, grouped heads, sliding windows, soft caps, gated activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from barefoot.core.model import ModelSpec
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class LayerFunction:
+    """``layer(weights, x)``: hidden states (batch, n, d_model) float32 → the same, behind layer number ``layer``.
+
+    Attributes
+    ----------
+    cos, sin : of positions 0 to n - 1 and on, float32 (≥ n, rot_dim / 2).
+    compute : the type in which matrices are multiplied and attention runs; norms and sums between are float32.
+    rounding : what happens to the inputs of matrices, and to queries, keys and values: a simulated activation format.
+    """
+
+    spec: ModelSpec
+    layer: int
+    cos: Tensor
+    sin: Tensor
+    compute: torch.dtype = torch.float32
+    rounding: Rounding = unchanged
+
+    def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """``weights`` by role: matrices, biases, and norms as the factors that they multiply by."""
+        a = self._norm(weights["attn_norm"], x)
+        o = self._product(weights, "o", self._attend(*(self._product(weights, role, a) for role in "qkv"), weights))
+        x = x + self._behind(weights, "post_attn_norm", o)
+        f = self._norm(weights["ffn_norm"], x)
+        gate, up = self._product(weights, "gate", f), self._product(weights, "up", f)
+        act = F.silu(gate) if self.spec.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return x + self._behind(weights, "post_ffn_norm", self._product(weights, "down", act * up))
+
+    def _product(self, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
+        y = (self.rounding(x).to(self.compute) @ weights[role].to(self.compute).T).float()
+        return y + weights[f"{role}_bias"].reshape(-1) if f"{role}_bias" in weights else y
+
+    def _norm(self, factors: Tensor, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], factors.reshape(-1), self.spec.norm_eps)
+
+    def _behind(self, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
+        return self._norm(weights[role], x) if role in weights else x
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        spec, (batch, n, _) = self.spec, q.shape
+        q, k, v = (x.reshape(batch, n, -1, spec.head_dim) for x in (q, k, v))
+        if "q_norm" in weights:
+            q, k = self._norm(weights["q_norm"], q), self._norm(weights["k_norm"], k)
+        q, k, v = (self.rounding(x).to(self.compute).transpose(1, 2) for x in (self._turn(q), self._turn(k), v))
+        k, v = (x.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=1) for x in (k, v))
+        window = self.spec.layers[self.layer].window
+        if not spec.attn_softcap and (window is None or window >= n):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.attn_scale)
+        else:
+            ahead = torch.arange(n)[:, None] - torch.arange(n)  # how far back each key lies
+            seen = ((ahead >= 0) & (ahead < (window or n))).to(q.device)
+            scores = (q @ k.transpose(-1, -2)).float() * spec.attn_scale
+            if spec.attn_softcap:
+                scores = spec.attn_softcap * torch.tanh(scores / spec.attn_softcap)
+            out = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(self.compute) @ v
+        return out.transpose(1, 2).reshape(batch, n, -1).float()
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """Pairs of channels of x (batch, n, heads, head_dim) turned by their positions' angles."""
+        n, half = x.shape[1], self.cos.shape[1]
+        if not half:
+            return x
+        cos, sin = self.cos[:n, None], self.sin[:n, None]
+        turning, still = x[..., : 2 * half], x[..., 2 * half :]
+        interleaved = self.spec.layers[self.layer].rope.interleaved
+        pairs = turning.unflatten(-1, (half, 2) if interleaved else (2, half))
+        a, b = pairs.unbind(-1 if interleaved else -2)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1 if interleaved else -2)
+        return torch.cat([turned.flatten(-2), still], dim=-1)
+
+
