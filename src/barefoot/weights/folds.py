@@ -96,7 +96,7 @@ def queries_to_keys(layer: Layer, heads: Heads, factors: Array) -> dict[str, Arr
     normed = "q_norm" in layer
     if normed and factors.shape[0] != 1:
         raise Incompatible(
-            f"one norm serves all heads of q and k, so they can't have factors of their own, got {factors.shape[0]} rows",
+            f"one norm serves all heads of q and k, so they share their factors; got those of {factors.shape[0]} heads",
             cure="use one row of factors",
         )
     _expect("factors of keys", factors, (1 if normed else heads.n_kv_heads, heads.n_free))

@@ -7,13 +7,17 @@ layers of full precision made of it. So a layer also learns to undo the errors t
     minimize over θ   mean of (F(W, X) − F(Q_θ(W), X_q))² / mean of (F(W, X) − X_q)²
 
 AdamW without decay, rates by group falling along a cosine to a twentieth, minibatches of whole windows in an order that
-the seed decides. Some windows are held out; the parameters that were best on them, at the start or at the end, win.
+the seed decides. Every eighth window is held out; the parameters that are better on these, at the start or at the end,
+win, so a layer is never worse than it started, as far as they can tell.
+
+Memory: inputs and targets once more, 8 bytes for each of their elements; what the student states; and the activations
+of a minibatch, about 4 × tokens × (10 d_model + 5 n_heads × head_dim + 4 d_ff) bytes, for each token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,80 +25,89 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Progress = Callable[[int, int], None]  # steps done, in all
+from barefoot.weights.solvers import LayerProblem, Steps
+from barefoot.weights.training.layer import Rounding, layer_function, unchanged
+
+HELD_OUT = 8  # every eighth window
+LAST_RATE = 0.05  # of the first
+BETAS = (0.9, 0.95)
 
 
 class Student(Protocol):
-    """What is learned: parameters by learning rate, and the weights that follow from them."""
+    """What is learned: parameters by learning rate, and the weights by role that follow from them."""
 
     def groups(self) -> Sequence[tuple[list[Tensor], float]]: ...
 
-    def weights(self) -> Mapping[str, Tensor]: ...
+    def weights(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Those that are rounded may come as ``dtype``."""
+        ...
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``epochs`` over the text in minibatches of ``batch`` windows; one window in ``held_out`` is not trained on."""
+    """``epochs`` over the text in minibatches of ``batch`` windows."""
 
     epochs: int
     batch: int
-    held_out: int = 8
     seed: int = 0
+
+    def split(self, n_windows: int) -> tuple[list[int], list[int]]:
+        """Windows to train on and windows to judge by; the same where there are too few."""
+        judged = list(range(HELD_OUT - 1, n_windows, HELD_OUT))
+        trained = sorted(set(range(n_windows)) - set(judged))
+        return trained, judged or trained
 
     def n_steps(self, n_windows: int) -> int:
         return self.epochs * math.ceil(len(self.split(n_windows)[0]) / self.batch)
 
-    def split(self, n_windows: int) -> tuple[list[int], list[int]]:
-        """Windows to train on, and windows to judge by; of fewer than two, the same for both."""
-        judged = list(range(self.held_out - 1, n_windows, self.held_out)) if self.held_out else []
-        trained = [i for i in range(n_windows) if i not in set(judged)]
-        return (trained, judged or trained) if trained else (judged, judged)
+    def rate(self, step: int, n_steps: int) -> float:
+        """What the learning rates are multiplied by."""
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(step / n_steps, 1.0))) / 2
 
 
-def train(
-    function: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+def learn(
+    problem: LayerProblem,
     student: Student,
-    inputs: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
     schedule: Schedule,
-    progress: Progress | None = None,
+    steps: Steps | None = None,
+    *,
+    compute: torch.dtype = torch.float32,
+    rounding: Rounding = unchanged,
 ) -> tuple[float, float]:
-    """Train in place; the relative loss on the held-out windows before and after.
+    """Train ``student`` in place; the relative loss on the held-out windows before and after (the better one is kept).
 
-    inputs, targets : windows float32 (n, d_model), all of one length
+    compute, rounding : as in :class:`~barefoot.weights.training.layer.LayerFunction`.
     """
-    x, y = (torch.from_numpy(np.stack(windows)) for windows in (inputs, targets))
+    function = layer_function(problem, compute, rounding)
+    x, y = torch.from_numpy(problem.inputs), torch.from_numpy(problem.targets)
     trained, judged = schedule.split(len(x))
-    scale = float((y - x).square().mean()) or 1.0
-    parameters = [p for group, _ in student.groups() for p in group]
+    unit = float((y - x).square().mean()) or 1.0
 
     def judge() -> float:
         with torch.no_grad():
-            weights = student.weights()
+            weights = student.weights(compute)
             losses = [(function(weights, x[i : i + 1]) - y[i]).square().mean() for i in judged]
-        return float(torch.stack(losses).mean()) / scale
+        return float(torch.stack(losses).mean()) / unit
 
+    parameters = [p for group, _ in student.groups() for p in group]
     before, start = judge(), [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": rate} for group, rate in student.groups()], weight_decay=0.0, betas=(0.9, 0.95), fused=True
+        [{"params": group, "lr": rate} for group, rate in student.groups()], betas=BETAS, weight_decay=0.0, fused=True
     )
-    n_steps, step = schedule.n_steps(len(x)), 0
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(t / n_steps, 1)))
-    )
-    rng = np.random.default_rng(schedule.seed)
+    n_steps, step, rng = schedule.n_steps(len(x)), 0, np.random.default_rng(schedule.seed)
     for _ in range(schedule.epochs):
         order = rng.permutation(trained)
         for first in range(0, len(order), schedule.batch):
             some = torch.from_numpy(order[first : first + schedule.batch])
-            loss = (function(student.weights(), x[some]) - y[some]).square().mean() / scale
+            for group, (_, rate) in zip(optimizer.param_groups, student.groups(), strict=True):
+                group["lr"] = rate * schedule.rate(step, n_steps)
+            loss = (function(student.weights(compute), x[some]) - y[some]).square().mean() / unit
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            decay.step()
             step += 1
-            if progress is not None:
-                progress(step, n_steps)
+            if steps is not None:
+                steps(step, n_steps)
     after = judge()
     if not after < before:
         with torch.no_grad():

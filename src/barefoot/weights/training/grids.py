@@ -12,6 +12,7 @@ Scales and minimums are rounded to f16, as they will be stored, with gradients s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops.grids import F16_MAX, Grid, Table, Uniform
+from barefoot.weights.solvers import Solution
 
 TILE = 1 << 16  # weights that are rounded at a time, so that what lies between stays in the cache
 
@@ -52,11 +54,21 @@ class Levels:
         v = self.values
         return v[0] - (v[1] - v[0]) / 2, v[-1] + (v[-1] - v[-2]) / 2
 
+    @property
+    def narrowest(self) -> float:
+        """The least distance of two levels."""
+        return min(b - a for a, b in itertools.pairwise(self.values))
+
     def nearest(self, u: Tensor) -> Tensor:
         if self.is_uniform:
             return u.round().clamp_(self.values[0], self.values[-1])
+        return torch.tensor(self.values)[self._index(u)]
+
+    def _index(self, u: Tensor) -> Tensor:
+        if self.is_uniform:
+            return self.nearest(u) - self.values[0]
         table = torch.tensor(self.values)
-        return table[torch.bucketize(u, (table[1:] + table[:-1]) / 2)]
+        return torch.bucketize(u, (table[1:] + table[:-1]) / 2)
 
     def spanning(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and minimum whose levels reach from ``low`` to ``high``, not yet rounded to f16."""
@@ -81,11 +93,31 @@ class Levels:
 
         scale, minimum : (groups, 1). origin : s₀ and m₀, where t are positions.
         """
-        one = torch.ones_like(scale)
-        origin = origin if origin is not None else (one, torch.zeros_like(one))
+        origin = origin if origin is not None else _itself(scale)
         minimum = to_f16(minimum) if self.has_minimum else torch.zeros_like(scale)
         result: Tensor = _Rounded.apply(t, to_f16(scale), minimum, *origin, self, dtype)  # type: ignore[no-untyped-call]
         return result
+
+    def solution(
+        self,
+        t: Tensor,
+        scale: Tensor,
+        minimum: Tensor,
+        shape: tuple[int, ...],
+        origin: tuple[Tensor, Tensor] | None = None,
+    ) -> Solution:
+        """The codes of ``rounded``, and the parameters that they mean it with."""
+        with torch.no_grad():
+            scale, minimum = to_f16(scale), to_f16(minimum) if self.has_minimum else torch.zeros_like(scale)
+            origin = origin if origin is not None else _itself(scale)
+            codes = self._index(_position(t, scale, minimum, *origin)).to(torch.uint8)
+            params = torch.cat([scale, minimum], dim=1) if self.has_minimum else scale
+        return Solution(codes.reshape(shape).numpy(), params.reshape(shape[0], -1, params.shape[1]).numpy())
+
+
+def _itself(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The origin of weights that come as they are."""
+    return torch.ones_like(scale), torch.zeros_like(scale)
 
 
 def to_f16(x: Tensor) -> Tensor:
