@@ -47,17 +47,7 @@ class RandomLayer:
         """What the layer makes of ``x``, by the engine's own pass."""
         weights = self.weights if weights is None else weights
         vectors = {r: np.ascontiguousarray(w) for r, w in weights.items() if w.ndim == 1}
-        there = LayerPass(self.spec, self.layer, vectors)
-
-        def product(x, role):
-            return x @ weights[role].T
-
-        a = there.attn_in(self.x)
-        h = there.attend(*(product(a, role) for role in "qkv"))
-        x = there.after_attention(self.x, product(h, "o"))
-        f = there.ffn_in(x)
-        g = there.activate(product(f, "gate"), product(f, "up"))
-        return there.after_ffn(x, product(g, "down"))
+        return LayerPass(self.spec, self.layer, vectors)(self.x, weights)
 
 
 def random_layer(name: str, layer: int = 0, n_tokens: int = N_TOKENS, seed: int = 3) -> RandomLayer:
