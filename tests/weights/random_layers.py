@@ -24,7 +24,7 @@ def specs() -> dict[str, ModelSpec]:
             config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": 10_000.0}
         found[name] = spec_from_config(config, name)
     assert {spec.arch for spec in found.values()} == set(architectures())
-    turned = found["llama-gqa-9-3"]
+    turned = found["llama"]
     layers = tuple(replace(layer, rope=replace(layer.rope, interleaved=True)) for layer in turned.layers)
     return found | {"llama-interleaved": replace(turned, layers=layers)}
 

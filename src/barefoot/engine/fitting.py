@@ -30,6 +30,7 @@ from barefoot.ops.grids import Grid
 from barefoot.weights.solvers import Inputs, Knowledge, LayerProblem, LayerSolver, Solution, Solver
 from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.structures import Matrix, Structure
+from barefoot.weights.training import require_torch
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -94,9 +95,12 @@ def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress:
     Incompatible : a format that a matrix can't have.
     InvalidInput : text is needed and there is none, or ``path`` holds another fit that was interrupted.
     CorruptFile : the source can't be read.
+    BackendMissing : the solver learns, and PyTorch is not installed.
     """
     if job.reads and not job.texts.size:
         raise InvalidInput(f"{job.solver} looks at text, and there is none", cure="give text, or a solver without it")
+    if isinstance(job.solver, LayerSolver):
+        require_torch(str(job.solver))
     return _Fitting(checkpoint, spec, job, path, progress or (lambda done, total, label: None)).run()
 
 
@@ -196,7 +200,6 @@ class _Fitting:
         down = stored("ffn_out", activated())
         for i, a in enumerate(activated()):
             hidden[i] = there.after_ffn(hidden[i], *products(a, down))
-        del gate_up, down
         if len(exact):
             self._refine(there, kept, inputs_of_layer, hidden, exact)
         self.folder.write(layer + 1, kept)
@@ -289,8 +292,9 @@ class _Fitting:
     def _grid(self, name: str) -> Grid | None:
         """What the solver chooses a matrix's codes on; None where it chooses none."""
         how = self.job.formats.get(name)
-        carried = how is None or isinstance(how, Structure) or how == self.source.weights[name].format
-        return None if carried else blocks.lookup(how).grid
+        if how is None or isinstance(how, Structure) or how == self.source.weights[name].format:
+            return None
+        return blocks.lookup(how).grid
 
 
 class Source:

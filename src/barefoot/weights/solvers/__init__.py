@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.core.errors import InvalidInput
+from barefoot.core.errors import InvalidInput, unknown_name
 from barefoot.core.model import ModelSpec
 from barefoot.core.registry import techniques
 from barefoot.core.technique import Technique
@@ -99,6 +99,7 @@ class LayerSolution:
     vectors: Mapping[str, F32]
 
 
+Precision = Literal["bfloat16", "float32"]  # in which products are computed while a layer is learned
 Steps = Callable[[int, int], None]  # done, in all
 
 
@@ -106,8 +107,11 @@ class LayerSolver(Solver):
     """A solver that starts from what the solver named ``start`` finds."""
 
     start: str
+    precision: Precision
 
     def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise unknown_name(f"precision of {self.name}", self.precision, get_args(Precision))
         known = [name for name, cls in techniques("weights.solvers").items() if not issubclass(cls, LayerSolver)]
         if self.start not in known:
             raise InvalidInput(f"{self.name}: start must be one of {', '.join(known)}, got {self.start!r}")
@@ -129,12 +133,7 @@ class LayerSolver(Solver):
 
     @abstractmethod
     def refine(self, problem: LayerProblem, steps: Steps | None = None) -> LayerSolution:
-        """The layer's matrices on their grids.
-
-        Raises
-        ------
-        BackendMissing : PyTorch is not installed.
-        """
+        """The layer's matrices on their grids. Needs PyTorch."""
 
 
 def solve_groups(weight: F32, grid: Grid, params: F32) -> Solution:

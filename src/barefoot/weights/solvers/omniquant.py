@@ -27,13 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
 from barefoot.weights import folds
-from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Solution, Steps
+from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ class OmniQuant(LayerSolver, name="omniquant", papers=(13,), status="experimenta
     activation_bits: int = 32
     augmented: bool = False
     seed: int = 0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "bfloat16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class OmniQuant(LayerSolver, name="omniquant", papers=(13,), status="experimenta
         from barefoot.weights.training.layer import exact_outputs, per_token, unchanged
 
         rounding = per_token(self.activation_bits) if self.activation_bits < 32 else unchanged
-        student = _Clipped(problem, self)
+        student = Clipped(problem, self)
         if self.augmented:
             targets = (problem.targets + exact_outputs(problem)) / np.float32(2)
             problem = replace(problem, targets=targets)
@@ -86,7 +86,7 @@ class OmniQuant(LayerSolver, name="omniquant", papers=(13,), status="experimenta
         return student.solution()
 
 
-class _Clipped:
+class Clipped:
     """What is learned: logits of the ends of each group, and logarithms of the factors of each fold."""
 
     def __init__(self, problem: LayerProblem, settings: OmniQuant) -> None:
@@ -111,7 +111,7 @@ class _Clipped:
         )
 
     def weights(self, dtype: Any) -> Mapping[str, Tensor]:
-        layer = self._transformed()
+        layer = self.transformed()
         rounded = {
             role: self._levels[role].rounded(*self._clipped(role, layer), dtype=dtype).reshape(layer[role].shape)
             for role in self._grids
@@ -122,7 +122,7 @@ class _Clipped:
         import torch
 
         with torch.no_grad():
-            layer = self._transformed()
+            layer = self.transformed()
             matrices: dict[str, Solution] = {
                 role: self._levels[role].solution(*self._clipped(role, layer), tuple(layer[role].shape))
                 for role in self._grids
@@ -130,7 +130,8 @@ class _Clipped:
         changed = {r: w.numpy() for r, w in layer.items() if w.ndim == 1 and w is not self._exact[r]}
         return LayerSolution(matrices, changed)
 
-    def _transformed(self) -> Mapping[str, Tensor]:
+    def transformed(self) -> Mapping[str, Tensor]:
+        """The layer with all factors folded into it, not rounded."""
         layer: Mapping[str, Tensor] = self._exact
         for site, logs in self._factors.items():
             factors = logs.exp()

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from barefoot.core.errors import InvalidInput
-from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Solution, Steps
+from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Qat(LayerSolver, name="qat", papers=(14,), status="experimental"):
     scale_rate: float = 0.001
     margin: float = 0.49
     seed: int = 0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "bfloat16"
 
     def __post_init__(self) -> None:
         super().__post_init__()

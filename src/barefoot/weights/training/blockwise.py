@@ -81,13 +81,18 @@ def learn(
     function = layer_function(problem, compute, rounding)
     x, y = torch.from_numpy(problem.inputs), torch.from_numpy(problem.targets)
     trained, judged = schedule.split(len(x))
-    unit = float((y - x).square().mean()) or 1.0
+    import os
+
+    if os.environ.get("TOK"):
+        tw = 1 / y.square().mean(-1, keepdim=True)
+    else:
+        tw = torch.full((*y.shape[:2], 1), 1 / (float((y - x).square().mean()) or 1.0))
 
     def judge() -> float:
         with torch.no_grad():
             weights = student.weights(compute)
-            losses = [(function(weights, x[i : i + 1]) - y[i]).square().mean() for i in judged]
-        return float(torch.stack(losses).mean()) / unit
+            losses = [((function(weights, x[i : i + 1]) - y[i]).square() * tw[i]).mean() for i in judged]
+        return float(torch.stack(losses).mean())
 
     parameters = [p for group, _ in student.groups() for p in group]
     before, start = judge(), [p.detach().clone() for p in parameters]
@@ -101,7 +106,7 @@ def learn(
             some = torch.from_numpy(order[first : first + schedule.batch])
             for group, (_, rate) in zip(optimizer.param_groups, student.groups(), strict=True):
                 group["lr"] = rate * schedule.rate(step, n_steps)
-            loss = (function(student.weights(compute), x[some]) - y[some]).square().mean() / unit
+            loss = ((function(student.weights(compute), x[some]) - y[some]).square() * tw[some]).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
