@@ -214,6 +214,21 @@ def pack(format_id: str, codes: U8, params: F32) -> U8:
     return fmt.group.join(numbers, numbers[:, :0], codes.reshape(-1, fmt.grid.group)).reshape(len(codes), -1)
 
 
+def unpack(format_id: str, rows: U8) -> tuple[U8, F32]:
+    """Codes (rows, cols) and parameters (rows, groups, p) of uint8 (rows, row_bytes): the inverse of ``pack``.
+
+    Raises
+    ------
+    Incompatible : the format has no grid.
+    """
+    fmt = lookup(format_id)
+    if fmt.grid is None or fmt.group is None:
+        raise Incompatible(f"{format_id} has no grid that codes were chosen on", cure="use an int*_g* format")
+    numbers, _, codes = fmt.group.split(np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes))
+    params = np.ascontiguousarray(numbers).view(np.float16).astype(np.float32)
+    return codes.reshape(len(rows), -1), params.reshape(len(rows), -1, params.shape[1])
+
+
 def decode(format_id: str, rows: U8, n_cols: int) -> F32:
     """The weights float32 (n_rows, n_cols) that ``rows`` uint8 (n_rows, row_bytes) store."""
     fmt = lookup(format_id)
