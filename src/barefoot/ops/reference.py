@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows, lut, panels, planes
-from barefoot.ops.scratch import BFLOAT16_TOKENS
+from barefoot.ops import blocks, kvrows, lut, panels, planes, signs
+from barefoot.ops.scratch import BFLOAT16_TOKENS, SIGN_TOKENS
+from barefoot.ops.signs import SignStack
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -167,6 +168,21 @@ def plane_matmul(
     out[...] = out + product if add else product
 
 
+def sign_matmul(
+    x: F32,
+    stack: SignStack,
+    out: F32,
+    *,
+    activations: str = "int8",
+    add: bool = False,
+    scratch: U8 | None = None,
+) -> None:
+    if not stack.buffers:
+        raise ValueError(f"the stack [{stack.rows}, {stack.cols}] has no blocks")
+    product = signs.product(x, stack, rounds=activations == "int8" and len(x) <= SIGN_TOKENS).astype(np.float32)
+    out[...] = out + product if add else product
+
+
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
     wide = x.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -310,6 +326,9 @@ class Program:
 
     def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
         self._calls.append(lambda run: matmul(x[: run.n], weights, [out[: run.n] for out in outs], **options))
+
+    def sign_matmul(self, x: F32, stack: SignStack, out: F32, **options: Any) -> None:
+        self._calls.append(lambda run: sign_matmul(x[: run.n], stack, out[: run.n], **options))
 
     def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
         self._calls.append(lambda run: rmsnorm(x[: run.n], weight, eps, out[: run.n], **options))

@@ -55,6 +55,8 @@ struct Constant {
 //
 #include "planes.h"
 //
+#include "signs.h"
+//
 #include "fused.h"
 //
 #include "select.h"
@@ -76,7 +78,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA
