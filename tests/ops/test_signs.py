@@ -24,11 +24,13 @@ CASES = (
 )
 
 
-def random_stack(rows, cols, rank, n_blocks, rng, *, factor=np.float16):
+def random_stack(rows, cols, rank, n_blocks, rng):
     def factors(*shape):
-        return (rng.standard_normal(shape) + 0.5).astype(factor).astype(np.float16)
+        return (rng.standard_normal(shape) + 0.5).astype(np.float16)
 
-    blocks = [signs.pack(rng.random((rows, cols)) < 0.5, factors(rows, rank), factors(rank, cols)) for _ in range(n_blocks)]
+    blocks = [
+        signs.pack(rng.random((rows, cols)) < 0.5, factors(rows, rank), factors(rank, cols)) for _ in range(n_blocks)
+    ]
     return ops.SignStack(rows, cols, rank, blocks)
 
 
@@ -85,7 +87,9 @@ def test_packing_is_exact(rows, cols, rank, rng):
     for got, expected in zip(signs.unpack(rows, cols, block), (negative, u, v), strict=True):
         assert np.array_equal(got, expected)
     dense = np.where(negative, -1, 1) * (u.astype(np.float64) @ v.astype(np.float64))
-    assert np.allclose(signs.decode(rows, cols, block), dense, rtol=0, atol=rank * EPS * np.abs(u).max() * np.abs(v).max())
+    assert np.allclose(
+        signs.decode(rows, cols, block), dense, rtol=0, atol=rank * EPS * np.abs(u).max() * np.abs(v).max()
+    )
     assert ops.SignStack(rows, cols, rank).block_bytes == block.size
 
 
@@ -183,7 +187,9 @@ def test_a_token_with_nan_or_infinity(isa, bad, n_tokens, rng):
 
 @pytest.mark.parametrize("largest", [0.0, 1e-44, 1e-31, 1e30])
 def test_extreme_magnitudes(isa, largest):
-    stack = ops.SignStack(5, 9, 1, [signs.pack(np.zeros((5, 9), np.bool_), np.ones((5, 1), "f2"), np.ones((1, 9), "f2"))])
+    stack = ops.SignStack(
+        5, 9, 1, [signs.pack(np.zeros((5, 9), np.bool_), np.ones((5, 1), "f2"), np.ones((1, 9), "f2"))]
+    )
     expected = 9 * (largest if largest > 2.0**-100 else 0.0)  # below, a group counts as zero
     assert np.allclose(product(np.full((2, 9), largest, np.float32), stack), expected, rtol=4 * EPS, atol=0)
 

@@ -38,7 +38,9 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import CorruptFile
+from barefoot.ops import parts
 from barefoot.ops.scratch import SIGN_GROUP as GROUP
+from barefoot.ops.scratch import sign_scratch_bytes
 
 U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
@@ -145,6 +147,23 @@ def decode(rows: int, cols: int, block: U8) -> F32:
     negative, u, v = unpack(rows, cols, block)
     magnitude = u.astype(np.float32) @ v.astype(np.float32)
     return np.where(negative, -magnitude, magnitude)
+
+
+def _flaw(rows: int, cols: int, block: U8) -> str | None:
+    try:
+        rank_of(rows, cols, block.size)
+    except CorruptFile as error:
+        return str(error)
+    return None
+
+
+def _scratch_bytes(n_tokens: int, rows: int, cols: int, n_threads: int) -> int:
+    """Of the largest rank: a part's own stands in its bytes."""
+    return sign_scratch_bytes(n_tokens, cols, MAX_RANK, 1, "float32", n_threads=n_threads)
+
+
+#: A block by itself is a part, whose products are those of "float32".
+KIND = parts.add(parts.PartKind("signs", decode, _flaw, _scratch_bytes))
 
 
 # --- products -------------------------------------------------------------------------------------------------------

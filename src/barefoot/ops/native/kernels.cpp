@@ -3,6 +3,7 @@
 // be picked by the linker for an older one.
 #include "kernels.h"
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -71,6 +72,9 @@ struct Constant {
 //
 #include "attention_token.h"
 
+// The kinds of parts, in the order of parts.names().
+constexpr std::array kParts{PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
+
 }  // namespace
 
 extern const Kernels kernels;
@@ -79,6 +83,7 @@ const Kernels kernels = {
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
     &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
+    kParts.data(), kParts.size(),
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

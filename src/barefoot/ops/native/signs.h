@@ -392,3 +392,20 @@ inline void sign_matmul(const SignArgs& s) {
   if (are_few(s)) multiply_few_signs(s);
   else multiply_many_signs(s);
 }
+
+// --- one block as a part ---
+
+inline SignArgs args_of(const PartArgs& p, const uint8_t* const* blocks) {
+  SignArgs s{p.x, p.n_tokens, p.n_cols, blocks, 1, p.n_rows, 0, false, p.add, p.out, p.scratch, p.n_threads};
+  const int64_t none = sign_bytes(s);
+  s.rank = 1;
+  s.rank = (p.n_bytes - none) / (sign_bytes(s) - none);
+  return s;
+}
+inline const char* sign_part_flaw(const PartArgs& p) {
+  const SignArgs s = args_of(p, nullptr);
+  const bool sound = s.rank >= 1 && s.rank <= kMostSignRanks && sign_bytes(s) == p.n_bytes;
+  return sound ? nullptr : "bytes of no rank from 1 to 64";
+}
+inline int64_t sign_part_scratch(const PartArgs& p) { return sign_scratch(args_of(p, nullptr)); }
+inline void sign_part_matmul(const PartArgs& p) { sign_matmul(args_of(p, &p.data)); }
