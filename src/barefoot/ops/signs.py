@@ -131,15 +131,21 @@ def pack(negative: Bools, u: F16, v: F16) -> U8:
 
 def unpack(rows: int, cols: int, block: U8) -> tuple[Bools, F16, F16]:
     """The inverse of ``pack``; CorruptFile for a wrong number of bytes."""
-    rank = rank_of(rows, cols, block.size)
+    u, v = factors(rows, cols, block)
     panels, quads = -(-rows // ROWS), -(-cols // QUAD)
+    signs = np.ascontiguousarray(block).reshape(-1)[-8 * panels * quads :]
+    bits = np.unpackbits(signs.reshape(panels, quads, 8), axis=-1, bitorder="little")
+    by_row = bits.reshape(panels, quads, ROWS, QUAD).transpose(0, 2, 1, 3).reshape(panels * ROWS, quads * QUAD)
+    return by_row[:rows, :cols].astype(np.bool_), u, v
+
+
+def factors(rows: int, cols: int, block: U8) -> tuple[F16, F16]:
+    """U (rows, k) and V (k, cols) of a block; CorruptFile for a wrong number of bytes."""
+    rank, panels = rank_of(rows, cols, block.size), -(-rows // ROWS)
     u_bytes, v_bytes = 2 * panels * ROWS * rank, 2 * rank * cols
     flat = np.ascontiguousarray(block).reshape(-1)
     u = flat[:u_bytes].view("<f2").reshape(panels, rank, ROWS).transpose(0, 2, 1).reshape(-1, rank)[:rows]
-    v = flat[u_bytes : u_bytes + v_bytes].view("<f2").reshape(rank, cols)
-    bits = np.unpackbits(flat[u_bytes + v_bytes :].reshape(panels, quads, 8), axis=-1, bitorder="little")
-    by_row = bits.reshape(panels, quads, ROWS, QUAD).transpose(0, 2, 1, 3).reshape(panels * ROWS, quads * QUAD)
-    return by_row[:rows, :cols].astype(np.bool_), u, v
+    return u, flat[u_bytes : u_bytes + v_bytes].view("<f2").reshape(rank, cols)
 
 
 def decode(rows: int, cols: int, block: U8) -> F32:
@@ -193,7 +199,7 @@ def round_products(x: F32, v: F16) -> npt.NDArray[np.float64]:
 
 def product(x: F32, stack: SignStack, *, rounds: bool) -> npt.NDArray[np.float64]:
     """x @ W^T float64 (n_tokens, rows); ``rounds``: as a few tokens of int8 have it."""
-    out = np.zeros((len(x), stack.rows))
+    out: npt.NDArray[np.float64] = np.zeros((len(x), stack.rows))
     with np.errstate(invalid="ignore", over="ignore"):
         for block in stack.buffers:
             negative, u, v = unpack(stack.rows, stack.cols, block)

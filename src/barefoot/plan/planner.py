@@ -79,6 +79,8 @@ def candidates(
     The first is the one that :func:`plan` recommends; nothing fits when there is none. Parameters as there.
     """
     case = _Case(spec, job, budget, device, stated, reserved, extra, model)
+    if spec.stack and case.stated.n_stacked is None:
+        case = case.with_stack()
     plans: list[Plan] = []
     for _, max_kl in quality.TIERS:
         solution = case.search.fastest(case.budget, max_kl)
@@ -135,6 +137,7 @@ def refuse(
         largest_context=largest_context,
         largest_batch=largest_batch,
         alternatives=case.alternatives(largest_context, largest_batch),
+        n_stack=len(spec.stack),
     )
 
 
@@ -172,11 +175,26 @@ class _Case:
 
     def first(self) -> Plan | None:
         """The best plan of the best quality tier in which anything fits."""
+        if self.spec.stack and self.stated.n_stacked is None:
+            return self.with_stack().first()
         for _, max_kl in quality.TIERS:
             solution = self.search.fastest(self.budget, max_kl)
             if solution is not None:
                 return self.finish(solution)
         return None
+
+    def with_stack(self) -> _Case:
+        """The case with as much of the model's stack as fits beside lossless choices of all else, read from memory.
+
+        Where none of it does, the rest is chosen as for any model: a stack shrinks before anything else gives way.
+        """
+        stated = replace(self.stated, stream_head=self.stated.stream_head or False)
+
+        def case(n: int) -> _Case:
+            return self.having(stated=replace(stated, n_stacked=n))
+
+        n = _largest(lambda n: case(n).search.fastest(self.budget, LOSSLESS) is not None, 0, len(self.spec.stack))
+        return case(n) if n else self.having(stated=replace(self.stated, n_stacked=0))
 
     def finish(self, solution: Solution) -> Plan:
         """The plan of a solution: with its times, its quality and notes."""
@@ -233,6 +251,9 @@ class _Case:
         if device.n_accelerators > 1:
             how = "share each matrix" if device.peer_gb_s else "take layers in turn"
             notes.append(f"the {device.n_accelerators} accelerators {how}")
+        if self.spec.stack:
+            held = solution.config.n_stacked
+            notes.append(f"{held:,} of the {len(self.spec.stack):,} blocks that the model can do without are in memory")
         if self.job.context > self.spec.context_length:
             notes.append(f"the model was made for {self.spec.context_length:,} positions")
         guessed = sorted(k for k in device.sources if device.sources[k].startswith(NOT_MEASURED))
