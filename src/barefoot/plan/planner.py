@@ -15,6 +15,7 @@ from barefoot.core.device import NOT_MEASURED, Device, this_machine
 from barefoot.core.ledger import Footprint, Place
 from barefoot.core.model import ModelSpec
 from barefoot.core.units import MIB, format_bytes, round_up
+from barefoot.engine.stacks import stack_footprint
 from barefoot.plan import quality
 from barefoot.plan.choices import Problem
 from barefoot.plan.commands import command
@@ -26,6 +27,7 @@ from barefoot.plan.roofline import phase_times
 from barefoot.plan.search import Search, Solution
 
 LOSSLESS = quality.TIERS[0][1]
+STACK_CHUNK = 64  # prompt tokens at once that a stack leaves room for: its weights are decoded for each chunk anew
 
 
 def plan(
@@ -184,17 +186,20 @@ class _Case:
         return None
 
     def with_stack(self) -> _Case:
-        """The case with as much of the model's stack as fits beside lossless choices of all else, read from memory.
+        """The case with as much of the stack as fits beside the smallest lossless choice of all else, in memory.
 
         Where none of it does, the rest is chosen as for any model: a stack shrinks before anything else gives way.
         """
-        stated = replace(self.stated, stream_head=self.stated.stream_head or False)
+        chunk = self.stated.chunk or min(STACK_CHUNK, self.job.n_prompt)
+        inside = replace(self.stated, n_stacked=0, chunk=chunk, stream_head=self.stated.stream_head or False)
+        bare = self.having(stated=inside).smallest(LOSSLESS)
 
-        def case(n: int) -> _Case:
-            return self.having(stated=replace(stated, n_stacked=n))
+        def fits(n: int) -> bool:
+            assert bare is not None
+            return self.search.fits(bare.footprint + stack_footprint(self.spec, n), self.budget)
 
-        n = _largest(lambda n: case(n).search.fastest(self.budget, LOSSLESS) is not None, 0, len(self.spec.stack))
-        return case(n) if n else self.having(stated=replace(self.stated, n_stacked=0))
+        n = 0 if bare is None else _largest(fits, 0, len(self.spec.stack))
+        return self.having(stated=replace(inside, n_stacked=n) if n else replace(self.stated, n_stacked=0))
 
     def finish(self, solution: Solution) -> Plan:
         """The plan of a solution: with its times, its quality and notes."""
