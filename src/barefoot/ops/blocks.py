@@ -157,7 +157,8 @@ def row_bytes(format_id: str, n_cols: int) -> int:
 
 def n_blocks(format_id: str, n_cols: int) -> int:
     """Blocks in one row of ``n_cols`` weights; Incompatible as for ``row_bytes``."""
-    return row_bytes(format_id, n_cols) // block_bytes(format_id)
+    row_bytes(format_id, n_cols)
+    return n_cols // block_elements(format_id)
 
 
 def parts(format_id: str) -> tuple[tuple[str, int], ...]:
