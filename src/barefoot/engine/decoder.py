@@ -259,6 +259,28 @@ def hf_config(spec: ModelSpec, model_type: str, class_name: str, **more: Any) ->
     return config | more
 
 
+def gguf_metadata(spec: ModelSpec, arch: str, rope_keys: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The keys of a GGUF file from which ``from_gguf`` reads this spec; ``more`` are of attention, None for none."""
+    keys = {
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.d_model,
+        "feed_forward_length": spec.d_ff,
+        "vocab_size": spec.vocab_size,
+        **{f"rope.{key}": value for key, value in rope_keys.items()},
+    }
+    attention = {
+        "head_count": spec.n_heads,
+        "head_count_kv": spec.n_kv_heads,
+        "key_length": spec.head_dim,
+        "value_length": spec.head_dim,
+        "layer_norm_rms_epsilon": spec.norm_eps,
+        **{key: value for key, value in more.items() if value is not None},
+    }
+    keys |= {f"attention.{key}": value for key, value in attention.items()}
+    return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in keys.items()}
+
+
 def hf_roles(names: Roles, *, tied: bool, tensors: Tensors | None = None) -> dict[str, Source]:
     """The names as this checkpoint spells them: without a head when it is tied, below another prefix than ``model.``.
 

@@ -21,6 +21,7 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.model import ModelSpec
 from barefoot.engine.layer_pass import STAGES, LayerPass
+from barefoot.engine.rows import decode, read_rows
 from barefoot.engine.saving import Matrix, ModelFolder
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
@@ -211,11 +212,7 @@ class _Fitting:
         return Matrix(layout, packed)
 
     def _read_stored(self, name: str, first: int = 0, n_rows: int | None = None) -> U8:
-        weight = self.weights[name]
-        n_rows = weight.rows - first if n_rows is None else n_rows
-        rows = np.empty((n_rows, blocks.row_bytes(weight.format, weight.cols)), np.uint8)
-        self.checkpoint.read_into(weight.source, rows, weight.row_start + first, n_rows)
-        return rows
+        return read_rows(self.checkpoint, self.weights[name], first, n_rows)
 
     def _read(self, name: str, first: int = 0, n_rows: int | None = None) -> F32:
         """Rows of a weight of the source, float32."""
@@ -224,14 +221,6 @@ class _Fitting:
 
     def _decoded(self, name: str, matrix: Matrix) -> F32:
         return decode(matrix.format, matrix.rows, self.weights[name].cols)
-
-
-def decode(format_id: str, rows: U8, cols: int) -> F32:
-    """Stored rows as float32 (n, cols), by the kernels."""
-    out = np.empty((len(rows), cols), np.float32)
-    packed = PackedWeight(format_id, len(rows), cols, np.ascontiguousarray(rows).reshape(-1))
-    ops.embed(np.arange(len(rows), dtype=np.int32), packed, out)
-    return out
 
 
 def measure(inputs: Sequence[F32], wanted: Knowledge) -> Inputs | None:

@@ -52,6 +52,17 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     return replace(spec, name=name)
 
 
+def spec_from_gguf(metadata: Mapping[str, Any], name: str) -> ModelSpec:
+    """The spec of GGUF metadata alone, and the names and places of the tensors that such a file has.
+
+    Raises
+    ------
+    UnsupportedFormat, CorruptFile : as for a config.json.
+    """
+    spec: ModelSpec = _find("GGUF_ARCHS", metadata.get("general.architecture")).from_gguf(metadata, None)
+    return replace(spec, name=name)
+
+
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of a checkpoint, its weights with their sources. Reads headers, and for some GGUF files rope factors.
 
