@@ -134,7 +134,7 @@ def test_memory_is_that_of_a_piece(tmp_path, tiny_gguf, monkeypatch):
 
     write_random(tmp_path / "hf", LLAMA | {"vocab_size": 32768})
     add_tokenizer(tmp_path / "hf", tiny_gguf)
-    monkeypatch.setattr("barefoot.engine.gguf_export.PIECE_BYTES", 64 << 10)
+    monkeypatch.setattr("barefoot.engine.rows.PIECE_BYTES", 64 << 10)
     tracemalloc.start()
     try:
         exported(tmp_path / "hf", tmp_path / "m.gguf")

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from barefoot.core.errors import CorruptFile, UnsupportedFormat
 from barefoot.core.model import LayerSpec, ModelSpec, WeightGroup, WeightSpec
+from barefoot.io.quantized import PackedLinear, methods
 from barefoot.ops import blocks
 
 _GROUPS: dict[str, WeightGroup] = {
@@ -187,9 +188,11 @@ def _sizes(stated: Mapping[str, int | None], eps: float, tensors: Tensors | None
 def hf_sizes(config: Mapping[str, Any], tensors: Tensors | None, names: Roles = HF) -> Sizes:
     """Sizes of a config.json, checked against the tensors."""
     method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
-    if config.get("quantization_config") and method != OWN_METHOD:
+    readable = (OWN_METHOD, *methods()) if tensors is not None else (OWN_METHOD,)  # the config alone states no bytes
+    if config.get("quantization_config") and method not in readable:
         raise UnsupportedFormat(
-            f"safetensors quantized by {method} are not supported", cure="use the unquantized model, or a GGUF file"
+            f"safetensors quantized by {method} are not supported; known: {', '.join(sorted(methods()))}",
+            cure="use the unquantized model, or a GGUF file",
         )
     n_heads = need(config, "num_attention_heads")
     stated = {
@@ -317,8 +320,10 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
     def spec(role: str, layer: int | None) -> WeightSpec:
         source, (rows, cols) = names[role], sizes.shape(role)
         tensor_name = source.template.format(i=layer)
-        stored = default_format
+        stored, packed_bytes = default_format, 0
         if tensors is not None:
+            found = tensors.get(tensor_name)
+            packed_bytes = found.n_bytes if isinstance(found, PackedLinear) else 0
             stored, shape = _matrix(tensors, tensor_name)
             if shape != (fused[source.template], cols):
                 raise CorruptFile(
@@ -332,6 +337,7 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
             format=stored,
             source=tensor_name,
             row_start=sum(sizes.shape(before)[0] for before in source.after),
+            packed_bytes=packed_bytes,
         )
 
     outer = ("embed", "norm", "head")

@@ -17,8 +17,7 @@ import numpy as np
 from barefoot.core.errors import Incompatible
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine import rope
-from barefoot.engine.rows import U8, decode, read_rows
-from barefoot.engine.saving import halves_order
+from barefoot.engine.rows import U8, Rearranged
 from barefoot.engine.specs import architectures, spec_from_gguf
 from barefoot.io.gguf_writer import Entry, Value, write_gguf
 from barefoot.io.inventory import Checkpoint
@@ -26,9 +25,8 @@ from barefoot.io.tokenizer_gguf import gguf_tokenizer
 from barefoot.io.types import FILE_TYPES
 from barefoot.ops import blocks, recode
 
-PIECE_BYTES = 4 << 20
 QUANTIZATION_VERSION = 2  # of ggml's block formats
-Progress = Callable[[int, int, str], None]  # bytes of the source done, bytes in all, tensor
+Progress = Callable[[int, int, str], None]  # rows done, rows in all, weight
 
 
 def gguf_formats() -> tuple[str, ...]:
@@ -66,7 +64,7 @@ def export_gguf(
         "general.quantization_version": QUANTIZATION_VERSION,
         **gguf_tokenizer(checkpoint, spec.vocab_size),
     }
-    writing = _Writing(checkpoint, spec, target, progress or (lambda done, total, label: None))
+    writing = _Writing(Rearranged(checkpoint, spec, target), progress or (lambda done, total, label: None))
     entries = [writing.entry(name, parts) for name, parts in tensors.items()]
     for name, factors in rope.gguf_factors(spec.layers[0].rope).items():
         entries.append((name, "f32", factors.shape, [factors.data]))
@@ -95,11 +93,9 @@ def _tensors(spec: ModelSpec, target: ModelSpec) -> dict[str, list[_Part]]:
 
 
 class _Writing:
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, target: ModelSpec, progress: Progress) -> None:
-        self.checkpoint, self.spec, self.target, self.progress = checkpoint, spec, target, progress
-        self.norm_shift = np.float32(spec.norm_plus_one) - np.float32(target.norm_plus_one)
-        self.done = 0
-        self.total = sum(w.rows * blocks.row_bytes(w.format, w.cols) for w in spec.weights)
+    def __init__(self, rearranged: Rearranged, progress: Progress) -> None:
+        self.rearranged, self.progress = rearranged, progress
+        self.done, self.total = 0, sum(w.rows for w in rearranged.spec.weights)
 
     def entry(self, name: str, parts: list[_Part]) -> Entry:
         first = parts[0]
@@ -110,37 +106,14 @@ class _Writing:
     def pieces(self, part: _Part) -> Iterator[U8]:
         """The rows of a weight as the file has them, so many at a time."""
         weight = part.weight
-        row_bytes = blocks.row_bytes(weight.format, weight.cols)
-        order = self.row_order(weight)
-        whole = self.spec.head_dim if order is not None else 1
-        step = max(1, PIECE_BYTES // (row_bytes * whole)) * whole
-        for start in range(0, weight.rows, step):
-            n_rows = min(step, weight.rows - start)
-            rows = read_rows(self.checkpoint, weight, start, n_rows)
-            if order is not None:
-                rows = rows[order[start : start + n_rows] - start]
-            if weight.group == "norm":
-                rows = self.vector(weight, rows)
-            else:
-                rows = recode.recode(part.format, weight.format, rows)
-            yield np.ascontiguousarray(rows)
-            self.done += n_rows * row_bytes
-            self.progress(self.done, self.total, weight.name)
+        if weight.group == "norm":
+            yield self.rearranged.vector(weight).view(np.uint8)
+            self.report(weight, 1)
+            return
+        for rows in self.rearranged.pieces(weight):
+            yield np.ascontiguousarray(recode.recode(part.format, weight.format, rows))
+            self.report(weight, len(rows))
 
-    def row_order(self, weight: WeightSpec) -> np.ndarray | None:
-        """For each row of q or k in the file, its row in the source; None where they are the same. Heads stay whole."""
-        role = weight.name.rsplit(".", 1)[-1]
-        if weight.layer is None or role not in ("q", "k"):
-            return None
-        there, here = self.target.layers[weight.layer].rope, self.spec.layers[weight.layer].rope
-        if there.interleaved == here.interleaved:
-            return None
-        assert there.interleaved
-        n_heads = self.spec.n_heads if role == "q" else self.spec.n_kv_heads
-        return np.argsort(halves_order(n_heads, self.spec.head_dim, here.dim))
-
-    def vector(self, weight: WeightSpec, rows: U8) -> U8:
-        values = decode(weight.format, rows, weight.cols)
-        if weight.name.endswith("norm"):
-            values += self.norm_shift
-        return values.view(np.uint8)
+    def report(self, weight: WeightSpec, n_rows: int) -> None:
+        self.done += n_rows
+        self.progress(self.done, self.total, weight.name)

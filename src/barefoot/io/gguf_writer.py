@@ -7,6 +7,7 @@ tensor needs to be whole in memory. :mod:`barefoot.io.gguf` reads the format.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -105,7 +106,7 @@ def _value(key: str, value: Value) -> bytes:
         return struct.pack("<I", STRING) + _text(value)
     if isinstance(value, Texts):
         blob, ends = value.blob.tobytes(), value.offsets.tolist()
-        texts = (_text(blob[a:b]) for a, b in zip(ends, ends[1:], strict=False))
+        texts = (_text(blob[a:b]) for a, b in itertools.pairwise(ends))
         return struct.pack("<IIQ", ARRAY, STRING, len(ends) - 1) + b"".join(texts)
     if isinstance(value, np.ndarray):
         code = next((c for c, (_, form) in SCALARS.items() if np.dtype(form) == value.dtype), None)

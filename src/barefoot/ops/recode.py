@@ -60,7 +60,8 @@ def recode(target: str, source: str, rows: U8) -> U8:
     if target == source:
         return rows
     to, of = _group(target), _group(source)
-    assert to is not None and of is not None and holds(target, source)
+    assert to is not None
+    assert of is not None
     numbers, scales, codes = of.split(rows.reshape(-1, blocks.block_bytes(source)))
     size = blocks.block_elements(target)
     repeats = blocks.block_elements(source) // size
