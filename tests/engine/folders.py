@@ -32,7 +32,8 @@ def fitted(source, folder, weights: str) -> None:
     formats = parse_weights(weights)
     with Checkpoint(source) as checkpoint:
         spec = model_spec(checkpoint)
-        job = Fit({w.name: formats[w.group] for w in spec.weights if w.group in formats}, Range())
+        chosen = {w.name: formats[w.group].layout(w.format) for w in spec.weights if w.group in formats}
+        job = Fit(chosen, Range(), np.empty((0, 0), np.int32))
         fit(checkpoint, spec, job, folder).finish({})
 
 

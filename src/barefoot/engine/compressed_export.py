@@ -42,9 +42,9 @@ def export_compressed(
     """
     config = config_of(checkpoint, spec)
     target = spec_from_config(config, spec.name)
+    rearranged = Rearranged(checkpoint, spec, target)
     chosen = {w.name: _chosen(w) for w in spec.weights}
     folder = ModelFolder(path, checkpoint, spec)
-    rearranged = Rearranged(checkpoint, spec, target)
     places = {w.name: w for w in target.weights}
     shards: list[dict[str, list[WeightSpec]]] = [{} for _ in range(folder.n_shards)]
     for weight in spec.weights:

@@ -56,6 +56,7 @@ def export_gguf(
     """
     header = architectures()[spec.arch].to_gguf(spec)
     target = spec_from_gguf(header, spec.name)
+    writing = _Writing(Rearranged(checkpoint, spec, target), progress or (lambda done, total, label: None))
     tensors = _tensors(spec, target)
     metadata: dict[str, Value] = {
         **header,
@@ -64,7 +65,6 @@ def export_gguf(
         "general.quantization_version": QUANTIZATION_VERSION,
         **gguf_tokenizer(checkpoint, spec.vocab_size),
     }
-    writing = _Writing(Rearranged(checkpoint, spec, target), progress or (lambda done, total, label: None))
     entries = [writing.entry(name, parts) for name, parts in tensors.items()]
     for name, factors in rope.gguf_factors(spec.layers[0].rope).items():
         entries.append((name, "f32", factors.shape, [factors.data]))

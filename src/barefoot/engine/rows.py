@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core.errors import Incompatible
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.repacking import repacked
 from barefoot.io.inventory import Checkpoint
@@ -22,7 +23,7 @@ PIECE_BYTES = 4 << 20  # of a weight that is in memory at once
 
 @dataclass(frozen=True)
 class Rearranged:
-    """The weights of a model as a file of another layout has them, piece by piece.
+    """The weights of a model as a file of another layout has them, piece by piece. Sums of parts are refused.
 
     ``target`` is the spec of that layout: Llama's GGUF files keep the rows of q and k so that rotated pairs are
     neighbours, and Gemma's folders norms as w − 1.
@@ -31,6 +32,15 @@ class Rearranged:
     checkpoint: Checkpoint
     spec: ModelSpec
     target: ModelSpec
+
+    def __post_init__(self) -> None:
+        summed = sorted({part.kind for weight in self.spec.weights for part in weight.parts})
+        if summed:
+            raise Incompatible(
+                f"{self.spec.name} has matrices that are sums, of blocks and {', '.join(summed)}, which no other "
+                f"program's file can hold",
+                cure="fit the model again without a structure",
+            )
 
     def pieces(self, weight: WeightSpec) -> Iterator[U8]:
         """A matrix's rows, uint8 (n, row_bytes) at a time, in the format that it is stored in."""

@@ -85,8 +85,10 @@ def _write(checkpoint: Checkpoint, spec: ModelSpec, path: Path, kind: str, repor
         from barefoot.engine.compressed_export import export_compressed
 
         return export_compressed(checkpoint, spec, path, report)
+    import numpy as np
+
     from barefoot.engine.fitting import Fit, fit
     from barefoot.weights.solvers.range import Range
 
-    fit(checkpoint, spec, Fit({}, Range()), path, report).finish({"exported": spec.name})
+    fit(checkpoint, spec, Fit({}, Range(), np.empty((0, 0), np.int32)), path, report).finish({"exported": spec.name})
     return {weight.source: weight.format for weight in spec.weights}
