@@ -36,7 +36,9 @@ nibbles, pairs, bits.
 Block floating point, ``bfp{3,4,6,8}_g{32,64,128}``: byte 0 is the exponent e, then chunks of codes; the scale is the
 float32 number whose exponent field is e, 2^(e - 127) (0: the scale is 0; 255, infinity, is never made), and
 w = scale * (q - 2^(b-1)), q in 0..2^b - 1.
-_add(BlockFormat("zero", 1, 0, lambda b: np.zeros(len(b), np.float32), lambda w: np.empty(0, np.uint8), in_float=True))
+
+``zero`` stores nothing and means zeros: the format of a matrix that is only the sum of its parts
+(``barefoot.ops.parts``).
 
 Blocks of GGUF files are carried exactly as the file has them; those of 32 are described at their decoders, those of
 256 in ``barefoot.ops.superblocks``. The arithmetic of ``decode`` is that of the ``gguf`` package's ``dequantize``,
@@ -287,7 +289,6 @@ def _f16_encode(weights: F32) -> U8:
         return weights.astype(np.float16).view(np.uint8)
 
 
-<<<<<<< HEAD
 def _bf16_decode(blocks: U8) -> F32:
     return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
@@ -295,12 +296,7 @@ def _bf16_decode(blocks: U8) -> F32:
 _add(BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8), in_float=True))
 _add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode, in_float=True))
 _add(BlockFormat("bf16", 1, 2, _bf16_decode, _bf16_encode, in_float=True))
-=======
-_add(BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8)))
-_add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode))
-_add(BlockFormat("bf16", 1, 2, lambda b: (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _bf16_encode))
-_add(BlockFormat("zero", 1, 0, lambda b: np.zeros(len(b), np.float32), lambda w: np.empty(0, np.uint8)))
->>>>>>> weights
+_add(BlockFormat("zero", 1, 0, lambda b: np.zeros(len(b), np.float32), lambda w: np.empty(0, np.uint8), in_float=True))
 
 
 # --- groups with one scale ------------------------------------------------------------------------------------------
