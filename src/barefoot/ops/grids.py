@@ -123,7 +123,7 @@ class Shifted(Uniform):
 
     def spanning(self, low: F32, high: F32) -> F32:
         """The largest magnitude's exponent, at which the top half step saturates."""
-        return floor_power_of_two(np.maximum(-low, high) / np.float32(self.zero / 2))[:, None]
+        return floor_power_of_two(largest(low, high) / np.float32(self.zero / 2))[:, None]
 
     def kinds(self, low: F32, high: F32) -> Iterator[F32]:
         """That exponent, and the one above, at which nothing saturates."""
@@ -134,6 +134,12 @@ class Shifted(Uniform):
         # The power of two nearest to the scale of least squares in the ratio.
         best = Uniform(self.bits, self.group, symmetric=True).refit(x, codes, importance)
         return floor_power_of_two(np.abs(best) * np.float32(2**0.5))
+
+
+def largest(low: F32, high: F32) -> F32:
+    """The larger magnitude of two ends."""
+    magnitude: F32 = np.maximum(-low, high)
+    return magnitude
 
 
 def floor_power_of_two(values: F32) -> F32:
@@ -205,9 +211,8 @@ class Special(Grid):
 
     def kinds(self, low: F32, high: F32) -> Iterator[F32]:
         """The largest magnitude over the largest level, for each special value and sign."""
-        extreme = np.maximum(-low, high)
         for i, table in enumerate(self._tables):
-            scale = with_last_bit(extreme / np.float32(max(table.table)), i)
+            scale = with_last_bit(largest(low, high) / np.float32(max(table.table)), i)
             yield scale[:, None]
             yield -scale[:, None]
 
@@ -221,13 +226,14 @@ class Special(Grid):
         return best
 
     def round(self, x: F32, params: F32) -> U8:
-        inside, beyond = (table.round(x, params) for table in self._tables)
-        codes: U8 = np.where(last_bit(params), beyond, inside)
+        codes, which = np.empty(x.shape, np.uint8), last_bit(params[:, 0])
+        for i, table in enumerate(self._tables):
+            codes[which == i] = table.round(x[which == i], params[which == i])
         return codes
 
     def values(self, codes: U8, params: F32) -> F32:
-        inside, beyond = (table.values(codes, params) for table in self._tables)
-        return np.where(last_bit(params), beyond, inside)
+        both = np.array([table.table for table in self._tables], np.float32)
+        return params * both[last_bit(params).astype(np.uint8), codes]
 
     def refit(self, x: F32, codes: U8, importance: F32) -> F32:
         best, most = np.zeros((len(x), 1), np.float32), np.full(len(x), -1, np.float32)
@@ -245,10 +251,11 @@ class Special(Grid):
 def with_last_bit(values: F32, bit: int) -> F32:
     """The nearest f16 numbers to ``values`` ≥ 0 whose last bit is ``bit``, as float32."""
     values = np.minimum(values, np.float32(F16_MAX))
-    nearest = values.astype(np.float16)
-    bits = nearest.view(np.uint16)
-    neighbours = np.where((nearest < values) | (bits == 0), bits + 1, bits - 1).astype(np.uint16)
-    return np.where(bits & 1 == bit, bits, neighbours).astype(np.uint16).view(np.float16).astype(np.float32)
+    bits = values.astype(np.float16).view(np.uint16)
+    wrong = (bits & 1) ^ np.uint16(bit)
+    below, above = (each.view(np.float16).astype(np.float32) for each in (bits - wrong * (bits > 0), bits + wrong))
+    below = np.where(last_bit(below) == bit, below, above)  # zero has none below
+    return np.where(values - below <= above - values, below, above)
 
 
 def last_bit(params: F32) -> npt.NDArray[np.bool_]:

@@ -28,7 +28,9 @@ def pack_chunks(codes: U8, bits: int) -> U8:
     if bits == 8:
         return codes
     if bits in (6, 7):
-        return np.concatenate([pack_chunks(codes & np.uint8(15), 4), pack_chunks(codes >> np.uint8(4), bits - 4)], axis=-1)
+        return np.concatenate(
+            [pack_chunks(codes & np.uint8(15), 4), pack_chunks(codes >> np.uint8(4), bits - 4)], axis=-1
+        )
     if bits == 5:
         return np.concatenate(
             [np.packbits(codes >> 4, axis=-1, bitorder="little"), pack_chunks(codes & np.uint8(15), 4)], axis=-1
