@@ -16,7 +16,8 @@ documented bit by bit in :mod:`barefoot.ops.blocks`; in products a shuffle turns
 the special ones in.
 
 Differs from the paper: it stores an 8-bit scale and a 2-bit choice a group and an f16 scale a row, which for groups of
-128 columns is 3/64 − 16/columns bits a weight less (benchmarks/quality/tables.py measures both). There is no bit-serial hardware here: products are taken as with other codes.
+128 columns is 3/64 − 16/columns bits a weight less (benchmarks/quality/tables.py measures both). There is
+no bit-serial hardware here: products are taken as with other codes.
 """
 
 from __future__ import annotations
