@@ -197,7 +197,8 @@ def row_bytes(format_id: str, n_cols: int) -> int:
 
 def n_blocks(format_id: str, n_cols: int) -> int:
     """Blocks in one row of ``n_cols`` weights; Incompatible as for ``row_bytes``."""
-    return row_bytes(format_id, n_cols) // block_bytes(format_id)
+    row_bytes(format_id, n_cols)
+    return n_cols // block_elements(format_id)
 
 
 def parts(format_id: str) -> tuple[tuple[str, int], ...]:
@@ -253,6 +254,21 @@ def pack(format_id: str, codes: U8, params: F32) -> U8:
         raise Incompatible(f"{format_id} has no grid to choose codes on", cure="use an int*_g* format")
     numbers = fmt.group.write_numbers(params.reshape(len(codes) * codes.shape[1] // fmt.grid.group, -1))
     return fmt.group.join(numbers, numbers[:, :0], codes.reshape(-1, fmt.grid.group)).reshape(len(codes), -1)
+
+
+def unpack(format_id: str, rows: U8) -> tuple[U8, F32]:
+    """Codes (rows, cols) and parameters (rows, groups, p) of uint8 (rows, row_bytes): the inverse of ``pack``.
+
+    Raises
+    ------
+    Incompatible : the format has no grid.
+    """
+    fmt = lookup(format_id)
+    if fmt.grid is None or fmt.group is None:
+        raise Incompatible(f"{format_id} has no grid that codes were chosen on", cure="use an int*_g* format")
+    numbers, _, codes = fmt.group.split(np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes))
+    params = np.ascontiguousarray(numbers).view(np.float16).astype(np.float32)
+    return codes.reshape(len(rows), -1), params.reshape(len(rows), -1, params.shape[1])
 
 
 def decode(format_id: str, rows: U8, n_cols: int) -> F32:

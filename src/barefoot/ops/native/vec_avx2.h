@@ -79,6 +79,12 @@ inline I widen_bytes(const uint8_t* p) {
   return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store_quads(uint8_t* p, Quads a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline Quads spread_bits(const uint8_t* p) { return bits(p, 1).v; }
+template <int Column>
+inline F negate_where(Quads bits, F a) {
+  const __m256i moved = _mm256_slli_epi32(bits, 31 - 8 * Column), sign = _mm256_set1_epi32(INT32_MIN);
+  return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_and_si256(moved, sign)))};
+}
 inline I set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
 inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 template <int Count>

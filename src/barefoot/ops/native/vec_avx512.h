@@ -82,6 +82,16 @@ inline I widen_bytes(const uint8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store_quads(uint8_t* p, Quads a) { _mm512_storeu_si512(p, a); }
+inline Quads spread_bits(const uint8_t* p) {
+  uint64_t bits;
+  std::memcpy(&bits, p, 8);
+  return _mm512_maskz_set1_epi8(bits, 1);
+}
+template <int Column>
+inline F negate_where(Quads bits, F a) {
+  const __m512i moved = _mm512_slli_epi32(bits, 31 - 8 * Column), sign = _mm512_set1_epi32(INT32_MIN);
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), moved, sign, 0x78))};  // a ^ (b & c)
+}
 inline I set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int Count>

@@ -179,6 +179,23 @@ inline I widen_bytes(const uint8_t* p) {  // signed ones
   return r;
 }
 inline void store_quads(uint8_t* p, Quads a) { std::memcpy(p, a.v, sizeof a.v); }
+// Byte i becomes bit i of the 4 * kLanes bits at p: 0 or 1.
+inline Quads spread_bits(const uint8_t* p) {
+  Quads r;
+  for (int i = 0; i < 4 * kLanes; ++i) r.v[i] = static_cast<int8_t>(p[i / 8] >> (i % 8) & 1);
+  return r;
+}
+// Lanes whose byte of that column is 1 change their sign.
+template <int Column>
+inline F negate_where(Quads bits, F a) {
+  BAREFOOT_EACH {
+    uint32_t value;
+    std::memcpy(&value, &a.v[i], 4);
+    value ^= static_cast<uint32_t>(bits.v[4 * i + Column]) << 31;
+    std::memcpy(&a.v[i], &value, 4);
+  }
+  return a;
+}
 inline I set1(int32_t a) {
   I r;
   BAREFOOT_EACH r.v[i] = a;
