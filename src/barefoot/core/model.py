@@ -101,6 +101,7 @@ class ModelSpec:
 
     ``norm_plus_one``: the file stores w and the norm multiplies by 1 + w (Gemma in safetensors, not in GGUF).
     ``embed_scale`` multiplies embeddings; ``attn_scale`` multiplies q·k; a ``softcap`` of 0 means none.
+    ``stack``: parts of the weights of which, from the first one on, so many are in memory as there is room for.
     """
 
     name: str
@@ -121,6 +122,7 @@ class ModelSpec:
     norm_plus_one: bool = False
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
+    stack: tuple[PartSpec, ...] = ()
 
     @property
     def n_layers(self) -> int:

@@ -17,7 +17,9 @@ from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
 from barefoot.engine.repacking import REPACKED_ROWS
-from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts
+from barefoot.engine.stacks import n_stacked, signed, stack_footprint
+from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
+from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
 
@@ -43,6 +45,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
     placement = place(spec, config)
     return (
         _weights(spec, config, placement)
+        + stack_footprint(spec, n_stacked(spec, config))
         + _streams(spec, placement)
         + _staging(placement)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
@@ -66,9 +69,10 @@ def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Foo
     """An entry for each group of resident weights. Matrices of one shape are counted together."""
     shapes: dict[WeightGroup, Counter[tuple[int, int, str]]] = {}
     added: dict[WeightGroup, list[PartSpec]] = {}
-    for weight in (r.weight for r in placement.resident):
+    for resident in placement.resident:
+        weight = resident.weight
         shapes.setdefault(weight.group, Counter())[weight.rows, weight.cols, weight.format] += 1
-        added.setdefault(weight.group, []).extend(weight.parts)
+        added.setdefault(weight.group, []).extend(resident.parts)
     phases = _loading(placement) + RUNNING
     result = Footprint()
     for group, counted in shapes.items():
@@ -242,8 +246,25 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -
             parts.lookup(part.kind).scratch_bytes(n, weight.rows, weight.cols, threads)
             for weight in spec.weights
             for part in weight.parts
+            if part.kind != signs.KIND.name
             for n in (1, config.n_rows)
+        ),
+        *(
+            sign_scratch_bytes(n, cols, rank, n_blocks, config.activations, n_threads=threads)
+            for cols, rank, n_blocks in _stacks(spec)
+            for n in {1, min(SIGN_TOKENS, config.n_rows), config.n_rows}
         ),
         attention_scratch_bytes(config.chunk, *heads, config.activations, n_threads=threads),
         attention_scratch_bytes(config.n_sequences, *heads, n_threads=threads, each=True),
     )
+
+
+def _stacks(spec: ModelSpec) -> set[tuple[int, int, int]]:
+    """Columns, rank and number of blocks of every matrix of signed blocks, whether they are in memory or not."""
+    found = set()
+    for weight in spec.weights:
+        blocks_of = signed(weight)
+        if blocks_of:
+            rank = signs.rank_of(weight.rows, weight.cols, blocks_of[0].n_bytes)
+            found.add((weight.cols, rank, len(blocks_of)))
+    return found

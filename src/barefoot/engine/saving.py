@@ -120,7 +120,7 @@ class ModelFolder:
         self, tensor: str, parts: list[tuple[WeightSpec, Matrix]], packed: dict[str, tuple[str, int]]
     ) -> tuple[str, str, tuple[int, ...], Iterable[Any]]:
         weight, first = parts[0]
-        chunks = [np.ascontiguousarray(matrix.rows).data for _, matrix in parts]
+        chunks = [np.ascontiguousarray(matrix.rows).data for _, matrix in parts if matrix.rows.size]
         n_rows = sum(len(matrix.rows) for _, matrix in parts)
         if blocks.block_elements(first.format) == 1 and first.format != "zero":
             shape = (weight.cols,) if weight.group == "norm" else (n_rows, weight.cols)

@@ -15,6 +15,7 @@ import numpy as np
 from barefoot.core.errors import UnsupportedFormat
 from barefoot.core.model import ModelSpec
 from barefoot.engine import arch
+from barefoot.engine.stacks import stacked
 from barefoot.io.files import BinaryFile
 from barefoot.io.gguf import GGUFArray, read_numbers
 from barefoot.io.inventory import Checkpoint
@@ -76,7 +77,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         tensors = {**checkpoint.tensors, **checkpoint.linears}
         spec = _find("HF_TYPES", checkpoint.config.get("model_type")).from_hf(checkpoint.config, tensors)
         _refuse_biases(checkpoint, spec)
-        return replace(spec, name=checkpoint.path.name)
+        return stacked(replace(spec, name=checkpoint.path.name), checkpoint)
     metadata = _with_small_arrays(checkpoint)
     spec = _find("GGUF_ARCHS", metadata.get("general.architecture")).from_gguf(metadata, checkpoint.tensors)
     unread = sorted(set(checkpoint.tensors) - {w.source for w in spec.weights} - _READ_ELSEWHERE)
