@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import lut, panels, planes, reference
+from barefoot.ops import csr, lut, panels, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, csr_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -41,6 +41,9 @@ __all__ = [
     "attention_scratch_bytes",
     "available_isas",
     "backend",
+    "csr",
+    "csr_matmul",
+    "csr_scratch_bytes",
     "embed",
     "glu",
     "head_rmsnorm",
@@ -187,6 +190,24 @@ def plane_matmul(
         add=add,
         scratch=scratch,
     )
+
+
+def csr_matmul(x: F32, weight: csr.Csr, out: F32, *, add: bool = False, scratch: U8) -> None:
+    """out = x @ S^T, or out += x @ S^T with ``add``, of a sparse matrix (``barefoot.ops.csr``), in float32.
+
+    A row's entries are added one after the other: the result depends neither on threads nor on the number of tokens.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    scratch : uint8, at least ``csr_scratch_bytes(n_tokens, cols)``
+    """
+    if x.shape[1:] != (weight.cols,) or out.shape != (len(x), weight.rows):
+        raise ValueError(
+            f"a sparse matrix [{weight.rows}, {weight.cols}] takes x [n_tokens, {weight.cols}] and out [n_tokens, "
+            f"{weight.rows}], got {x.shape} and {out.shape}"
+        )
+    _impl.csr_matmul(x, weight.buffer, out, add=add, scratch=scratch)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:

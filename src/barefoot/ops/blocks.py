@@ -23,6 +23,8 @@ stores 32 weights in 4 + 16 = 20 bytes, 5 bits a weight; its first code is ``row
 ``ternary_g{32,64,128}``: scale, f16; then pairs; w = scale * (q - 1), q in 0..2. Two bits are stored where
 log2(3) = 1.58 would do: the planes of two bits are what the products read. With g128, 2.125 bits a weight.
 
+``bilevel{2,3,4}``: 64 weights whose four scales and zero points have few bits too: ``barefoot.ops.bilevel``.
+
 Blocks of GGUF files are carried exactly as the file has them; those of 32 are described at their decoders, those of
 256 in ``barefoot.ops.superblocks``. The arithmetic of ``decode`` is that of the ``gguf`` package's ``dequantize``,
 float32, in the same order, so the results are equal bit for bit.
@@ -36,7 +38,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
-from barefoot.ops import superblocks
+from barefoot.ops import bilevel, superblocks
+from barefoot.ops.bilevel import Bilevel
 from barefoot.ops.grids import Grid, Ternary, Uniform
 from barefoot.ops.payload import F32, U8, f16_at, pack_chunks, unpack_chunks
 
@@ -84,8 +87,8 @@ class Group:
 class BlockFormat:
     """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements).
 
-    ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those of 256 weights;
-    both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose codes on.
+    ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those whose scales have
+    scales; both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose codes on.
     """
 
     name: str
@@ -94,11 +97,11 @@ class BlockFormat:
     decode_blocks: Callable[[U8], F32]
     encode_blocks: Callable[[F32], U8] | None = None
     group: Group | None = None
-    super_block: superblocks.SuperBlock | None = None
+    super_block: superblocks.SuperBlock | Bilevel | None = None
     grid: Grid | None = None
 
     @property
-    def anatomy(self) -> Group | superblocks.SuperBlock | None:
+    def anatomy(self) -> Group | superblocks.SuperBlock | Bilevel | None:
         """What takes blocks apart, into scales and codes, and puts them together again."""
         return self.group or self.super_block
 
@@ -183,14 +186,15 @@ def encode(format_id: str, weights: F32) -> U8:
     n_rows, n_cols = weights.shape
     n_bytes = row_bytes(format_id, n_cols)
     blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, fmt.block_elements)
-    if fmt.encode_blocks is not None:
-        return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
-    if fmt.grid is None:
+    if fmt.encode_blocks is None and fmt.grid is None:
         raise Incompatible(
             f"{format_id} blocks are carried from GGUF files, not made from weights", cure="use an int*_g* format"
         )
-    if not np.isfinite(blocks).all():
+    if fmt.block_elements > 1 and not np.isfinite(blocks).all():
         raise InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
+    if fmt.encode_blocks is not None:
+        return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
+    assert fmt.grid is not None
     params = fmt.grid.plain(blocks)
     return pack(format_id, fmt.grid.round(blocks, params).reshape(n_rows, n_cols), params)
 
@@ -288,3 +292,10 @@ for _bits in (*INTEGER_BITS, 1):
         _add(_of_group(f"int{_bits}_g{_size}_asym", Group(_bits, has_minimum=True), Uniform(_bits, _size)))
 for _size in GROUP_SIZES:
     _add(_of_group(f"ternary_g{_size}", Group(2, zero=1), Ternary(_size)))
+
+
+# --- groups whose scales have scales --------------------------------------------------------------------------------
+
+
+for _two in bilevel.FORMATS:
+    _add(BlockFormat(_two.name, bilevel.ELEMENTS, _two.n_bytes, _two.decode, _two.encode, super_block=_two))

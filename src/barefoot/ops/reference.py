@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows, lut, panels, planes
+from barefoot.ops import blocks, csr, kvrows, lut, panels, planes
 from barefoot.ops.scratch import BFLOAT16_TOKENS
 
 F32 = npt.NDArray[np.float32]
@@ -164,6 +164,11 @@ def plane_matmul(
 ) -> None:
     fmt = planes.PlaneFormat(weight_bits, group, zero, has_minimum)
     product = planes.product(x, planes.PlaneWeight(fmt, out.shape[1], x.shape[1], weight), activation_bits)
+    out[...] = out + product if add else product
+
+
+def csr_matmul(x: F32, data: U8, out: F32, *, add: bool, scratch: U8 | None = None) -> None:
+    product = csr.product(x, csr.Csr(out.shape[1], x.shape[1], data))
     out[...] = out + product if add else product
 
 

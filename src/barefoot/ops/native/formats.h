@@ -45,7 +45,8 @@ struct Quantized {
   static constexpr int elements = 32, group = 32, zero = 0;
   static constexpr int code_bits = 0;        // of formats that have panels
   static constexpr int scale_at = 0;         // byte of a block where its f16 numbers begin
-  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py describes them
+  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py and bilevel.py describe them
+  static constexpr bool has_numbers = true;  // f16 ones
   static constexpr bool wide = false;        // codes of 8 bits
   static constexpr bool has_offset = false;
 };
@@ -278,6 +279,30 @@ struct Ternary : Integer<2, Group, true> {
   static constexpr int zero = 1;
 };
 
+// Groups of 16 whose scales and zero points have few bits too. Arithmetic is exact.
+template <int Bits>
+struct Bilevel : Quantized {
+  static constexpr char name[] = {'b', 'i', 'l', 'e', 'v', 'e', 'l', static_cast<char>('0' + Bits), '\0'};
+  static constexpr int elements = 64, group = 16, code_bits = Bits, sub_bytes = 5, bytes = sub_bytes + 8 * Bits;
+  static constexpr bool has_offset = true, has_numbers = false;
+  static constexpr float zero_unit = static_cast<float>(1 << Bits) / 64;
+  static float step(uint8_t code) { return half_to_float(static_cast<uint16_t>(code << 7)) * (1.0f / 256); }
+  static void sub_scales(const uint8_t* b, uint8_t* to) { std::memcpy(to, b, sub_bytes); }
+  static Codes codes(const uint8_t* b, int c) {
+    const uint8_t* chunk = b + sub_bytes + 4 * Bits * c;
+    if constexpr (Bits == 4) return nibbles(chunk);
+    else if constexpr (Bits == 3) return pairs(chunk) | bits(chunk + 8, 4);
+    else return pairs(chunk);
+  }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    const float d = step(b[0]);
+    for (int i = 0; i < elements / group; ++i) {
+      scale[i] = d * static_cast<float>(b[1 + i] & 15);
+      offset[i] = -(scale[i] * (zero_unit * static_cast<float>(8 + 3 * (b[1 + i] >> 4))));
+    }
+  }
+};
+
 template <class... Format>
 struct FormatList {
   static constexpr int size = sizeof...(Format);
@@ -294,7 +319,8 @@ using Formats =
                Integer<2, 32, true>, Integer<2, 32, false>, Integer<2, 64, true>, Integer<2, 64, false>,
                Integer<2, 128, true>, Integer<2, 128, false>,  //
                Integer<1, 32, false>, Integer<1, 64, false>, Integer<1, 128, false>,  //
-               Ternary<32>, Ternary<64>, Ternary<128>>;
+               Ternary<32>, Ternary<64>, Ternary<128>,  //
+               Bilevel<2>, Bilevel<3>, Bilevel<4>>;
 
 // --- what the kernels use ---
 

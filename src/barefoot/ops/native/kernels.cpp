@@ -55,6 +55,8 @@ struct Constant {
 //
 #include "planes.h"
 //
+#include "csr.h"
+//
 #include "fused.h"
 //
 #include "select.h"
@@ -76,7 +78,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
+    &plane_matmul, &plane_scratch, &plane_bytes, &csr_matmul, &csr_scratch, &top_k,
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

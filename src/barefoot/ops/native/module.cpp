@@ -257,6 +257,21 @@ void plane_matmul(Matrix x, Bytes weight, MatrixOut out, int weight_bits, int64_
   kernels().plane_matmul(args);
 }
 
+void csr_matmul(Matrix x, Bytes data, MatrixOut out, bool add, BytesOut scratch) {
+  expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+  const int64_t n_rows = dim(out, 1), n_cols = dim(x, 1), n_bytes = static_cast<int64_t>(data.size());
+  const int64_t offsets_bytes = 4 * (n_rows + 1);
+  if (n_bytes < offsets_bytes || n_bytes % 4)
+    refuse("a sparse matrix of " + text(n_rows) + " rows has " + text(offsets_bytes) +
+           " bytes of offsets and whole entries of 4, got " + text(n_bytes));
+  const int64_t needed = kernels().csr_scratch(dim(x, 0), n_cols, n_threads());
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  if (x.size() == 0) return;
+  nb::gil_scoped_release release;
+  kernels().csr_matmul({x.data(), dim(x, 0), n_cols, data.data(), n_rows, (n_bytes - offsets_bytes) / 4, out.data(), add,
+                        scratch.data(), n_threads()});
+}
+
 // --- fused ---
 
 void rmsnorm(Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
@@ -625,6 +640,8 @@ NB_MODULE(_native, m) {
   m.def("plane_matmul", &barefoot::plane_matmul, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(),
         nb::kw_only(), "weight_bits"_a, "group"_a, "zero"_a, "has_minimum"_a, "activation_bits"_a, "add"_a,
         "scratch"_a.noconvert());
+  m.def("csr_matmul", &barefoot::csr_matmul, "x"_a.noconvert(), "data"_a.noconvert(), "out"_a.noconvert(),
+        nb::kw_only(), "add"_a, "scratch"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
