@@ -51,12 +51,26 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class PartSpec:
+    """What is added to a matrix's blocks: a part of that ``kind`` (``barefoot.ops.parts``), of ``n_bytes`` bytes.
+
+    ``label`` tells a matrix's parts apart and orders them; ``source`` is the tensor's name in the file.
+    """
+
+    label: str
+    kind: str
+    n_bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
 class WeightSpec:
     """One weight: its shape, how its file stores it, and where.
 
     ``format`` is the id of the stored type (``"bf16"``, ``"q4_1"`` …). ``source`` is the tensor's name in the file, or
     without a file the one that transformers gives it, and ``row_start`` its first row there, for weights that files
-    keep fused (Phi-3's qkv_proj).
+    keep fused (Phi-3's qkv_proj). A matrix with ``parts`` is the sum of its blocks and of these; the format ``"zero"``
+    means that it has no blocks.
     """
 
     name: str
@@ -66,6 +80,7 @@ class WeightSpec:
     format: str
     source: str = ""
     row_start: int = 0
+    parts: tuple[PartSpec, ...] = ()
 
     @functools.cached_property
     def layer(self) -> int | None:

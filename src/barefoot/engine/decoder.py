@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from barefoot.core.errors import CorruptFile, UnsupportedFormat
-from barefoot.core.model import LayerSpec, ModelSpec, WeightGroup, WeightSpec
-from barefoot.ops import blocks
+from barefoot.core.model import LayerSpec, ModelSpec, PartSpec, WeightGroup, WeightSpec
+from barefoot.ops import blocks, parts
 
 _GROUPS: dict[str, WeightGroup] = {
     "embed": "embed",
@@ -40,6 +40,9 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def n_bytes(self) -> int: ...
 
 
 Tensors = Mapping[str, Tensor]
@@ -150,6 +153,26 @@ def _matrix(tensors: Tensors, name: str) -> tuple[str, tuple[int, int]]:
     if len(tensor.shape) not in (1, 2) or not all(tensor.shape):
         raise CorruptFile(f"tensor {name!r} has shape {tensor.shape}; a matrix or a vector is expected")
     return tensor.type, (1 if len(tensor.shape) == 1 else tensor.shape[0], tensor.shape[-1])
+
+
+def _parts(tensors: Tensors) -> dict[str, tuple[PartSpec, ...]]:
+    """What is to be added to each tensor: parts are named ``TENSOR+LABEL``.
+
+    Raises
+    ------
+    UnsupportedFormat : a kind that is not known.
+    CorruptFile : a part of another shape than its matrix, or of none.
+    """
+    found: dict[str, tuple[PartSpec, ...]] = {}
+    for name in sorted(n for n in tensors if "+" in n):
+        whole, _, label = name.partition("+")
+        part = tensors[name]
+        if part.type not in parts.names():
+            raise UnsupportedFormat(f"tensor {name!r} is stored as {part.type}; known: {', '.join(parts.names())}")
+        if whole not in tensors or tensors[whole].shape != part.shape:
+            raise CorruptFile(f"{name!r} is a part {part.shape} of no matrix of that shape")
+        found[whole] = (*found.get(whole, ()), PartSpec(label, part.type, part.n_bytes, name))
+    return found
 
 
 def _first_layer(tensors: Tensors, names: Roles, role: str) -> tuple[int, int]:
@@ -291,6 +314,7 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
     fused: dict[str, int] = {}
     for role, source in names.items():
         fused[source.template] = fused.get(source.template, 0) + sizes.shape(role)[0]
+    addends = _parts(tensors) if tensors is not None else {}
 
     def spec(role: str, layer: int | None) -> WeightSpec:
         source, (rows, cols) = names[role], sizes.shape(role)
@@ -302,6 +326,8 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
                 raise CorruptFile(
                     f"tensor {tensor_name!r} is {shape}, the header implies {(fused[source.template], cols)}"
                 )
+            if tensor_name in addends and (layer is None or shape[0] != rows):
+                raise UnsupportedFormat(f"{tensor_name!r} has parts, and is not one matrix of a layer")
         return WeightSpec(
             name=role if layer is None else f"layers.{layer}.{role}",
             group=_GROUPS.get(role, "norm"),
@@ -310,6 +336,7 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
             format=stored,
             source=tensor_name,
             row_start=sum(sizes.shape(before)[0] for before in source.after),
+            parts=addends.get(tensor_name, ()),
         )
 
     outer = ("embed", "norm", "head")

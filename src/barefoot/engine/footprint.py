@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
-from barefoot.core.model import ModelSpec, WeightGroup
+from barefoot.core.model import ModelSpec, PartSpec, WeightGroup
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
-from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels
+from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
 
@@ -62,8 +62,10 @@ def _padding(sizes: Iterable[int]) -> Term:
 def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Footprint:
     """An entry for each group of resident weights. Matrices of one shape are counted together."""
     shapes: dict[WeightGroup, Counter[tuple[int, int, str]]] = {}
+    added: dict[WeightGroup, list[PartSpec]] = {}
     for weight in (r.weight for r in placement.resident):
         shapes.setdefault(weight.group, Counter())[weight.rows, weight.cols, weight.format] += 1
+        added.setdefault(weight.group, []).extend(weight.parts)
     phases = _loading(placement) + RUNNING
     result = Footprint()
     for group, counted in shapes.items():
@@ -75,6 +77,9 @@ def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Foo
             for term in terms:
                 totals[term.name, term.bytes_each] += n * term.count
             padding += n * (-sum(t.bytes for t in terms) % ALIGNMENT)
+        for part in added[group]:
+            totals[f"{part.kind} parts", 1] += part.n_bytes
+            padding += -part.n_bytes % ALIGNMENT
         summed = [Term(name, count, size) for (name, size), count in totals.items()]
         result += entry(f"weights.{group}", "weights", [*summed, Term("alignment", padding, 1)], phases=phases)
     return result
@@ -202,6 +207,12 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -
             matmul_scratch_bytes(n, cols, config.activations, n_threads=threads, looks_up=looks_up)
             for n in {1, min(lut.FEW_TOKENS, config.n_rows), config.n_rows}
             for cols in inputs
+        ),
+        *(
+            parts.lookup(part.kind).scratch_bytes(n, weight.rows, weight.cols, threads)
+            for weight in spec.weights
+            for part in weight.parts
+            for n in (1, config.n_rows)
         ),
         attention_scratch_bytes(config.chunk, *heads, config.activations, n_threads=threads),
         attention_scratch_bytes(config.n_sequences, *heads, n_threads=threads, each=True),

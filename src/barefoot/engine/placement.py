@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from barefoot.core.errors import InvalidInput
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
@@ -79,6 +79,11 @@ def place(spec: ModelSpec, config: EngineConfig) -> Placement:
 
 def _resident(weight: WeightSpec, config: EngineConfig) -> Resident:
     format_id = config.weights.get(weight.group, Stored()).layout(weight.format)
+    if weight.parts and format_id != weight.format:
+        raise Incompatible(
+            f"{weight.name} is a sum of parts, which can't be converted to {format_id} when it is loaded",
+            cure="leave its weights as they are stored",
+        )
     if config.activations != "int8":
         return Resident(weight, format_id, "rows")
     return Resident(weight, format_id, dispatch.choose(format_id, weight.rows, weight.cols, config.layouts))
@@ -98,8 +103,13 @@ def _check(spec: ModelSpec, config: EngineConfig) -> None:
 
 
 def stored_bytes(weight: WeightSpec) -> int:
-    """Bytes of a weight in its file, without padding."""
-    return weight.rows * blocks.row_bytes(weight.format, weight.cols)
+    """Bytes of a weight in its file, without padding: of its blocks and parts."""
+    return sum(piece_bytes(weight))
+
+
+def piece_bytes(weight: WeightSpec) -> tuple[int, ...]:
+    """Bytes of a weight's blocks, and of each of its parts."""
+    return (weight.rows * blocks.row_bytes(weight.format, weight.cols), *(part.n_bytes for part in weight.parts))
 
 
 def item_bytes(weights: Iterable[WeightSpec]) -> int:
@@ -107,7 +117,7 @@ def item_bytes(weights: Iterable[WeightSpec]) -> int:
 
     In the worst case each is read by itself, with up to a page before it and its end rounded to a page.
     """
-    return sum(round_up(stored_bytes(w), PAGE) + PAGE for w in weights)
+    return sum(round_up(n_bytes, PAGE) + PAGE for w in weights for n_bytes in piece_bytes(w))
 
 
 def stream_buffer_bytes(spec: ModelSpec, placement: Placement) -> int:

@@ -24,7 +24,7 @@ from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scr
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.sequences import Sequences
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
-from barefoot.engine.weights import Progress, load
+from barefoot.engine.weights import Progress, Sum, bind_part, load
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import PackedWeight, blocks
 
@@ -43,12 +43,12 @@ class _Layer:
     capacity: int
     keys: U8
     values: U8
-    qkv: list[PackedWeight]
-    o: list[PackedWeight]
-    gate_up: list[PackedWeight]
-    down: list[PackedWeight]
+    qkv: list[Sum]
+    o: list[Sum]
+    gate_up: list[Sum]
+    down: list[Sum]
     vectors: dict[str, F32]
-    streamed: tuple[PackedWeight, ...]
+    streamed: tuple[tuple[WeightSpec, Sum], ...]
 
 
 class Engine:
@@ -122,10 +122,13 @@ class Engine:
         spec, config = self.spec, self.config
         prefix = f"layers.{index}."
         first_streamed = spec.n_layers - len(self._placement.streamed)
-        streamed: dict[str, PackedWeight] = {}
+        streamed: dict[str, tuple[WeightSpec, Sum]] = {}
+        matrices: Mapping[str, Sum] = self._matrices
         if index >= first_streamed:
-            streamed = {w.name: _unbound(w) for w in self._placement.streamed[index - first_streamed]}
-        matrix = {name: streamed.get(prefix + name) or self._matrices[prefix + name] for name in _MATRICES}
+            specs = self._placement.streamed[index - first_streamed]
+            matrices = {w.name: Sum.of(w, w.format, "rows") for w in specs}
+            streamed = {w.name: (w, matrices[w.name]) for w in specs}
+        matrix = {name: matrices[prefix + name] for name in _MATRICES}
         capacity = spec.kv_positions(index, config.context, config.chunk)
         shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
         n_bytes = kv_bytes(spec, config, index)
@@ -275,14 +278,17 @@ class Engine:
     def _bind(self, layer: _Layer, item: int, then: int) -> None:
         assert self._stream is not None
         buffer = self._stream.get(item, then)
-        for weight, (start, stop) in zip(layer.streamed, self._stream.spans(item), strict=True):
-            weight.bind(buffer[start:stop])
+        spans = iter(self._stream.spans(item))
+        for spec, weight in layer.streamed:
+            weight.blocks.bind(buffer[slice(*next(spans))])
+            for part, each in zip(spec.parts, weight.parts, strict=True):
+                bind_part(each, buffer[slice(*next(spans))], part.source)
 
     def _embed(self, ids: Sequence[int], views: Views) -> None:
         scale = self.spec.embed_scale
         if not self._placement.embed_on_disk:
             views.ids[:] = ids
-            ops.embed(views.ids, self._matrices["embed"], views.x, scale=scale)
+            ops.embed(views.ids, self._matrices["embed"].blocks, views.x, scale=scale)
             return
         weight = self._placement.head
         tensor = self._tensors[weight.source]
@@ -349,16 +355,21 @@ class Engine:
         program.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
         self._project(program, views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
 
-    def _product(
-        self, program: ops.Program, x: F32, weights: list[PackedWeight], outs: list[F32], *, add: bool = False
-    ) -> None:
-        program.matmul(x, weights, outs, activations=self.config.activations, add=add, scratch=self._scratch)
+    def _product(self, program: ops.Program, x: F32, weights: list[Sum], outs: list[F32], *, add: bool = False) -> None:
+        dense = [(w.blocks, out) for w, out in zip(weights, outs, strict=True) if w.blocks.format != "zero"]
+        if dense:
+            matrices, their_outs = map(list, zip(*dense, strict=True))
+            program.matmul(x, matrices, their_outs, activations=self.config.activations, add=add, scratch=self._scratch)
+        for weight, out in zip(weights, outs, strict=True):
+            for n, part in enumerate(weight.parts):
+                further = add or n > 0 or weight.blocks.format != "zero"
+                program.part_matmul(x, part, out, add=further, scratch=self._scratch)
 
     def _project(
         self,
         program: ops.Program,
         inputs: F32,
-        weight: list[PackedWeight],
+        weight: list[Sum],
         x: F32,
         between: F32 | None,
         norm: F32 | None,
@@ -386,7 +397,7 @@ class Engine:
         if placement.head_tile_rows:
             self._head_from_disk(inputs, logits)
         else:
-            self._matmul(inputs, [self._matrices[placement.head.name]], [logits])
+            self._matmul(inputs, [self._matrices[placement.head.name].blocks], [logits])
         if spec.logit_softcap:
             np.divide(logits, np.float32(spec.logit_softcap), out=logits)
             np.tanh(logits, out=logits)
@@ -407,10 +418,6 @@ class Engine:
 
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-def _unbound(weight: WeightSpec) -> PackedWeight:
-    return PackedWeight(weight.format, weight.rows, weight.cols)
 
 
 def _tiles(n_rows: int, tile_rows: int) -> list[tuple[int, int]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core.errors import CorruptFile
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.files import WeightFiles
@@ -15,7 +17,7 @@ from barefoot.engine.footprint import staging_sizes, tile_rows
 from barefoot.engine.placement import Placement, Resident, stored_bytes
 from barefoot.engine.stream import byte_range
 from barefoot.io.types import TensorInfo
-from barefoot.ops import PackedWeight, blocks
+from barefoot.ops import PackedWeight, Part, blocks, dispatch
 
 U8 = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]  # bytes of the file done, bytes in all
@@ -30,16 +32,16 @@ def load(
     files: WeightFiles,
     arena: Arena,
     progress: Progress | None = None,
-) -> tuple[dict[str, PackedWeight], dict[str, npt.NDArray[np.float32]]]:
+) -> tuple[dict[str, Sum], dict[str, npt.NDArray[np.float32]]]:
     """Matrices and vectors in memory, by barefoot's names. Norms that files store as w - 1 are made w.
 
     Raises
     ------
-    CorruptFile : the file can't be read to its end.
+    CorruptFile : the file can't be read to its end, or a part contradicts itself.
     """
     total = sum(stored_bytes(resident.weight) for resident in placement.resident)
     done = 0
-    matrices: dict[str, PackedWeight] = {}
+    matrices: dict[str, Sum] = {}
     vectors: dict[str, npt.NDArray[np.float32]] = {}
     loader = _Loader(placement, tensors, files, arena)
     for resident in placement.resident:
@@ -55,10 +57,44 @@ def load(
                 vector += 1
             vectors[weight.name] = vector
         else:
-            matrices[weight.name] = PackedWeight(
-                resident.format, weight.rows, weight.cols, target, layout=resident.layout
-            )
+            matrix = Sum.of(weight, resident.format, resident.layout)
+            matrix.blocks.bind(target)
+            for part, each in zip(weight.parts, matrix.parts, strict=True):
+                data = arena.take(f"weights.{weight.group}", part.n_bytes)
+                files.read(tensors[part.source].shard, tensors[part.source].offset, data)
+                bind_part(each, data, part.source)
+                done += part.n_bytes
+                if progress is not None:
+                    progress(done, total)
+            matrices[weight.name] = matrix
     return matrices, vectors
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A matrix as products take it: its blocks, and what is added to them."""
+
+    blocks: PackedWeight
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, weight: WeightSpec, format_id: str, layout: dispatch.Layout) -> Sum:
+        """Not yet bound to memory."""
+        parts = tuple(Part(p.kind, weight.rows, weight.cols) for p in weight.parts)
+        return cls(PackedWeight(format_id, weight.rows, weight.cols, layout=layout), parts)
+
+
+def bind_part(part: Part, data: U8, source: str) -> None:
+    """Let a part read ``data``, which came from the tensor ``source``.
+
+    Raises
+    ------
+    CorruptFile : they don't describe such a part.
+    """
+    try:
+        part.bind(data)
+    except ValueError as error:
+        raise CorruptFile(f"{source}: {error}") from None
 
 
 class _Loader:

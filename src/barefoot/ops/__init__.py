@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import csr, lut, panels, planes, reference
+from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
+from barefoot.ops import lut, panels, parts, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, csr_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -33,6 +34,7 @@ except ImportError:
 
 __all__ = [
     "PackedWeight",
+    "Part",
     "Program",
     "add_",
     "argmax",
@@ -41,9 +43,6 @@ __all__ = [
     "attention_scratch_bytes",
     "available_isas",
     "backend",
-    "csr",
-    "csr_matmul",
-    "csr_scratch_bytes",
     "embed",
     "glu",
     "head_rmsnorm",
@@ -58,6 +57,8 @@ __all__ = [
     "pack_lut",
     "pack_panels",
     "panels",
+    "part_matmul",
+    "parts",
     "plane_matmul",
     "plane_scratch_bytes",
     "planes",
@@ -86,14 +87,23 @@ else:
     PackedWeight = _impl.PackedWeight
 
 
+#: An addend [rows, cols] of one of the kinds of ``barefoot.ops.parts``: ``Part(kind, rows, cols, buffer=None)``.
+#: ``bind(buffer)`` looks the bytes over, raises ValueError if they don't describe such a matrix, and keeps that array
+#: alive; ``unbind()`` lets go of it, and nothing is added from then on. Attributes: kind, rows, cols, buffer.
+if TYPE_CHECKING:
+    from barefoot.ops.reference import Part
+else:
+    Part = _impl.Part
+
+
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
-#: ``matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and ``attention``, which take
-#: what the functions below take, with arrays of as many rows as it will ever have tokens, and KV buffers of all
-#: sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the arrays alive.
-#: ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one sequence of
-#: which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of each of
-#: several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are checked op by
-#: op as it runs; weights may be bound between runs.
+#: ``matmul``, ``part_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and
+#: ``attention``, which take what the functions below take, with arrays of as many rows as it will ever have tokens, and
+#: KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the
+#: arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one
+#: sequence of which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of
+#: each of several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are
+#: checked op by op as it runs; weights and parts may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:
@@ -125,6 +135,17 @@ def matmul(
         has the layout ``"lut"``, whose products round tables of sums instead of x (``barefoot.ops.lut``)
     """
     _impl.matmul(x, weights, outs, activations=activations, add=add, scratch=scratch)
+
+
+def part_matmul(x: F32, part: Part, out: F32, *, add: bool = False, scratch: U8) -> None:
+    """out = x @ P^T, or out += x @ P^T with ``add``, of a part; one that is not bound counts as zero.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    scratch : uint8, at least ``parts.lookup(kind).scratch_bytes(n_tokens, rows, cols, n_threads)``
+    """
+    _impl.part_matmul(x, part, out, add=add, scratch=scratch)
 
 
 def pack_panels(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
@@ -190,24 +211,6 @@ def plane_matmul(
         add=add,
         scratch=scratch,
     )
-
-
-def csr_matmul(x: F32, weight: csr.Csr, out: F32, *, add: bool = False, scratch: U8) -> None:
-    """out = x @ S^T, or out += x @ S^T with ``add``, of a sparse matrix (``barefoot.ops.csr``), in float32.
-
-    A row's entries are added one after the other: the result depends neither on threads nor on the number of tokens.
-
-    Parameters
-    ----------
-    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
-    scratch : uint8, at least ``csr_scratch_bytes(n_tokens, cols)``
-    """
-    if x.shape[1:] != (weight.cols,) or out.shape != (len(x), weight.rows):
-        raise ValueError(
-            f"a sparse matrix [{weight.rows}, {weight.cols}] takes x [n_tokens, {weight.cols}] and out [n_tokens, "
-            f"{weight.rows}], got {x.shape} and {out.shape}"
-        )
-    _impl.csr_matmul(x, weight.buffer, out, add=add, scratch=scratch)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:

@@ -25,6 +25,9 @@ log2(3) = 1.58 would do: the planes of two bits are what the products read. With
 
 ``bilevel{2,3,4}``: 64 weights whose four scales and zero points have few bits too: ``barefoot.ops.bilevel``.
 
+``zero`` stores nothing and means zeros: the format of a matrix that is only the sum of its parts
+(``barefoot.ops.parts``).
+
 Blocks of GGUF files are carried exactly as the file has them; those of 32 are described at their decoders, those of
 256 in ``barefoot.ops.superblocks``. The arithmetic of ``decode`` is that of the ``gguf`` package's ``dequantize``,
 float32, in the same order, so the results are equal bit for bit.
@@ -221,6 +224,8 @@ def decode(format_id: str, rows: U8, n_cols: int) -> F32:
     n_bytes = row_bytes(format_id, n_cols)
     if rows.ndim != 2 or rows.shape[1] != n_bytes:
         raise InvalidInput(f"rows of {n_cols} {format_id} weights have shape (n, {n_bytes}), got {rows.shape}")
+    if not n_bytes:
+        return np.zeros((len(rows), n_cols), np.float32)
     blocks = np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes)
     return fmt.decode_blocks(blocks).reshape(rows.shape[0], n_cols)
 
@@ -250,6 +255,7 @@ def _f16_encode(weights: F32) -> U8:
 _add(BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8)))
 _add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode))
 _add(BlockFormat("bf16", 1, 2, lambda b: (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _bf16_encode))
+_add(BlockFormat("zero", 1, 0, lambda b: np.zeros(len(b), np.float32), lambda w: np.empty(0, np.uint8)))
 
 
 # --- groups with one scale ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, csr, kvrows, lut, panels, planes
+from barefoot.ops import blocks, kvrows, lut, panels, parts, planes
 from barefoot.ops.scratch import BFLOAT16_TOKENS
 
 F32 = npt.NDArray[np.float32]
@@ -167,8 +167,35 @@ def plane_matmul(
     out[...] = out + product if add else product
 
 
-def csr_matmul(x: F32, data: U8, out: F32, *, add: bool, scratch: U8 | None = None) -> None:
-    product = csr.product(x, csr.Csr(out.shape[1], x.shape[1], data))
+class Part:
+    """An addend [rows, cols] of a kind of ``barefoot.ops.parts``, read from a caller's buffer."""
+
+    __slots__ = ("buffer", "cols", "kind", "rows")
+
+    def __init__(self, kind: str, rows: int, cols: int, buffer: U8 | None = None) -> None:
+        parts.lookup(kind)
+        self.kind, self.rows, self.cols = kind, rows, cols
+        self.buffer: U8 | None = None
+        if buffer is not None:
+            self.bind(buffer)
+
+    def bind(self, buffer: U8) -> None:
+        flaw = parts.lookup(self.kind).flaw(self.rows, self.cols, buffer)
+        if flaw:
+            raise ValueError(f"{self.kind} [{self.rows}, {self.cols}]: {flaw}")
+        self.buffer = buffer
+
+    def unbind(self) -> None:
+        self.buffer = None
+
+
+def part_matmul(x: F32, part: Any, out: F32, *, add: bool = False, scratch: U8 | None = None) -> None:
+    if part.buffer is None:
+        product: Any = np.float32(0)
+    else:
+        decoded = parts.lookup(part.kind).decode(part.rows, part.cols, part.buffer)
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = (x.astype(np.float64) @ decoded.astype(np.float64).T).astype(np.float32)
     out[...] = out + product if add else product
 
 
@@ -315,6 +342,9 @@ class Program:
 
     def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
         self._calls.append(lambda run: matmul(x[: run.n], weights, [out[: run.n] for out in outs], **options))
+
+    def part_matmul(self, x: F32, part: Any, out: F32, **options: Any) -> None:
+        self._calls.append(lambda run: part_matmul(x[: run.n], part, out[: run.n], **options))
 
     def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
         self._calls.append(lambda run: rmsnorm(x[: run.n], weight, eps, out[: run.n], **options))

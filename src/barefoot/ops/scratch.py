@@ -16,7 +16,6 @@ LUT_TOKENS = 8  # up to so many tokens products are looked up
 BFLOAT16_TOKENS = 24  # from so many tokens on products are taken in bfloat16 where the processor has tiles
 BFLOAT16_COLUMNS = 256  # columns of bfloat16 weights that are held at a time
 BFLOAT16_BLOCK = 128  # tokens whose sums are held at a time
-CSR_TOKENS = 16  # tokens that a sparse matrix is multiplied with at a time, where there are as many
 KEY_TILE = 64  # keys of one step of the online softmax
 QUERY_TILE = 96  # queries (tokens × heads that share a key head) of one attention task
 BFLOAT16_QUERIES = 32  # queries that attention in bfloat16 multiplies at a time
@@ -60,12 +59,6 @@ def plane_scratch_bytes(n_tokens: int, n_cols: int, activation_bits: int, group:
     """
     planes = round_up(4 * n_tokens * activation_bits * -(-n_cols // 32), ALIGN)
     return ALIGN + planes + 2 * round_up(4 * n_tokens * -(-n_cols // group), ALIGN)
-
-
-def csr_scratch_bytes(n_tokens: int, n_cols: int, *, n_threads: int | None = None) -> int:
-    """Bytes that ``csr_matmul`` needs: from 16 tokens on, 16 inputs of float32 for each thread."""
-    n_threads = threads.get() if n_threads is None else n_threads
-    return 0 if n_tokens < CSR_TOKENS else ALIGN + n_threads * CSR_TOKENS * n_cols * 4
 
 
 def attention_scratch_bytes(

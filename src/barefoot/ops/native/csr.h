@@ -1,31 +1,44 @@
 // Sparse matrices in compressed rows, as csr.py describes them: out (+)= x · Sᵀ.
 //
 // A row's entries are added one after the other, whatever the number of tokens or threads, so the result depends on
-// neither. Data come from files: whatever they hold, nothing outside x and the entries is read.
+// neither.
 #pragma once
 
 constexpr int64_t kCsrTokens = 16;  // taken together, one below the other, where there are as many
 
 struct CsrRows {
   const uint8_t *offsets, *entries;
-  int64_t n_entries, n_cols;
 
-  explicit CsrRows(const CsrArgs& a)
-      : offsets(a.data), entries(a.data + 4 * (a.n_rows + 1)), n_entries(a.n_entries), n_cols(a.n_cols) {}
-  int64_t begin(int64_t row) const {
-    const int64_t at = read<uint32_t>(offsets + 4 * row);
-    return at < n_entries ? at : n_entries;
-  }
-  int64_t column(int64_t i) const {
-    const int64_t at = read<uint16_t>(entries + 4 * i);
-    return at < n_cols ? at : n_cols - 1;
-  }
-  float value(int64_t i) const { return half_at(entries + 4 * i + 2); }
+  explicit CsrRows(const PartArgs& a) : offsets(a.data), entries(a.data + 4 * (a.n_rows + 1)) {}
+  static int64_t n_entries(const PartArgs& a) { return a.n_bytes / 4 - a.n_rows - 1; }
+  int64_t begin(int64_t row) const { return read<uint32_t>(offsets + 4 * row); }
+  int64_t column(int64_t i) const { return read<uint16_t>(entries + 4 * i); }
+  uint16_t half(int64_t i) const { return read<uint16_t>(entries + 4 * i + 2); }
+  float value(int64_t i) const { return half_to_float(half(i)); }
 };
+
+inline const char* csr_flaw(const PartArgs& a) {
+  if (a.n_bytes % 4 || a.n_bytes < 4 * (a.n_rows + 1)) return "not a whole number of offsets and entries";
+  const CsrRows s(a);
+  if (s.begin(0) != 0 || s.begin(a.n_rows) != CsrRows::n_entries(a)) return "offsets don't reach from 0 to the entries' end";
+  for (int64_t row = 0; row < a.n_rows; ++row)
+    if (s.begin(row + 1) < s.begin(row)) return "offsets fall";
+  for (int64_t row = 0; row < a.n_rows; ++row) {
+    int64_t previous = -1;
+    for (int64_t i = s.begin(row); i < s.begin(row + 1); ++i) {
+      const int64_t column = s.column(i);
+      if (column >= a.n_cols) return "a column beyond the last";
+      if (column <= previous) return "columns of a row that don't rise";
+      if ((s.half(i) & 0x7c00) == 0x7c00) return "NaN or infinity";
+      previous = column;
+    }
+  }
+  return nullptr;
+}
 
 // Rows [first, last) with `Tokens` tokens from `token` on.
 template <int Tokens>
-void csr_few(const CsrArgs& a, int64_t first, int64_t last, int64_t token) {
+void csr_few(const PartArgs& a, int64_t first, int64_t last, int64_t token) {
   const CsrRows s(a);
   const float* x = a.x + token * a.n_cols;
   for (int64_t row = first; row < last; ++row) {
@@ -40,7 +53,7 @@ void csr_few(const CsrArgs& a, int64_t first, int64_t last, int64_t token) {
 }
 
 // All rows with n tokens from `token` on, n at most kCsrTokens; `turned` holds [n_cols][kCsrTokens].
-inline void csr_many(const CsrArgs& a, int64_t token, int64_t n, float* turned) {
+inline void csr_many(const PartArgs& a, int64_t token, int64_t n, float* turned) {
   const CsrRows s(a);
   for (int64_t t = 0; t < kCsrTokens; ++t)
     for (int64_t k = 0; k < a.n_cols; ++k) turned[k * kCsrTokens + t] = t < n ? a.x[(token + t) * a.n_cols + k] : 0.0f;
@@ -59,25 +72,26 @@ inline void csr_many(const CsrArgs& a, int64_t token, int64_t n, float* turned) 
   }
 }
 
-// Per thread kCsrTokens tokens; nothing for fewer.
-inline int64_t csr_scratch(int64_t n_tokens, int64_t n_cols, int n_threads) {
-  return n_tokens < kCsrTokens ? 0 : kAlign + n_threads * kCsrTokens * n_cols * 4;
+// Of each thread its tokens, from kCsrTokens on.
+inline int64_t csr_scratch(const PartArgs& a) {
+  return a.n_tokens < kCsrTokens ? 0 : kAlign + a.n_threads * kCsrTokens * a.n_cols * 4;
 }
 
-inline void csr_matmul(const CsrArgs& a) {
-  const int threads = a.n_tokens * (a.n_rows + a.n_entries) < kParallel ? 1 : a.n_threads;
+inline void csr_matmul(const PartArgs& a) {
+  const int64_t total = a.n_rows + CsrRows::n_entries(a);  // of what there is to do
+  const int threads = a.n_tokens * total < kParallel ? 1 : a.n_threads;
   if (a.n_tokens >= kCsrTokens) {
-    auto* const base = reinterpret_cast<float*>(a.scratch + (kAlign - reinterpret_cast<uintptr_t>(a.scratch) % kAlign) % kAlign);
+    uint8_t* const base = a.scratch + (kAlign - reinterpret_cast<uintptr_t>(a.scratch) % kAlign) % kAlign;
     parallel_for((a.n_tokens + kCsrTokens - 1) / kCsrTokens, threads, [&](int64_t tile, int thread) {
       const int64_t token = tile * kCsrTokens, left = a.n_tokens - token;
-      csr_many(a, token, left < kCsrTokens ? left : kCsrTokens, base + thread * kCsrTokens * a.n_cols);
+      csr_many(a, token, left < kCsrTokens ? left : kCsrTokens,
+               reinterpret_cast<float*>(base) + thread * kCsrTokens * a.n_cols);
     });
     return;
   }
-  // The first row of a part: as many rows and entries lie before it as its share demands.
   const CsrRows s(a);
-  const int64_t n_parts = 4 * threads, total = a.n_rows + a.n_entries;
-  const auto first_row = [&](int64_t part) {
+  const int64_t n_parts = 4 * threads;
+  const auto first_row = [&](int64_t part) {  // as many rows and entries lie before it as its share demands
     int64_t low = 0, high = a.n_rows;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -93,3 +107,5 @@ inline void csr_matmul(const CsrArgs& a) {
     for (; t < a.n_tokens; ++t) csr_few<1>(a, first, last, t);
   });
 }
+
+constexpr PartKernel kCsr{"csr", &csr_flaw, &csr_scratch, &csr_matmul};

@@ -38,6 +38,11 @@ struct BF16 {
     }
   }
 };
+struct Zero {  // a matrix without blocks, of which only parts are stored
+  static constexpr char name[] = "zero";
+  static constexpr int elements = 1, bytes = 0;
+  static void to_float(const uint8_t*, int64_t n, float* out) { std::memset(out, 0, n * sizeof(float)); }
+};
 
 // --- quantized ---
 
@@ -308,7 +313,7 @@ struct FormatList {
   static constexpr int size = sizeof...(Format);
 };
 using Formats =
-    FormatList<F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ2_0,
+    FormatList<F32, F16, BF16, Zero, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ2_0,
                TQ1_0,  //
                Integer<8, 32, true>, Integer<8, 32, false>, Integer<8, 64, true>, Integer<8, 64, false>,
                Integer<8, 128, true>, Integer<8, 128, false>,  //

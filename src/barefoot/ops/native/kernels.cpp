@@ -3,6 +3,7 @@
 // be picked by the linker for an older one.
 #include "kernels.h"
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -71,6 +72,9 @@ struct Constant {
 //
 #include "attention_token.h"
 
+// The kinds of parts, in the order of parts.names().
+constexpr std::array kParts{kCsr};
+
 }  // namespace
 
 extern const Kernels kernels;
@@ -78,7 +82,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes, &csr_matmul, &csr_scratch, &top_k,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k, kParts.data(), kParts.size(),
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

@@ -68,15 +68,22 @@ struct PlaneArgs {
 };
 constexpr int64_t kMostPlaneColumns = 32768;  // 2^15 * 255 * 255 < 2^31: products of a group fit int32
 
-struct CsrArgs {
-  const float* x;  // [n_tokens, n_cols], at least one column
-  int64_t n_tokens, n_cols;
-  const uint8_t* data;  // n_rows + 1 offsets of 4 bytes, n_entries entries of 4 bytes
-  int64_t n_rows, n_entries;
-  float* out;  // [n_tokens, n_rows]
+// An addend that is not rows of blocks, as parts.py describes them.
+struct PartArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols, n_rows;
+  const uint8_t* data;
+  int64_t n_bytes;
   bool add;
+  float* out;  // [n_tokens, n_rows]
   uint8_t* scratch;
   int n_threads;
+};
+struct PartKernel {
+  const char* name;
+  const char* (*flaw)(const PartArgs&);  // of shape and data alone: what is wrong with them, or null
+  int64_t (*scratch)(const PartArgs&);
+  void (*matmul)(const PartArgs&);
 };
 
 enum class KvFormat { f32, f16, q8, q4 };
@@ -132,9 +139,9 @@ struct Kernels {
   void (*plane_matmul)(const PlaneArgs&);
   int64_t (*plane_scratch)(const PlaneArgs&);
   int64_t (*plane_bytes)(const PlaneArgs&);
-  void (*csr_matmul)(const CsrArgs&);
-  int64_t (*csr_scratch)(int64_t n_tokens, int64_t n_cols, int n_threads);
   void (*top_k)(const float* x, int64_t n, int64_t k, float* values, int32_t* ids);
+  const PartKernel* parts;
+  int n_parts;
 };
 
 }  // namespace barefoot

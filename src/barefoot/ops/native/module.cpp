@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <functional>
 #include <string>
@@ -257,19 +258,57 @@ void plane_matmul(Matrix x, Bytes weight, MatrixOut out, int weight_bits, int64_
   kernels().plane_matmul(args);
 }
 
-void csr_matmul(Matrix x, Bytes data, MatrixOut out, bool add, BytesOut scratch) {
+// --- parts ---
+
+class Part {
+ public:
+  Part(const std::string& kind, int64_t rows, int64_t cols, nb::object buffer) : rows_(rows), cols_(cols) {
+    const Kernels& table = portable::kernels;
+    while (kind_ < table.n_parts && kind != table.parts[kind_].name) ++kind_;
+    if (kind_ == table.n_parts) refuse("unknown part kind '" + kind + "'");
+    if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX)
+      refuse("a part needs 1 to 2^31 - 1 rows and columns, got [" + text(rows) + ", " + text(cols) + "]");
+    if (!buffer.is_none()) bind(nb::cast<Bytes>(buffer, false));
+  }
+
+  void bind(Bytes buffer) {
+    PartArgs args{};
+    args.n_rows = rows_, args.n_cols = cols_;
+    args.data = buffer.data(), args.n_bytes = static_cast<int64_t>(buffer.size());
+    if (const char* flaw = portable::kernels.parts[kind_].flaw(args))
+      refuse(name() + " [" + text(rows_) + ", " + text(cols_) + "]: " + flaw);
+    buffer_ = std::move(buffer);
+  }
+  void unbind() { buffer_ = Bytes(); }
+
+  const PartKernel& kernel() const { return kernels().parts[kind_]; }
+  std::string name() const { return portable::kernels.parts[kind_].name; }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  Bytes buffer() const { return buffer_; }
+
+ private:
+  int kind_ = 0;
+  int64_t rows_, cols_;
+  Bytes buffer_;
+};
+
+void part_matmul(Matrix x, const Part& part, MatrixOut out, bool add, BytesOut scratch) {
+  expect_size("columns of the part", dim(x, 1), part.cols());
   expect_size("tokens of the output", dim(x, 0), dim(out, 0));
-  const int64_t n_rows = dim(out, 1), n_cols = dim(x, 1), n_bytes = static_cast<int64_t>(data.size());
-  const int64_t offsets_bytes = 4 * (n_rows + 1);
-  if (n_bytes < offsets_bytes || n_bytes % 4)
-    refuse("a sparse matrix of " + text(n_rows) + " rows has " + text(offsets_bytes) +
-           " bytes of offsets and whole entries of 4, got " + text(n_bytes));
-  const int64_t needed = kernels().csr_scratch(dim(x, 0), n_cols, n_threads());
-  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  expect_size("columns of the output", part.rows(), dim(out, 1));
+  const Bytes data = part.buffer();
+  if (!data.is_valid()) {  // nothing is added
+    if (!add) std::fill_n(out.data(), out.size(), 0.0f);
+    return;
+  }
+  const PartArgs args{x.data(), dim(x, 0), dim(x, 1),  part.rows(),    data.data(), static_cast<int64_t>(data.size()),
+                      add,      out.data(), scratch.data(), n_threads()};
   if (x.size() == 0) return;
+  const int64_t needed = part.kernel().scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
   nb::gil_scoped_release release;
-  kernels().csr_matmul({x.data(), dim(x, 0), n_cols, data.data(), n_rows, (n_bytes - offsets_bytes) / 4, out.data(), add,
-                        scratch.data(), n_threads()});
+  part.kernel().matmul(args);
 }
 
 // --- fused ---
@@ -528,6 +567,13 @@ void record_matmul(Program& program, Matrix x, nb::sequence weights, nb::sequenc
   });
 }
 
+void record_part_matmul(Program& program, Matrix x, nb::object part, MatrixOut out, bool add, BytesOut scratch) {
+  const Part* view = nb::cast<const Part*>(part);
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, x = first(x, n), out = first(out, n)](const Where&) { part_matmul(x, *view, out, add, scratch); };
+  });
+}
+
 void record_rmsnorm(Program& program, Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
   program.record([=](int64_t n) -> Program::Call {
     return [=, x = first(x, n), out = first(out, n)](const Where&) { rmsnorm(x, weight, eps, out, plus_one); };
@@ -640,8 +686,17 @@ NB_MODULE(_native, m) {
   m.def("plane_matmul", &barefoot::plane_matmul, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(),
         nb::kw_only(), "weight_bits"_a, "group"_a, "zero"_a, "has_minimum"_a, "activation_bits"_a, "add"_a,
         "scratch"_a.noconvert());
-  m.def("csr_matmul", &barefoot::csr_matmul, "x"_a.noconvert(), "data"_a.noconvert(), "out"_a.noconvert(),
-        nb::kw_only(), "add"_a, "scratch"_a.noconvert());
+  nb::class_<Part>(m, "Part")
+      .def(nb::init<const std::string&, int64_t, int64_t, nb::object>(), "kind"_a, "rows"_a, "cols"_a,
+           "buffer"_a = nb::none())
+      .def("bind", &Part::bind, "buffer"_a.noconvert())
+      .def("unbind", &Part::unbind)
+      .def_prop_ro("kind", &Part::name)
+      .def_prop_ro("rows", &Part::rows)
+      .def_prop_ro("cols", &Part::cols)
+      .def_prop_ro("buffer", &Part::buffer);
+  m.def("part_matmul", &barefoot::part_matmul, "x"_a.noconvert(), "part"_a, "out"_a.noconvert(), nb::kw_only(),
+        "add"_a = false, "scratch"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
@@ -667,6 +722,8 @@ NB_MODULE(_native, m) {
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())
       .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
+           "add"_a = false, "scratch"_a.noconvert())
+      .def("part_matmul", &record_part_matmul, "x"_a.noconvert(), "part"_a, "out"_a.noconvert(), nb::kw_only(),
            "add"_a = false, "scratch"_a.noconvert())
       .def("rmsnorm", &record_rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
            nb::kw_only(), "plus_one"_a = false)
