@@ -37,6 +37,8 @@ BITS = (2, 3, 4)
 HEADER = 1 + N_GROUPS
 MOST = 15  # of a and j
 LAST_STEP = 247  # the code of the largest d; beyond are infinity and NaN
+SHRINKS = np.array([1, 0.9, 0.8, 0.7, 0.6], np.float32)  # of a group's range, of which one is where a search begins
+WIDTH = 2  # codes to either side that it looks at
 
 
 @dataclass(frozen=True)
@@ -74,43 +76,84 @@ class Bilevel:
     def decode(self, blocks: U8) -> F32:
         """The weights of ``blocks``, float32 (n, 64)."""
         _, scales, codes = self.split(blocks)
-        scale = step_of(scales[:, :1]) * (scales[:, 1:] & 15).astype(np.float32)
-        zero = self.zero_of(scales[:, 1:] >> 4)
+        scale, zero = self.scale_of(scales[:, :1], scales[:, 1:])
         grouped = codes.reshape(-1, N_GROUPS, GROUP).astype(np.float32)
         return (scale[..., None] * (grouped - zero[..., None])).reshape(len(blocks), ELEMENTS)
 
     def encode(self, weights: F32) -> U8:
-        """Rounded to nearest: the levels of each group span its range, as far as a and j allow. (n, 64) → bytes."""
-        groups = weights.reshape(-1, N_GROUPS, GROUP)
-        low, spread = groups.min(axis=2), np.ptp(groups, axis=2)
-        step = spread / np.float32(self.levels)
-        unit = nearest_step(step.max(axis=1) / np.float32(MOST))
-        a = nearest(_over(step, step_of(unit)[:, None]))
-        j = self.nearest_zero(_over(-low, step))
-        scale, zero = step_of(unit)[:, None] * a.astype(np.float32), self.zero_of(j)
-        codes = self.round(groups, scale[..., None], zero[..., None])
-        scales = np.concatenate([unit[:, None], a | (j << np.uint8(4))], axis=1)
-        return self.join(scales[:, :0], scales, codes.reshape(-1, ELEMENTS))
+        """Weights (n, 64) as blocks, each group with the least squared error that a search finds."""
+        codes, n = np.empty(weights.shape, np.uint8), len(weights)
+        groups = [np.ascontiguousarray(weights[:, g : g + GROUP].T) for g in range(0, ELEMENTS, GROUP)]
+        alike = np.ones((GROUP, 1), np.float32)
+        starts = [self.span(x, alike) for x in groups]
+        unit = nearest_step(np.max([step for step, _, _ in starts], axis=0) / np.float32(MOST))
+        scales = np.empty((n, HEADER), np.uint8)
+        scales[:, 0] = unit
+        for g, (x, (step, zero, _)) in enumerate(zip(groups, starts, strict=True)):
+            scales[:, 1 + g] = self.search(x, alike, step_of(unit), step, zero)
+            codes[:, GROUP * g : GROUP * (g + 1)] = self.round(x, *self.scale_of(unit, scales[:, 1 + g])).T
+        return self.join(scales[:, :0], scales, codes)
+
+    # --- groups: float32 (16, n), a group a column ------------------------------------------------------------------
+
+    def scale_of(self, unit: U8, sub: U8) -> tuple[F32, F32]:
+        """Scales and zero points (n,) of the codes of d and the bytes of groups."""
+        return step_of(unit) * (sub & np.uint8(15)).astype(np.float32), self.zero_of(sub >> np.uint8(4))
 
     def round(self, x: F32, scale: F32, zero: F32) -> U8:
-        """The nearest codes, for arrays that broadcast."""
-        codes: U8 = np.clip(np.rint(_over(x, scale) + zero), 0, self.levels).astype(np.uint8)
+        """The nearest codes. x (16, n) or any part of it; scale, zero (n,)"""
+        codes: U8 = np.clip(np.rint(x * _inverse(scale) + zero), 0, self.levels).astype(np.uint8)
         return codes
+
+    def span(self, x: F32, importance: F32) -> tuple[F32, F32, F32]:
+        """Scales, zero points and squared errors (n,) of the best of some shrunken ranges, not rounded to their codes.
+
+        importance : of the elements, (16, n) or (16, 1)
+        """
+        low, high = x.min(axis=0), x.max(axis=0)
+        middle, spread = (low + high) / 2, high - low
+        first, last = self.zero_of(np.uint8(0)), self.zero_of(np.uint8(MOST))
+        reach = np.maximum(high / (self.levels - first), -low / last)  # a range far from zero takes wider steps
+        best: tuple[F32, F32, F32] | None = None
+        for shrink in SHRINKS:
+            step = np.maximum(spread * (shrink / self.levels), reach)
+            zero = np.clip(self.levels / 2 - middle * _inverse(step), first, last)
+            error = self.errors(x, importance, step, zero)
+            if best is None:
+                best = step, zero, error
+            better = error < best[2]
+            best = tuple(np.where(better, new, old) for new, old in zip((step, zero, error), best, strict=True))  # type: ignore[assignment]
+        assert best is not None
+        return best
+
+    def search(self, x: F32, importance: F32, unit: F32, step: F32, zero: F32) -> U8:
+        """The byte (n,) of each group: the a and j of least squared error about those of ``step`` and ``zero``."""
+        first_a, first_j = np.rint(step * _inverse(unit)), np.rint(self._zero_codes(zero))
+        best, least = np.zeros(x.shape[1], np.uint8), np.full(x.shape[1], np.inf, np.float32)
+        for da in range(-WIDTH, WIDTH + 1):
+            a = np.clip(first_a + da, 0, MOST).astype(np.uint8)
+            for dj in range(-WIDTH, WIDTH + 1):
+                j = np.clip(first_j + dj, 0, MOST).astype(np.uint8)
+                error = self.errors(x, importance, unit * a.astype(np.float32), self.zero_of(j))
+                better = error < least
+                least = np.where(better, error, least)
+                best = np.where(better, a | (j << np.uint8(4)), best)
+        return best
+
+    def errors(self, x: F32, importance: F32, scale: F32, zero: F32) -> F32:
+        """Sums of squared errors of the groups, (n,), elements counting as ``importance`` says."""
+        at = x * _inverse(scale) + zero
+        off = (at - np.clip(np.rint(at), 0, self.levels)) * scale
+        held: F32 = (importance * off * off).sum(axis=0)
+        return np.where(scale > 0, held, (importance * x * x).sum(axis=0))
 
     def zero_of(self, j: U8) -> F32:
         """The zero points of their codes."""
         zero: F32 = (8 + 3 * j.astype(np.float32)) * np.float32((1 << self.bits) / 64)
         return zero
 
-    def nearest_zero(self, zero: F32) -> U8:
-        """The codes of the nearest zero points."""
-        return nearest((zero * np.float32(64 / (1 << self.bits)) - 8) / 3)
-
-
-def nearest(x: F32) -> U8:
-    """The nearest of 0 to 15."""
-    codes: U8 = np.clip(np.rint(x), 0, MOST).astype(np.uint8)
-    return codes
+    def _zero_codes(self, zero: F32) -> F32:
+        return (zero * np.float32(64 / (1 << self.bits)) - 8) / 3
 
 
 def step_of(code: U8) -> F32:
@@ -124,10 +167,9 @@ def nearest_step(step: F32) -> U8:
     return np.minimum((bits + 64) >> 7, LAST_STEP).astype(np.uint8)
 
 
-def _over(a: F32, b: F32) -> F32:
-    """a / b, 0 where b is 0."""
-    a, b = np.broadcast_arrays(a, b)
-    return np.divide(a, b, out=np.zeros(a.shape, np.float32), where=b > 0)
+def _inverse(x: F32) -> F32:
+    """1 / x, 0 where x is 0."""
+    return np.divide(np.float32(1), x, out=np.zeros_like(x), where=x > 0)
 
 
 FORMATS = tuple(Bilevel(bits) for bits in BITS)
