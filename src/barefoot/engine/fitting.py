@@ -73,14 +73,15 @@ class Fit:
             "formats": {name: str(how) for name, how in sorted(self.formats.items())},
             "solver": str(self.solver),
             "texts": self.texts.tolist(),
-            "source": [checkpoint.path.name, checkpoint.file_bytes, _header_digest(checkpoint)],
+            "source": source_key(checkpoint),
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _header_digest(checkpoint: Checkpoint) -> str:
+def source_key(checkpoint: Checkpoint) -> str:
+    """Tells one checkpoint from another, without reading its weights."""
     tensors = sorted((t.name, t.type, t.shape, t.offset, t.shard) for t in checkpoint.tensors.values())
-    return hashlib.sha256(repr(tensors).encode()).hexdigest()
+    return hashlib.sha256(repr((checkpoint.path.name, checkpoint.file_bytes, tensors)).encode()).hexdigest()
 
 
 def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress: Progress | None = None) -> ModelFolder:
@@ -245,6 +246,7 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
         self._checkpoint = checkpoint
+        self.key = source_key(checkpoint)
         self.weights = {w.name: w for w in spec.weights}
         summed = next((w.name for w in spec.weights if w.parts), None)
         if summed is not None:

@@ -1,0 +1,242 @@
+"""``barefoot fit``: the best model that takes so many bytes, written as a folder that runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from barefoot.cli import arguments, console, models, progress
+from barefoot.core.model import MATRIX_GROUPS
+from barefoot.core.units import format_bytes, parse_bytes, parse_count
+from barefoot.evals.texts import BUILT_IN
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from barefoot.core.model import ModelSpec
+    from barefoot.engine.fitting import Fit, Source
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.weights.allocate import Option
+    from barefoot.weights.solvers import Solver
+    from barefoot.weights.structures import Structure
+
+    Ids = npt.NDArray[np.int32]
+
+WINDOW, TOKENS = 512, 16384
+PROBE_WINDOW, PROBE_WINDOWS = 128, 2
+SOLVER = "gptq"
+CONTEXT = 1024
+SENSITIVITY = "fit-sensitivity.json"
+
+HELP = "make a model smaller: the best one that takes so many bytes"
+EXAMPLES = (
+    "barefoot fit smollm2 --memory 80MiB -o small",
+    "barefoot fit smollm2 --bits 3.2 -o small --text wiki.train.raw",
+    'barefoot fit smollm2 --weights "int(bits=4,group=64)" --solver hqq -o small',
+)
+JSON_KEYS = {
+    "model": "what was fitted",
+    "output": "the folder",
+    "weight_bytes": "of the fitted weights",
+    "bits_per_weight": "weight_bytes over the number of weights",
+    "formats": "format → bytes of the matrices that have it",
+    "solver": "what chose the codes",
+    "predicted_cost": "nats a token that rounding should cost, when formats were chosen here; null if they were stated",
+    "run_bytes": "what `barefoot run` takes with everything resident and a context of run_context tokens",
+    "run_context": "tokens",
+    "predicted_peak_bytes": "of the fit, predicted",
+    "measured_peak_bytes": "of the fit: the process's high-water mark",
+    "seconds": "of the whole fit; of the last part where it was resumed",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    arguments.add_model(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder to write")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument(
+        "--memory", metavar="SIZE", type=parse_bytes, help="bytes of the fitted weights, and of the fit itself"
+    )
+    size.add_argument("--bits", metavar="B", type=float, help="bits a weight, over all of the model's weights")
+    size.add_argument(
+        "--weights",
+        metavar="SPEC",
+        help='formats instead of a size: of all matrices, as in "int(bits=4)", or by group, as in run',
+    )
+    parser.add_argument(
+        "--fit-memory", metavar="SIZE", type=parse_bytes, help="bytes of the fit itself, where they are not --memory"
+    )
+    parser.add_argument("--solver", metavar="SPEC", default=SOLVER, help=f"what chooses the codes; default {SOLVER}")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        default=BUILT_IN,
+        help=f"what the model reads meanwhile, a text file; default {BUILT_IN}: the English of Python's help topics",
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", type=parse_count, default=TOKENS, help=f"of the text, at most; default {TOKENS}"
+    )
+    parser.add_argument("--window", metavar="N", type=parse_count, default=WINDOW, help=f"default {WINDOW}")
+    parser.add_argument("--threads", metavar="N", type=int, help="compute threads; default all")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from barefoot.core.measure import peak_resident
+    from barefoot.engine.fitting import fit
+    from barefoot.engine.specs import model_spec
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.ops import set_threads
+
+    started = time.perf_counter()
+    if args.threads:
+        set_threads(args.threads)
+    output = Path(args.output)
+    with Checkpoint(models.fetch(args.model)) as checkpoint, progress.line() as report:
+        spec = model_spec(checkpoint)
+        job, cost = _job(args, checkpoint, spec, output, report)
+        folder = fit(checkpoint, spec, job, output, report)
+        record = {
+            "model": args.model,
+            "solver": str(job.solver),
+            "tokens": int(job.texts.size),
+            "formats": {name: str(how) for name, how in job.formats.items()},
+            "predicted_cost": cost,
+        }
+        folder.finish(record)
+        (output / SENSITIVITY).unlink(missing_ok=True)
+    result = {
+        "model": args.model,
+        "output": str(output),
+        **_sizes(output),
+        "solver": str(job.solver),
+        "predicted_cost": cost,
+        **_run_needs(output),
+        "predicted_peak_bytes": None,
+        "measured_peak_bytes": peak_resident(),
+        "seconds": time.perf_counter() - started,
+    }
+    if args.json:
+        console.write_json(result, args.json)
+    if args.json != console.STDOUT:
+        _show(result)
+    return 0
+
+
+def _job(
+    args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, output: Path, report: progress.Report
+) -> tuple[Fit, float | None]:
+    """What to do with each matrix, and what rounding is expected to cost where that was chosen here."""
+    from barefoot.core.registry import techniques
+    from barefoot.core.spec import parse_composition
+    from barefoot.engine.fitting import Fit, Source
+
+    (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
+    texts = _texts(args, checkpoint, args.window, args.tokens // args.window)
+    if args.weights is not None:
+        return Fit(_stated(args.weights, spec), solver, texts), None
+    source = Source(checkpoint, spec)
+    probes = _texts(args, checkpoint, PROBE_WINDOW, PROBE_WINDOWS)
+    chosen = _chosen(source, spec, probes, _budget(args, spec), output / SENSITIVITY, report)
+    return Fit({n: o.name for n, o in chosen.items()}, solver, texts), sum(o.cost for o in chosen.values())
+
+
+def _budget(args: argparse.Namespace, spec: ModelSpec) -> int:
+    """Bytes of all weights."""
+    return int(args.memory) if args.bits is None else int(args.bits * spec.n_parameters / 8)
+
+
+def _stated(text: str, spec: ModelSpec) -> dict[str, str | Structure]:
+    """The format or structure of each matrix that ``text`` says something about."""
+    from barefoot.plan.job import parse_weights
+
+    by_group = parse_weights(text)
+    return {w.name: by_group[w.group].layout(w.format) for w in spec.weights if w.group in by_group}
+
+
+def _texts(args: argparse.Namespace, checkpoint: Checkpoint, window: int, n_windows: int) -> Ids:
+    """Windows from all over the text, int32 (n_windows, window)."""
+    import numpy as np
+
+    from barefoot.evals.scoring import text_windows
+    from barefoot.evals.texts import read_text
+    from barefoot.io.tokenizer import load_tokenizer
+
+    found = text_windows(read_text(args.text), load_tokenizer(checkpoint), window)
+    picked = np.linspace(0, len(found) - 1, min(n_windows, len(found))).round().astype(int)
+    return np.array([found[i] for i in picked], np.int32)
+
+
+def _chosen(
+    source: Source, spec: ModelSpec, probes: Ids, budget: int, kept: Path, report: progress.Report
+) -> dict[str, Option]:
+    """The format of each matrix at the least cost; ``kept`` holds what is measured, for when this is interrupted."""
+    from barefoot.engine.allocation import candidates, choose, options
+    from barefoot.engine.sensitivity import sensitivity
+    from barefoot.io.files import atomic_writer
+
+    key = [probes.tolist(), source.key]
+    known: dict[str, float] = {}
+    if kept.is_file():
+        content = json.loads(kept.read_text())
+        known = content["cost"] if content["key"] == key else {}
+
+    def keep(cost: Mapping[str, float]) -> None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(kept) as file:
+            file.write(json.dumps({"key": key, "cost": dict(cost)}).encode())
+
+    found = sensitivity(source, spec, probes, known, keep, report)
+    return choose(spec, options(source, found, candidates(), report), budget)
+
+
+def _sizes(output: Path) -> dict[str, Any]:
+    """What the folder takes, by format."""
+    from barefoot.engine.placement import stored_bytes
+    from barefoot.engine.specs import model_spec
+    from barefoot.io.inventory import Checkpoint
+
+    with Checkpoint(output) as checkpoint:
+        spec = model_spec(checkpoint)
+    formats: dict[str, int] = {}
+    for weight in spec.weights:
+        formats[weight.format] = formats.get(weight.format, 0) + stored_bytes(weight)
+    total = sum(formats.values())
+    return {"weight_bytes": total, "bits_per_weight": 8 * total / spec.n_parameters, "formats": formats}
+
+
+def _run_needs(output: Path) -> dict[str, int]:
+    """The memory in which the fitted model runs with all of its weights resident."""
+    from barefoot.engine.specs import model_spec
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.plan.job import RunJob, Stated
+    from barefoot.plan.planner import smallest_budget
+    from barefoot.weights.formats.stored import Stored
+
+    with Checkpoint(output) as checkpoint:
+        spec = model_spec(checkpoint)
+        tokenizer = models.tokenizer_footprint(checkpoint, models.TYPICAL_PROMPT_BYTES)
+    context = min(CONTEXT, spec.context_length)
+    stored = dict.fromkeys(MATRIX_GROUPS, Stored())
+    stated = Stated(weights=stored, streamed_layers=0, stream_head=False)
+    needed = smallest_budget(spec, RunJob(context, context // 2), stated=stated, extra=tokenizer)
+    assert needed is not None
+    return {"run_bytes": needed, "run_context": context}
+
+
+def _show(result: dict[str, Any]) -> None:
+    largest = sorted(result["formats"].items(), key=lambda item: -item[1])
+    rows = [
+        ("weights", f"{format_bytes(result['weight_bytes'])}, {result['bits_per_weight']:.3f} bits each"),
+        ("formats", ", ".join(f"{name} {format_bytes(n)}" for name, n in largest[:6])),
+        ("runs in", f"{format_bytes(result['run_bytes'])} with a context of {result['run_context']:,} tokens"),
+    ]
+    if result["predicted_cost"] is not None:
+        rows.append(("rounding", f"expected to cost {result['predicted_cost']:.4f} nats a token"))
+    print(console.table(rows))
+    run_mib = -(-result["run_bytes"] // 2**20)
+    print(f"\nbarefoot run {result['output']} --memory {run_mib}MiB --context {result['run_context']}")
