@@ -18,9 +18,9 @@ rest   two chunks of 32 codes of 2, 3 or 4 bits (``barefoot.ops.payload``)
 = 0b01111100 (2^0 * 1.5 / 256), byte 1 = 0x2f: a = 15, j = 2, z = 8 * 14 / 64; code 7 of the first group is
 ``1.5 / 256 * 15 * (7 - 1.75)``. All products are exact in float32, in any order.
 
-*Differs from the paper*, which shares 3-bit scales and zero points among 16 rows, with four f16 numbers for each 16 x 16
-weights: rows stay independent here (they can be permuted, streamed and looked up), blocks fit every width that 64
-divides, and the error at equal bytes is lower (``benchmarks/weights/spqr.py``).
+*Differs from the paper*, which shares 3-bit scales and zero points among 16 rows, with four f16 numbers for each 16 x
+16 weights: rows stay independent here (they can be permuted, streamed and looked up), blocks fit every width that 64
+divides, and the error at equal bytes is lower (``benchmarks/weights/bilevel.py``).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Bilevel:
         _, scales, codes = self.split(blocks)
         scale, zero = self.scale_of(scales[:, :1], scales[:, 1:])
         grouped = codes.reshape(-1, N_GROUPS, GROUP).astype(np.float32)
-        return (scale[..., None] * (grouped - zero[..., None])).reshape(len(blocks), ELEMENTS)
+        return (scale[..., None] * grouped - (scale * zero)[..., None]).reshape(len(blocks), ELEMENTS)
 
     def encode(self, weights: F32) -> U8:
         """Weights (n, 64) as blocks, each group with the least squared error that a search finds."""
@@ -112,7 +112,7 @@ class Bilevel:
         """
         low, high = x.min(axis=0), x.max(axis=0)
         middle, spread = (low + high) / 2, high - low
-        first, last = self.zero_of(np.uint8(0)), self.zero_of(np.uint8(MOST))
+        first, last = self.zero_of(np.array([0, MOST], np.uint8))
         reach = np.maximum(high / (self.levels - first), -low / last)  # a range far from zero takes wider steps
         best: tuple[F32, F32, F32] | None = None
         for shrink in SHRINKS:
@@ -145,7 +145,9 @@ class Bilevel:
         at = x * _inverse(scale) + zero
         off = (at - np.clip(np.rint(at), 0, self.levels)) * scale
         held: F32 = (importance * off * off).sum(axis=0)
-        return np.where(scale > 0, held, (importance * x * x).sum(axis=0))
+        lost: F32 = (importance * x * x).sum(axis=0)
+        errors: F32 = np.where(scale > 0, held, lost)
+        return errors
 
     def zero_of(self, j: U8) -> F32:
         """The zero points of their codes."""
@@ -164,7 +166,8 @@ def step_of(code: U8) -> F32:
 def nearest_step(step: F32) -> U8:
     """The code of the nearest d, for d >= 0; the largest one for more than that."""
     bits = np.clip(step * np.float32(256), 0, np.float32(65504)).astype(np.float16).view(np.uint16).astype(np.uint32)
-    return np.minimum((bits + 64) >> 7, LAST_STEP).astype(np.uint8)
+    code: U8 = np.minimum((bits + 64) >> 7, LAST_STEP).astype(np.uint8)
+    return code
 
 
 def _inverse(x: F32) -> F32:

@@ -91,7 +91,8 @@ class BlockFormat:
     """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements).
 
     ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those whose scales have
-    scales; both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose codes on.
+    scales; both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose
+    codes on.
     """
 
     name: str

@@ -1,27 +1,27 @@
 """spqr — small groups whose scales have scales, and the few weights that hurt most kept apart, sparse.
 
 SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression (Dettmers et al. 2023,
-arXiv:2306.03078). With H = mean of x xᵀ of a matrix's inputs, column k counts as D_k of ``solvers.gptq.feedback``, the
-inverse of the paper's [H⁻¹]_kk among the columns from k on. Algorithm 1, group of 16 columns after group, on the targets
-that GPTQ's feedback leaves:
+arXiv:2306.03078). With H = mean of x xᵀ of a matrix's inputs, column k counts as D_k of ``solvers.gptq.feedback``, one
+over the square of the paper's [chol(H⁻¹)]_kk. Algorithm 1, group after group of 16 columns, on the targets that GPTQ's
+feedback leaves:
 
-1. *Likely outliers*: weights without which the other 15 of their group fit a grid so much better that the group's error,
-   each weight counting as D_k, falls by more than τ. They don't take part in the next step.
+1. *Likely outliers*: weights without which the other 15 of their group fit a grid so much better that the group's
+   error, each weight counting as D_k, falls by more than τ. They don't take part in the next step.
 2. Scale and zero point of each group, both quantized (``ops.bilevel``): what codes are chosen on.
-3. Column by column, codes are chosen and their errors passed on. A weight with D_k (w − ŵ)² > τ is an *outlier*: what its
-   code misses is stored in float16 (``ops.csr``), and only the rest is passed on.
+3. Column by column, codes are chosen and their errors passed on. A weight with D_k (w − ŵ)² > τ is an *outlier*: what
+   its code misses is stored in float16 (``ops.csr``), and nothing but what that misses is passed on.
 
 τ is ``tau`` × the mean over columns of D_k × variance of the column, or with ``tau=0`` the one that leaves the share
-``outliers`` of the weights: guessed from what 1 and 3 say of the weights without feedback, and corrected once by what
-it led to. More than this share are never kept, so bytes are bounded before anything is solved.
+``outliers`` of the weights: guessed from what 1 and 3 say of the weights without feedback, and corrected by what it led
+to. More than this share are never kept, so bytes are bounded before anything is solved.
 
-Bytes of a (rows, cols) matrix with n ≤ outliers × rows × cols entries: rows × cols / 64 × (5 + 8 bits), and with outliers
-4 (rows + 1 + n). Bits a weight: bits + 0.625 + 32 n / (rows cols) + 32 / cols, as the paper's formula with its groups of
-16 and 16 and statistics of 3 bits; 3.945 + 32 / cols for 3 bits and 1 %.
+Bytes of a (rows, cols) matrix with n ≤ outliers × rows × cols entries: rows × cols / 64 × (5 + 8 bits), and with any
+outliers 4 (rows + 1 + n). Bits a weight: bits + 0.625 + 32 n / (rows cols) + 32 / cols, as the paper's formula has it
+for groups of 16 and 16 and statistics of 3 bits; 3.945 + 32 / cols for 3 bits and 1 %.
 
 *Differs from the paper*: scales are grouped along the row (``ops.bilevel``). Grids are fitted by least error, not by
-range. What an outlier stores is the rest behind its code, not the weight. A group's weights other than its extremes
-are candidates only by their own error. No order by activations.
+range. Outliers store what is missing behind their codes, not the weights. A group's weights other than its extremes
+are outliers only by their own error. No order by activations.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import numpy.typing as npt
 from barefoot.core.errors import InvalidInput
 from barefoot.ops import blocks, csr
 from barefoot.ops.bilevel import BITS, ELEMENTS, GROUP, MOST, Bilevel, nearest_step, step_of
+from barefoot.ops.grids import to_f16
 from barefoot.weights.solvers import Inputs, Knowledge
 from barefoot.weights.solvers.gptq import feedback
 from barefoot.weights.structures import Matrix, Structure
@@ -44,7 +45,7 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-TRIES = 2  # of finding τ, before the number of outliers is cut
+TRIES = 3  # of finding τ, before the number of outliers is cut
 ENOUGH, AIMED = 0.93, 0.97  # of the outliers that there may be: what a try must find, and what it goes for
 
 
@@ -85,8 +86,7 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         form, (rows, cols) = Bilevel(self.bits), weight.shape
         blocks.row_bytes(form.name, cols)
         job = Feedback(form, *feedback(inputs.hessian, self.damp))
-        columns, most = np.ascontiguousarray(weight.T), self.most_outliers(rows, cols)
-        codes, rest = self._solved(job, columns, self.most_outliers(rows, cols))
+        codes, rest = self._solved(job, np.ascontiguousarray(weight.T), self.most_outliers(rows, cols))
         kept = {"outliers": (csr.KIND, csr.encode(rest, rest != 0))} if rest.any() else {}
         return Matrix(form.name, codes, kept)
 
@@ -100,10 +100,10 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         losses, aim = job.losses(columns).reshape(-1), self.outliers
         for _ in range(TRIES):
             codes, rest = job.solve(columns, _exceeded_by(losses, aim), columns.size)
-            n = np.count_nonzero(rest)
+            n = int(np.count_nonzero(rest))
             if ENOUGH * most <= n <= most:
                 return codes, rest
-            aim = min(aim * AIMED * most / max(n, 1), 1.0)
+            aim = float(min(aim * AIMED * most / max(n, 1), 1.0))
         return job.solve(columns, _exceeded_by(losses, aim), most)
 
 
@@ -149,7 +149,7 @@ class Feedback:
                     held = scale * (code.astype(np.float32) - zero)
                     missed = target - held
                     outlier = self._largest(self.importance[k] * missed**2, threshold, most)
-                    rest[k] = np.where(outlier, missed.astype(np.float16), 0)
+                    rest[k] = np.where(outlier, to_f16(missed), 0)
                     most -= int(np.count_nonzero(rest[k]))
                     errors[k] = columns[k] - (held + rest[k])
                     targets[k - start + 1 :] += mixing[k, k + 1 : stop, None] * errors[k]
