@@ -60,6 +60,8 @@ struct Constant {
 //
 #include "signs.h"
 //
+#include "csr.h"
+//
 #include "fused.h"
 //
 #include "select.h"
@@ -75,7 +77,7 @@ struct Constant {
 #include "attention_token.h"
 
 // The kinds of parts, in the order of parts.names().
-constexpr std::array kParts{PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
+constexpr std::array kParts{kCsr, PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
 
 }  // namespace
 
