@@ -14,12 +14,13 @@ from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
 if TYPE_CHECKING:
     from barefoot.core.model import ModelSpec
-    from barefoot.engine.fitting import Fit
+    from barefoot.engine.fitting import Fit, Ids
     from barefoot.io.inventory import Checkpoint
     from barefoot.weights.solvers import Solver
     from barefoot.weights.structures import Structure
 
 WINDOW, TOKENS = 512, 16384
+SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVER = "gptq"
 CONTEXT = 1024
 SENSITIVITY = "fit-sensitivity.json"
@@ -57,7 +58,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--weights",
         metavar="SPEC",
-        help='formats instead of a size: of all matrices, as in "int(bits=4)", or by group, as in run',
+        help='formats instead of a size: of all matrices, as in "int(bits=4)", or by group, as in run; or structures '
+        "of the layers' matrices, as in bitstack(blocks=8)",
     )
     parser.add_argument(
         "--fit-memory", metavar="SIZE", type=parse_bytes, help="bytes of the fit itself, where they are not --memory"
@@ -99,6 +101,7 @@ def execute(args: argparse.Namespace) -> int:
             "predicted_cost": cost,
         }
         folder.finish(record)
+        _sort(output, job.texts, report)
         (output / SENSITIVITY).unlink(missing_ok=True)
     result = {
         "model": args.model,
@@ -148,10 +151,42 @@ def _budget(args: argparse.Namespace, spec: ModelSpec) -> int:
 
 def _stated(text: str, spec: ModelSpec) -> dict[str, str | Structure]:
     """The format or structure of each matrix that ``text`` says something about."""
-    from barefoot.plan.job import parse_weights
+    from barefoot.core.registry import techniques
+    from barefoot.plan.job import parse_groups
+    from barefoot.weights.formats import WeightFormat
 
-    by_group = parse_weights(text)
-    return {w.name: by_group[w.group].layout(w.format) for w in spec.weights if w.group in by_group}
+    by_group = parse_groups(text, {**techniques("weights.formats"), **techniques("weights.structures")})
+    found: dict[str, str | Structure] = {}
+    for weight in spec.weights:
+        how = by_group.get(weight.group)
+        if isinstance(how, WeightFormat):
+            found[weight.name] = how.layout(weight.format)
+        elif how is not None and weight.layer is not None:  # sums are there for the matrices of layers
+            found[weight.name] = cast("Structure", how)
+    return found
+
+
+def _sort(output: Path, texts: Ids, report: progress.Report) -> None:
+    """Put the residual blocks of a stack, if it is one, into the order in which to load them."""
+    from barefoot.engine.config import EngineConfig
+    from barefoot.engine.runner import Engine
+    from barefoot.engine.specs import model_spec
+    from barefoot.engine.stacks import write_order
+    from barefoot.evals.sorting import sort_stack
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.kv.stores.f16 import HalfStore
+    from barefoot.ops import n_threads
+
+    with Checkpoint(output) as checkpoint:
+        spec = model_spec(checkpoint)
+        if not spec.stack:
+            return
+        windows = texts[:SORT_WINDOWS].tolist()
+        context = len(windows[0])
+        chunk = max(1, context // 2)
+        config = EngineConfig(context, HalfStore(), chunk=chunk, n_logits=min(16, chunk), n_threads=n_threads())
+        with Engine(checkpoint, spec, config) as engine:
+            write_order(output, sort_stack(engine, windows, progress=report))
 
 
 def _sizes(output: Path) -> dict[str, Any]:
