@@ -30,6 +30,7 @@ EXAMPLES = (
     "barefoot fit smollm2 --memory 80MiB -o small",
     "barefoot fit smollm2 --bits 3.2 -o small --text wiki.train.raw",
     'barefoot fit smollm2 --weights "int(bits=4,group=64)" --solver hqq -o small',
+    'barefoot fit smollm2 --weights "ffn=bitstack attn=bitstack embed=int(bits=8)" -o stack',
 )
 JSON_KEYS = {
     "model": "what was fitted",
@@ -40,6 +41,7 @@ JSON_KEYS = {
     "solver": "what chose the codes",
     "predicted_cost": "nats a token that rounding should cost, when formats were chosen here; null if they were stated",
     "run_bytes": "what `barefoot run` takes with everything resident and a context of run_context tokens",
+    "least_run_bytes": "of a stack: with the first block of each matrix alone; else the same",
     "run_context": "tokens",
     "predicted_peak_bytes": "of the fit, predicted",
     "measured_peak_bytes": "of the fit: the process's high-water mark",
@@ -191,7 +193,7 @@ def _sort(output: Path, texts: Ids, report: progress.Report) -> None:
 
 def _sizes(output: Path) -> dict[str, Any]:
     """What the folder takes, by format."""
-    from barefoot.engine.placement import stored_bytes
+    from barefoot.engine.placement import piece_bytes
     from barefoot.engine.specs import model_spec
     from barefoot.io.inventory import Checkpoint
 
@@ -199,13 +201,16 @@ def _sizes(output: Path) -> dict[str, Any]:
         spec = model_spec(checkpoint)
     formats: dict[str, int] = {}
     for weight in spec.weights:
-        formats[weight.format] = formats.get(weight.format, 0) + stored_bytes(weight)
+        names = weight.format, *(part.kind for part in weight.parts)
+        for name, n_bytes in zip(names, piece_bytes(weight, weight.parts), strict=True):
+            formats[name] = formats.get(name, 0) + n_bytes
+    formats.pop("zero", None)
     total = sum(formats.values())
     return {"weight_bytes": total, "bits_per_weight": 8 * total / spec.n_parameters, "formats": formats}
 
 
 def _run_needs(output: Path) -> dict[str, int]:
-    """The memory in which the fitted model runs with all of its weights resident."""
+    """The memory in which the fitted model runs with all of its weights resident, and without any of its stack."""
     from barefoot.engine.specs import model_spec
     from barefoot.io.inventory import Checkpoint
     from barefoot.plan.job import RunJob, Stated
@@ -217,10 +222,14 @@ def _run_needs(output: Path) -> dict[str, int]:
         tokenizer = models.tokenizer_footprint(checkpoint, models.TYPICAL_PROMPT_BYTES)
     context = min(CONTEXT, spec.context_length)
     stored = dict.fromkeys(MATRIX_GROUPS, Stored())
-    stated = Stated(weights=stored, streamed_layers=0, stream_head=False)
-    needed = smallest_budget(spec, RunJob(context, context // 2), stated=stated, extra=tokenizer)
-    assert needed is not None
-    return {"run_bytes": needed, "run_context": context}
+
+    def needed(n_stacked: int | None) -> int:
+        stated = Stated(weights=stored, streamed_layers=0, stream_head=False, n_stacked=n_stacked)
+        found = smallest_budget(spec, RunJob(context, context // 2), stated=stated, extra=tokenizer)
+        assert found is not None
+        return found
+
+    return {"run_bytes": needed(len(spec.stack) or None), "least_run_bytes": needed(None), "run_context": context}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -230,6 +239,8 @@ def _show(result: dict[str, Any]) -> None:
         ("formats", ", ".join(f"{name} {format_bytes(n)}" for name, n in largest[:6])),
         ("runs in", f"{format_bytes(result['run_bytes'])} with a context of {result['run_context']:,} tokens"),
     ]
+    if result["least_run_bytes"] < result["run_bytes"]:
+        rows.append(("as a stack", f"in any memory from {format_bytes(result['least_run_bytes'])} on"))
     if result["predicted_cost"] is not None:
         rows.append(("rounding", f"expected to cost {result['predicted_cost']:.4f} nats a token"))
     print(console.table(rows))
