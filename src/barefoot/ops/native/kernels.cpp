@@ -38,6 +38,8 @@ struct Constant {
 #include "amx.h"
 #endif
 //
+#include "levels.h"
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops import PackedWeight, blocks, panels
+from barefoot.ops.grids import Ternary, Uniform
 from barefoot.ops.triton.tiles import FEW_TOKENS, check_input, half, multiplied, n_splits, tuned
 
 
@@ -37,7 +38,7 @@ class PanelWeight:
 
     Raises
     ------
-    Incompatible : the format has no single scale for each group, or the matrix has no panels (rows no multiple of 16).
+    Incompatible : codes are no integers with one scale a group, or the matrix has no panels (rows no multiple of 16).
     """
 
     format: str
@@ -48,8 +49,8 @@ class PanelWeight:
     def __post_init__(self) -> None:
         if not supports(self.format, self.rows, self.cols):
             raise Incompatible(
-                f"{self.format} [{self.rows}, {self.cols}] has no product here: it needs one scale for each group and "
-                f"a multiple of {panels.ROWS} rows",
+                f"{self.format} [{self.rows}, {self.cols}] has no product here: it needs integers with one scale for "
+                f"each group and a multiple of {panels.ROWS} rows",
                 cure="decode the weight, or use an int*_g* format",
             )
         n_bytes = self.rows * blocks.row_bytes(self.format, self.cols)
@@ -70,9 +71,9 @@ class PanelWeight:
 
 
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:
-    """Whether a matrix of that format and shape can be multiplied here."""
+    """Whether a matrix of that format and shape can be multiplied here: integers around a zero or above a minimum."""
     fmt = blocks.lookup(format_id)
-    return fmt.group is not None and panels.supports(format_id, n_rows, n_cols)
+    return type(fmt.grid) in (Uniform, Ternary) and panels.supports(format_id, n_rows, n_cols)
 
 
 def panel_matmul(x: torch.Tensor, weight: PanelWeight) -> torch.Tensor:
