@@ -151,7 +151,7 @@ def job_of(run: str, spec: ModelSpec, texts: np.ndarray) -> Fit:
 
 
 def measured(run: str, model: str, texts: list[list[int]], fit_texts: np.ndarray) -> dict[str, float]:
-    config = {"context": WINDOW, "n_threads": 2, "chunk": 128, "n_logits": 64}
+    config = {"context": WINDOW, "kv": techniques("kv.stores")["f16"](), "n_threads": 2, "chunk": 128, "n_logits": 64}
     with tempfile.TemporaryDirectory() as folder, Checkpoint(model) as checkpoint:
         spec = model_spec(checkpoint)
         job = job_of(run, spec, fit_texts)
