@@ -222,7 +222,7 @@ def measured(method: Method, model: str, config: dict[str, Any], args: argparse.
 def outcome(row: dict[str, Any]) -> str:
     return (
         f"{row['layer_bits']:.3f} bits  perplexity {row['perplexity']:.4g}  KL {row['kl_mean']:.4g}  "
-        f"words {row['cloze']:.3f}  fit {row['fit_seconds']:.0f} s"
+        f"words {row['words']:.3f}  fit {row['fit_seconds']:.0f} s"
     )
 
 

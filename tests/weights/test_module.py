@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from barefoot.core.errors import InvalidInput
-from barefoot.ops import blocks
+from barefoot.ops import blocks, parts
+from barefoot.weights.solvers import Inputs
+from barefoot.weights.structures.bitstack import BitStack
 
 torch = pytest.importorskip("torch", reason="the modules are PyTorch's")
 
@@ -126,6 +128,28 @@ def test_an_embedding_looks_rows_up_and_shares_its_bytes_with_a_head():
     ids = torch.tensor([[3, 49, 0], [7, 7, 1]])
     assert torch.equal(rows(ids), 8 * rows.dense()[ids])
     assert storages(torch.nn.ModuleList([rows, head])) == rows.n_bytes
+
+
+def test_parts_are_added_and_stored_beside_the_blocks():
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((33, 128), np.float32))
+    matrix = BitStack(blocks=3, rank=2).solve(weight.numpy(), Inputs(np.ones(128, np.float32)))
+    assert len(matrix.parts) == 3
+    sizes = {label: (kind, data.size) for label, (kind, data) in matrix.parts.items()}
+    layer = PackedLinear(matrix.format, 128, 33, added=sizes)
+    layer.hold(matrix)
+    expected = sum(torch.from_numpy(parts.lookup(k).decode(33, 128, data)) for k, data in matrix.parts.values())
+    x, grad = torch.randn(5, 128, requires_grad=True), torch.randn(5, 33)
+    y = layer(x)
+    y.backward(grad)
+    assert ((y - x @ expected.T).abs() <= 128 * 2**-24 * (x.abs() @ expected.abs().T)).all()
+    assert ((x.grad - grad @ expected).abs() <= 33 * 2**-24 * (grad.abs() @ expected.abs())).all()
+    assert storages(layer) == layer.n_bytes == matrix.n_bytes
+    assert set(layer.state_dict()) == {"weight"} | {f"weight+{label}" for label in matrix.parts}
+    other = PackedLinear(matrix.format, 128, 33, added=sizes)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    with pytest.raises(InvalidInput, match="format, shape and parts"):
+        PackedLinear(matrix.format, 128, 33).hold(matrix)
 
 
 def test_shapes_are_checked_and_shown():

@@ -37,7 +37,7 @@ class PanelWeight:
 
     Raises
     ------
-    Incompatible : the format has no single scale for each group, or the matrix has no panels (rows no multiple of 16).
+    Incompatible : codes are no integers with one scale a group, or the matrix has no panels (rows no multiple of 16).
     """
 
     format: str
@@ -48,8 +48,8 @@ class PanelWeight:
     def __post_init__(self) -> None:
         if not supports(self.format, self.rows, self.cols):
             raise Incompatible(
-                f"{self.format} [{self.rows}, {self.cols}] has no product here: it needs one scale for each group and "
-                f"a multiple of {panels.ROWS} rows",
+                f"{self.format} [{self.rows}, {self.cols}] has no product here: it needs integers with one scale for "
+                f"each group and a multiple of {panels.ROWS} rows",
                 cure="decode the weight, or use an int*_g* format",
             )
         n_bytes = self.rows * blocks.row_bytes(self.format, self.cols)
@@ -70,7 +70,7 @@ class PanelWeight:
 
 
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:
-    """Whether a matrix of that format and shape can be multiplied here."""
+    """Whether a matrix of that format and shape can be multiplied here: integers around a zero or above a minimum."""
     group = blocks.lookup(format_id).group
     return group is not None and group.is_affine and panels.supports(format_id, n_rows, n_cols)
 
