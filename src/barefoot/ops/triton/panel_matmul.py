@@ -74,8 +74,8 @@ class PanelWeight:
 
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:
     """Whether a matrix of that format and shape can be multiplied here: integers around a zero or above a minimum."""
-    fmt = blocks.lookup(format_id)
-    return type(fmt.grid) in (Uniform, Ternary) and panels.supports(format_id, n_rows, n_cols)
+    group = blocks.lookup(format_id).group
+    return group is not None and group.is_affine and panels.supports(format_id, n_rows, n_cols)
 
 
 def panel_matmul(x: torch.Tensor, weight: PanelWeight) -> torch.Tensor:
