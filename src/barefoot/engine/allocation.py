@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.fitting import Source
-from barefoot.engine.sensitivity import Sensitivity, probe_of, rounded
+from barefoot.engine.sensitivity import Sensitivity, probe_of, rounded, sensitivity
+from barefoot.io.files import atomic_writer
 from barefoot.ops import blocks
 from barefoot.weights.allocate import Option, allocate
 from barefoot.weights.solvers import repeated
 from barefoot.weights.solvers.mse import least_error
 
 F32 = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
 SAMPLE = 8, 32  # of a matrix's rows, on which formats' errors are compared: so many runs of so many
@@ -50,6 +54,27 @@ def options(
             if weight.cols % blocks.block_elements(fmt) == 0
         ]
     return result
+
+
+def measured_options(
+    source: Source, spec: ModelSpec, probes: Ids, kept: Path, progress: Progress | None = None
+) -> dict[str, list[Option]]:
+    """``options`` among all ``candidates`` by what ``sensitivity`` measures on ``probes``, int32 (n_windows, window).
+
+    The file ``kept`` holds what was measured so far, and an interrupted call goes on with it.
+    """
+    key = [probes.tolist(), source.key]
+    known: dict[str, float] = {}
+    if kept.is_file():
+        content = json.loads(kept.read_text())
+        known = content["cost"] if content["key"] == key else {}
+
+    def keep(cost: Mapping[str, float]) -> None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(kept) as file:
+            file.write(json.dumps({"key": key, "cost": dict(cost)}).encode())
+
+    return options(source, sensitivity(source, spec, probes, known, keep, progress), candidates(), progress)
 
 
 def choose(spec: ModelSpec, choices: Mapping[str, Sequence[Option]], budget_bytes: int) -> dict[str, Option]:

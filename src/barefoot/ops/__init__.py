@@ -23,7 +23,7 @@ from barefoot.core.errors import BackendMissing, unknown_name
 from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
 from barefoot.ops import lut, panels, parts, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -36,6 +36,7 @@ __all__ = [
     "PackedWeight",
     "Part",
     "Program",
+    "SignStack",
     "add_",
     "argmax",
     "attention",
@@ -68,6 +69,8 @@ __all__ = [
     "rope",
     "set_isa",
     "set_threads",
+    "sign_matmul",
+    "sign_scratch_bytes",
     "top_k",
 ]
 
@@ -96,14 +99,21 @@ else:
     Part = _impl.Part
 
 
+#: A matrix as a sum of blocks of signs and low rank, ``barefoot.ops.signs.SignStack``.
+if TYPE_CHECKING:
+    from barefoot.ops.signs import SignStack
+else:
+    SignStack = _impl.SignStack
+
+
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
-#: ``matmul``, ``part_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and
-#: ``attention``, which take what the functions below take, with arrays of as many rows as it will ever have tokens, and
-#: KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the
-#: arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one
-#: sequence of which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of
-#: each of several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are
-#: checked op by op as it runs; weights and parts may be bound between runs.
+#: ``matmul``, ``part_matmul``, ``sign_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``,
+#: ``kv_append`` and ``attention``, which take what the functions below take, with arrays of as many rows as it will
+#: ever have tokens, and KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they
+#: record, and keep the arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first
+#: ``n_tokens`` rows, tokens of one sequence of which the first has position ``n_past``. ``run_each(sequences,
+#: positions)`` calls them on one token of each of several sequences, ``kv_append_each`` and ``attention_each`` in place
+#: of their namesakes. Arguments are checked op by op as it runs; weights, parts and stacks may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:
@@ -211,6 +221,22 @@ def plane_matmul(
         add=add,
         scratch=scratch,
     )
+
+
+def sign_matmul(
+    x: F32, stack: SignStack, out: F32, *, activations: str = "int8", add: bool = False, scratch: U8
+) -> None:
+    """out = x @ W^T, or out += x @ W^T with ``add``, of a stack of signed blocks (``barefoot.ops.signs``).
+
+    Rounding and what NaN and infinity do are described there. The result depends on neither threads nor, up to 6
+    tokens, on which tokens come together.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    scratch : uint8, at least ``sign_scratch_bytes(n_tokens, cols, rank, n_blocks, activations)``
+    """
+    _impl.sign_matmul(x, stack, out, activations=activations, add=add, scratch=scratch)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:

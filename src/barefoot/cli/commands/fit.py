@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from barefoot.cli import arguments, console, models, progress
 from barefoot.core.model import MATRIX_GROUPS
 from barefoot.core.units import format_bytes, parse_bytes, parse_count
-from barefoot.evals.texts import BUILT_IN
+from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from barefoot.core.model import ModelSpec
-    from barefoot.engine.fitting import Fit, Source
+    from barefoot.engine.fitting import Fit
     from barefoot.io.inventory import Checkpoint
-    from barefoot.weights.allocate import Option
     from barefoot.weights.solvers import Solver
     from barefoot.weights.structures import Structure
 
-    Ids = npt.NDArray[np.int32]
-
 WINDOW, TOKENS = 512, 16384
-PROBE_WINDOW, PROBE_WINDOWS = 128, 2
 SOLVER = "gptq"
 CONTEXT = 1024
 SENSITIVITY = "fit-sensitivity.json"
@@ -133,15 +124,20 @@ def _job(
     """What to do with each matrix, and what rounding is expected to cost where that was chosen here."""
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
+    from barefoot.engine.allocation import choose, measured_options
     from barefoot.engine.fitting import Fit, Source
+    from barefoot.evals.scoring import spread_windows
+    from barefoot.evals.texts import read_text
+    from barefoot.io.tokenizer import load_tokenizer
 
     (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
-    texts = _texts(args, checkpoint, args.window, args.tokens // args.window)
+    text, tokenizer = read_text(args.text), load_tokenizer(checkpoint)
+    texts = spread_windows(text, tokenizer, args.window, args.tokens // args.window)
     if args.weights is not None:
         return Fit(_stated(args.weights, spec), solver, texts), None
-    source = Source(checkpoint, spec)
-    probes = _texts(args, checkpoint, PROBE_WINDOW, PROBE_WINDOWS)
-    chosen = _chosen(source, spec, probes, _budget(args, spec), output / SENSITIVITY, report)
+    source, probes = Source(checkpoint, spec), spread_windows(text, tokenizer, PROBE_WINDOW, PROBE_WINDOWS)
+    choices = measured_options(source, spec, probes, output / SENSITIVITY, report)
+    chosen = choose(spec, choices, _budget(args, spec))
     return Fit({n: o.name for n, o in chosen.items()}, solver, texts), sum(o.cost for o in chosen.values())
 
 
@@ -156,42 +152,6 @@ def _stated(text: str, spec: ModelSpec) -> dict[str, str | Structure]:
 
     by_group = parse_weights(text)
     return {w.name: by_group[w.group].layout(w.format) for w in spec.weights if w.group in by_group}
-
-
-def _texts(args: argparse.Namespace, checkpoint: Checkpoint, window: int, n_windows: int) -> Ids:
-    """Windows from all over the text, int32 (n_windows, window)."""
-    import numpy as np
-
-    from barefoot.evals.scoring import text_windows
-    from barefoot.evals.texts import read_text
-    from barefoot.io.tokenizer import load_tokenizer
-
-    found = text_windows(read_text(args.text), load_tokenizer(checkpoint), window)
-    picked = np.linspace(0, len(found) - 1, min(n_windows, len(found))).round().astype(int)
-    return np.array([found[i] for i in picked], np.int32)
-
-
-def _chosen(
-    source: Source, spec: ModelSpec, probes: Ids, budget: int, kept: Path, report: progress.Report
-) -> dict[str, Option]:
-    """The format of each matrix at the least cost; ``kept`` holds what is measured, for when this is interrupted."""
-    from barefoot.engine.allocation import candidates, choose, options
-    from barefoot.engine.sensitivity import sensitivity
-    from barefoot.io.files import atomic_writer
-
-    key = [probes.tolist(), source.key]
-    known: dict[str, float] = {}
-    if kept.is_file():
-        content = json.loads(kept.read_text())
-        known = content["cost"] if content["key"] == key else {}
-
-    def keep(cost: Mapping[str, float]) -> None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(kept) as file:
-            file.write(json.dumps({"key": key, "cost": dict(cost)}).encode())
-
-    found = sensitivity(source, spec, probes, known, keep, report)
-    return choose(spec, options(source, found, candidates(), report), budget)
 
 
 def _sizes(output: Path) -> dict[str, Any]:
