@@ -171,9 +171,8 @@ def main() -> None:
     for name in args.only:
         results[name] = measured(args.model, CONTENDERS[name], seen, texts)
         print(f"  {name:24}", *(f"{key} {value:.5g}" for key, value in results[name].items()), flush=True)
-    save(
-        f"weights/spqr_{args.name}", {"config": settings, "paper": PAPER, "results": results, "claims": claims(results)}
-    )
+        record = {"config": settings, "paper": PAPER, "results": results, "claims": claims(results)}
+        save(f"weights/spqr_{args.name}", record)  # each time: a run takes long
 
 
 if __name__ == "__main__":

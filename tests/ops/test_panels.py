@@ -32,9 +32,8 @@ def product(x, weight, **options):
 
 
 def test_which_formats_and_shapes_have_panels():
-    own = (
-        4 * 3 * 2 + 3 + 3 + 3 * (1 + 5 + 2 + 4) + 3
-    )  # 8 to 2 bits, 1 bit, ternary; NF4, minifloats, BitMoD, BFP; bilevel
+    own = 4 * 3 * 2 + 3 + 3 + 3 * (1 + 5 + 2 + 4)  # 8 to 2 bits, 1 bit, ternary; NF4, minifloats, BitMoD, block float
+    own += 3  # bilevel
     assert len(FORMATS) == 5 + 5 + 1 + own
     assert panels.supports("q4_0", 16, 32)
     assert not panels.supports("q4_0", 24, 32)  # half a panel
@@ -123,11 +122,11 @@ def test_packing_is_exact_and_keeps_every_byte(isa, name, rng, threads):
         ("q5_k", 5),
         ("q6_k", 6),
         ("tq2_0", 2),
+        ("bilevel2", 2),
+        ("bilevel3", 3),
         ("e2m3_g64", 6),
         ("bitmod3_g128", 3),
         ("bfp4_g32", 4),
-        ("bilevel2", 2),
-        ("bilevel3", 3),
     ],
 )
 def test_where_a_code_lies(name, bits, rng):

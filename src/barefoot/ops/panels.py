@@ -11,7 +11,7 @@ after group along the columns, each a block of every row:
 ======= ============================================================================================================
 bytes   content
 ======= ============================================================================================================
-32      the scales of rows 0..15, f16 (16 bytes: their exponents, where the format stores these; not in bilevel formats)
+32      the scales of rows 0..15, f16 (16 bytes: their exponents, where the format stores these); not in bilevel formats
 32      their minimums (K-quants: the scales of the minimums), f16; only where the format has them
 80-256  the sub-scales of the K-quants, 12 bytes a row in q3_k, q4_k and q5_k, 16 bytes in q2_k and q6_k, and of the
         bilevel formats, 5 bytes: byte i of row r is byte 16 i + r

@@ -58,9 +58,9 @@ struct Constant {
 //
 #include "planes.h"
 //
-#include "signs.h"
-//
 #include "csr.h"
+//
+#include "signs.h"
 //
 #include "fused.h"
 //

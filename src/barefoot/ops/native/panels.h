@@ -18,15 +18,16 @@ inline void fetch_ahead(const uint8_t* p, int64_t n) {
 }
 
 // What the codes of several formats have in common: the kernels take the size of a group, in chunks of 32 columns, as a
-// number. Numbers: of scales and minimums, a row, of ScaleBytes each; SubBytes: of each row's sub-scales (super_panels.h).
-template <int Bits, bool HasOffset, int Zero, int Numbers, int SubBytes, int ScaleBytes, class CodeLevels>
+// number. SubBytes: of each row's sub-scales (super_panels.h).
+template <int Bits, bool HasOffset, int Zero, int SubBytes, int ScaleBytes, class CodeLevels>
 struct Panel {
   using Levels = CodeLevels;
   static constexpr bool has_offset = HasOffset;
   static constexpr int bits = Bits, zero = Zero;
   static constexpr int low = bits == 5 || bits == 6 ? 4 : bits == 3 ? 2 : bits;  // bits of the first plane
   static constexpr int high = bits - low;                                        // of the second one, if there is one
-  static constexpr int numbers = kPanelRows * ScaleBytes * Numbers, header = numbers + kPanelRows * SubBytes;
+  static constexpr int numbers = ScaleBytes * kPanelRows * (HasOffset ? 2 : 1);
+  static constexpr int header = numbers + kPanelRows * SubBytes;
   static constexpr int chunk_bytes = 64 * bits;
   static constexpr bool flip = bits == 8 && !kUnsignedBytes;  // stored unsigned, multiplied signed
   static constexpr bool is_signed = flip || (Levels::indexed && Zero == 0);
@@ -83,10 +84,8 @@ struct Panel {
 };
 
 template <class Format>
-constexpr int n_numbers = !Format::has_numbers ? 0 : Format::has_offset ? 2 : 1;
-template <class Format>
-using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero, n_numbers<Format>, Format::sub_bytes,
-                      Format::scale_bytes, typename Format::Levels>;
+using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero, Format::sub_bytes, Format::scale_bytes,
+                      typename Format::Levels>;
 
 template <class Body>
 inline void for_quads(Body body) {
@@ -228,9 +227,9 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
   static_assert(P::group_bytes(Format::elements / 32) == kPanelRows * Format::bytes);
   for (int r = 0; r < kPanelRows; ++r) {
     const uint8_t* from = block + r * row_bytes;
-    for (int i = 0; i < n_numbers<Format>; ++i)
-      std::memcpy(group + Format::scale_bytes * (kPanelRows * i + r), from + Format::scale_at + Format::scale_bytes * i,
-                  Format::scale_bytes);
+    std::memcpy(group + Format::scale_bytes * r, from + Format::scale_at, Format::scale_bytes);
+    if constexpr (Format::has_offset && Format::scale_bytes == 2)
+      std::memcpy(group + 32 + 2 * r, from + Format::scale_at + 2, 2);
     if constexpr (Format::sub_bytes > 0) {
       uint8_t sub[Format::sub_bytes];
       Format::sub_scales(from, sub);

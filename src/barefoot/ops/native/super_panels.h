@@ -107,7 +107,7 @@ struct BilevelPanel : PanelOf<Format> {
 };
 
 template <class Format>
-using SuperPanelOf = std::conditional_t<Format::has_numbers, SuperPanel<Format>, BilevelPanel<Format>>;
+using SuperPanelOf = std::conditional_t<Format::scale_bytes != 0, SuperPanel<Format>, BilevelPanel<Format>>;
 
 // Calls body(Q) for the quads of part `Part` of a chunk.
 template <int Parts, int Part, class Body>

@@ -28,7 +28,6 @@ import triton.language as tl
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops import PackedWeight, blocks, panels
-from barefoot.ops.grids import Ternary, Uniform
 from barefoot.ops.triton.tiles import FEW_TOKENS, check_input, computes, half, multiplied, n_splits, tuned
 
 __all__ = ["PanelWeight", "computes", "panel_matmul", "supports"]
