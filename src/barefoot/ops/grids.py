@@ -116,24 +116,34 @@ class Uniform(Grid):
 
 
 @dataclass(frozen=True)
-class Shifted(Uniform):
-    """Symmetric, with a scale that is a power of two: block floating point, codes being mantissas; params (scale,)."""
+class Shifted(Grid):
+    """Symmetric ``Uniform`` levels with a scale that is a power of two: block floating point; params (scale,)."""
 
-    symmetric: bool = True
+    bits: int
+    group: int
+
+    @property
+    def _levels(self) -> Uniform:
+        return Uniform(self.bits, self.group, symmetric=True)
 
     def spanning(self, low: F32, high: F32) -> F32:
-        """The largest magnitude's exponent, at which the top half step saturates."""
-        return floor_power_of_two(largest(low, high) / np.float32(self.zero / 2))[:, None]
+        """By the largest magnitude's exponent, at which the top half step saturates."""
+        return floor_power_of_two(largest(low, high) / np.float32(2 ** (self.bits - 2)))[:, None]
 
     def kinds(self, low: F32, high: F32) -> Iterator[F32]:
-        """That exponent, and the one above, at which nothing saturates."""
+        """That scale, and the one above, at which nothing saturates."""
         for factor in (1, 2):
             yield np.minimum(factor * self.spanning(low, high), np.float32(2.0**127))
 
+    def round(self, x: F32, params: F32) -> U8:
+        return self._levels.round(x, params)
+
+    def values(self, codes: U8, params: F32) -> F32:
+        return self._levels.values(codes, params)
+
     def refit(self, x: F32, codes: U8, importance: F32) -> F32:
-        # The power of two nearest to the scale of least squares in the ratio.
-        best = Uniform(self.bits, self.group, symmetric=True).refit(x, codes, importance)
-        return floor_power_of_two(np.abs(best) * np.float32(2**0.5))
+        best = self._levels.refit(x, codes, importance)
+        return floor_power_of_two(np.abs(best) * np.float32(2**0.5))  # the nearest, in the ratio
 
 
 def largest(low: F32, high: F32) -> F32:
@@ -161,11 +171,17 @@ class Table(Grid):
     group: int
 
     @cached_property
-    def _nearest(self) -> tuple[F32, U8]:
-        """Bounds between neighbouring levels, ascending, and the code of each level; a tie goes to the even code."""
+    def ascending(self) -> tuple[F32, U8]:
+        """The levels from the lowest to the highest, and their codes; of codes with the same level the first one."""
         levels, codes = np.unique(np.asarray(self.table, np.float32), return_index=True)
+        return levels, codes.astype(np.uint8)
+
+    @cached_property
+    def _bounds(self) -> F32:
+        """The largest numbers that each level but the last is nearest to; a tie goes to the even code."""
+        levels, codes = self.ascending
         middles = (levels[1:] + levels[:-1]) / 2
-        return np.where(codes[1:] % 2 == 0, np.nextafter(middles, levels[:-1]), middles), codes.astype(np.uint8)
+        return np.where(codes[1:] % 2 == 0, np.nextafter(middles, levels[:-1]), middles)
 
     def spanning(self, low: F32, high: F32) -> F32:
         # The smallest scale that covers both ends.
@@ -173,9 +189,8 @@ class Table(Grid):
         return to_f16(np.maximum(np.maximum(high, 0) / top, np.minimum(low, 0) / bottom))[:, None]
 
     def round(self, x: F32, params: F32) -> U8:
-        bounds, codes = self._nearest
         ratio = np.divide(x, params, out=np.zeros_like(x), where=params != 0)
-        return codes[np.searchsorted(bounds, ratio)]
+        return self.ascending[1][np.searchsorted(self._bounds, ratio)]
 
     def values(self, codes: U8, params: F32) -> F32:
         return params * np.asarray(self.table, np.float32)[codes]
