@@ -96,7 +96,7 @@ class BarefootQuantizer(HfQuantizer):
 
 
 class TiedLinear(PackedLinear):
-    """A head that multiplies by the embedding's matrix, and holds none."""
+    """A head that multiplies by the embedding's matrix, whose rows it leaves as they lie, and holds none."""
 
     def __init__(self, embedding: PackedEmbedding) -> None:
         nn.Module.__init__(self)
@@ -107,6 +107,13 @@ class TiedLinear(PackedLinear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         return self._embedding[0].weight
+
+    def arrange(self) -> bool:
+        """The embedding reads single rows, so they stay rows."""
+        return False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: the embedding saves it."""
 
 
 @dataclass(frozen=True)
