@@ -1,9 +1,9 @@
 """Write the golden files that are missing: ``python tests/golden/make.py``. What is there is never written again.
 
 A folder for each version of the description (:mod:`barefoot.io.packed`) holds a file for each of barefoot's own block
-formats, with one matrix (3, 256), and ``model``, a fitted model of one layer. ``expected.json`` says what they decode to:
-of each matrix the first eight numbers, as hexadecimal floats, and a digest of all. A change of these numbers is a change
-of the format, and needs a new version; the files of the old one then leave with the code that reads it.
+formats, with one matrix (3, 256), and ``model``, a fitted model of one layer. ``expected.json`` says what they decode
+to: of each matrix the first eight numbers, as hexadecimal floats, and a digest of all. A change of these numbers is a
+change of the format and needs a new version; the files of the old one then leave with the code that reads it.
 """
 
 from __future__ import annotations
