@@ -26,7 +26,7 @@ CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing 
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
 PASSING = ("encoder",)
-ENCODE_BYTES_PER_WEIGHT = 17
+ENCODE_BYTES_PER_WEIGHT = 5
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:

@@ -135,20 +135,20 @@ class _Loader:
             offset, n_bytes = byte_range(weight, tensor, first, n_rows)
             rows = self._raw[:n_bytes]
             self._files.read(tensor.shard, offset, rows)
-            if resident.converted:
-                rows = self._convert(resident, rows, n_rows)
             to = packed[first : first + n_rows]
+            if resident.converted:
+                rows = self._convert(resident, rows, to if resident.layout == "rows" else np.empty_like(to))
             if resident.layout == "panels":
                 ops.pack_panels(resident.format, rows, n_rows, weight.cols, to)
             elif resident.layout == "lut":
                 ops.pack_lut(resident.format, rows, n_rows, weight.cols, to)
-            else:
-                to[:] = rows
             yield n_bytes
 
-    def _convert(self, resident: Resident, raw: U8, n_rows: int) -> U8:
-        weight = resident.weight
+    def _convert(self, resident: Resident, raw: U8, out: U8) -> U8:
+        """``out`` (rows, row_bytes), filled with what the stored rows ``raw`` hold."""
+        weight, n_rows = resident.weight, len(out)
         tile = self._decoded[: n_rows * weight.cols].reshape(n_rows, weight.cols)
         ids = np.arange(n_rows, dtype=np.int32)
         ops.embed(ids, PackedWeight(weight.format, n_rows, weight.cols, raw), tile)
-        return blocks.encode(resident.format, tile)
+        ops.encode(resident.format, tile, out)
+        return out

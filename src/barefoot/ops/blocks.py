@@ -193,9 +193,14 @@ def encode(format_id: str, weights: F32) -> U8:
             f"{format_id} blocks are carried from GGUF files, not made from weights", cure="use an int*_g* format"
         )
     if not np.isfinite(blocks).all():
-        raise InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
+        raise not_finite(format_id)
     params = fmt.grid.plain(blocks)
     return pack(format_id, fmt.grid.round(blocks, params).reshape(n_rows, n_cols), params)
+
+
+def not_finite(format_id: str) -> InvalidInput:
+    """What is raised where weights can't be quantized."""
+    return InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
 
 
 def pack(format_id: str, codes: U8, params: F32) -> U8:
@@ -237,10 +242,14 @@ def _add(fmt: BlockFormat) -> None:
 
 
 def _bf16_encode(weights: F32) -> U8:
-    bits = weights.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    quiet_nan = (bits >> 16) | 0x40
-    return np.where(np.isnan(weights), quiet_nan, rounded).astype(np.uint16).view(np.uint8)
+    halves = weights.view(np.uint16)
+    lower, rounded = halves[:, 0::2], halves[:, 1::2].copy()
+    half_way = rounded & 1  # ties to even: an odd number is rounded up from half a unit on, an even one beyond it
+    rounded += lower > np.subtract(0x8000, half_way, out=half_way)
+    nan = np.isnan(weights)
+    if nan.any():
+        rounded[nan] = halves[:, 1::2][nan] | 0x40
+    return rounded.view(np.uint8)
 
 
 def _f16_encode(weights: F32) -> U8:

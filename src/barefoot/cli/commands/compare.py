@@ -226,7 +226,9 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise BackendMissing("a picture needs matplotlib", cure="pip install barefoot[plot], or leave --png out") from None
+        raise BackendMissing(
+            "a picture needs matplotlib", cure="pip install barefoot[plot], or leave --png out"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -60,6 +61,10 @@ struct Constant {
 //
 #include "select.h"
 //
+#include "groups.h"
+//
+#include "feedback.h"
+//
 #include "kvrows.h"
 //
 #include "attention.h"
@@ -80,7 +85,9 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes, &top_k, kParts.data(), kParts.size(),
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
+    &fit_groups, &round_groups, &encode_groups, &feedback_round,
+    kParts.data(), kParts.size(),
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from barefoot import ops
 from barefoot.core.technique import Technique
 from barefoot.ops.grids import F32, U8, Grid
 
@@ -61,13 +61,12 @@ ROLE = Solver
 
 
 def solve_groups(weight: F32, grid: Grid, params: F32) -> Solution:
-    """Every weight to its nearest level, for parameters (rows × groups, p)."""
-    rows, cols = weight.shape
-    codes = grid.round(weight.reshape(-1, grid.group), params)
-    return Solution(codes.reshape(rows, cols), params.reshape(rows, cols // grid.group, -1))
+    """Every weight to its nearest level, for parameters (rows, groups, p)."""
+    codes = np.empty(weight.shape, np.uint8)
+    ops.round_groups(weight, grid, params, codes)
+    return Solution(codes, params)
 
 
-def repeated(per_column: npt.NDArray[np.float32], rows: int, group: int) -> F32:
-    """One number for each column, as (rows × groups, group) beside the groups of a matrix."""
-    spread = np.broadcast_to(per_column.reshape(1, -1, group), (rows, per_column.size // group, group))
-    return spread.reshape(-1, group)
+def by_group(weight: F32, grid: Grid, params: F32) -> F32:
+    """Parameters (rows × groups, p) as (rows, groups, p)."""
+    return params.reshape(len(weight), weight.shape[1] // grid.group, -1)

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from barefoot import ops
 from barefoot.ops.grids import F32, Grid
-from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, repeated, solve_groups
-
-SHRINKS = np.linspace(1.0, 0.45, 12, dtype=np.float32)  # of the range
-REFITS = 2  # least-squares steps behind the search
+from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, solve_groups
 
 
 @dataclass(frozen=True)
@@ -27,37 +25,18 @@ class Mse(Solver, name="mse", papers=(14,), status="stable"):
         return "squares" if self.weighted else "nothing"
 
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
-        x = weight.reshape(-1, grid.group)
-        importance = None
-        if self.weighted:
-            assert inputs is not None
-            importance = repeated(inputs.squares, len(weight), grid.group)
-        return solve_groups(weight, grid, least_error(grid, x, importance))
+        if not self.weighted:
+            return solve_groups(weight, grid, least_error(weight, grid))
+        assert inputs is not None
+        return solve_groups(weight, grid, least_error(weight, grid, inputs.squares))
 
 
-def least_error(grid: Grid, x: F32, importance: F32 | None = None) -> F32:
-    """Parameters of least squared error for groups ``x`` (n, group), elements counting as ``importance`` says.
+def least_error(weight: F32, grid: Grid, importance: F32 | None = None) -> F32:
+    """Parameters (rows, groups, p) of least squared error, columns (cols,) or elements counting as ``importance`` says.
 
-    Tries shrunken ranges, then alternates rounding and least squares from the best of them. A step that doesn't help
-    (parameters are rounded to f16) is not taken, so the result is never worse than the whole range.
+    Never worse than the whole range: :func:`barefoot.ops.fit_groups`.
     """
-    weighting = np.ones_like(x) if importance is None else importance
-    low, high = x.min(axis=1), x.max(axis=1)
-    best = grid.spanning(low, high)
-    least = _errors(grid, x, best, weighting)
-
-    def offer(params: F32) -> None:
-        errors = _errors(grid, x, params, weighting)
-        better = errors < least
-        best[better], least[better] = params[better], errors[better]
-
-    for shrink in SHRINKS[1:]:
-        offer(grid.spanning(low * shrink, high * shrink))
-    for _ in range(REFITS):
-        offer(grid.refit(x, grid.round(x, best), weighting))
-    return best
-
-
-def _errors(grid: Grid, x: F32, params: F32, importance: F32) -> F32:
-    errors: F32 = (importance * (x - grid.values(grid.round(x, params), params)) ** 2).sum(axis=1)
-    return errors
+    rows, cols = weight.shape
+    params = np.empty((rows, cols // grid.group, grid.n_params), np.float32)
+    ops.fit_groups(weight, grid, params, importance=importance)
+    return params
