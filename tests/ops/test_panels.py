@@ -32,7 +32,8 @@ def product(x, weight, **options):
 
 
 def test_which_formats_and_shapes_have_panels():
-    assert len(FORMATS) == 5 + 5 + 1 + 4 * 3 * 2 + 3 + 3  # GGUF's, own formats of 8 to 2 bits, 1 bit, ternary
+    own = 4 * 3 * 2 + 3 + 3 + 3 * (1 + 5 + 2 + 4)  # 8 to 2 bits, 1 bit, ternary; NF4, minifloats, BitMoD, block float
+    assert len(FORMATS) == 5 + 5 + 1 + own
     assert panels.supports("q4_0", 16, 32)
     assert not panels.supports("q4_0", 24, 32)  # half a panel
     assert not panels.supports("q4_0", 0, 32)
@@ -41,6 +42,7 @@ def test_which_formats_and_shapes_have_panels():
     assert not panels.supports("q4_k", 16, 384)  # half a super-block
     assert not panels.supports("tq1_0", 16, 256)  # codes of 1.6 bits
     assert not panels.supports("f16", 16, 32)
+    assert not panels.supports("e4m3_g32", 16, 32)  # products in float32
 
 
 def test_the_documented_example():
@@ -119,6 +121,9 @@ def test_packing_is_exact_and_keeps_every_byte(isa, name, rng, threads):
         ("q5_k", 5),
         ("q6_k", 6),
         ("tq2_0", 2),
+        ("e2m3_g64", 6),
+        ("bitmod3_g128", 3),
+        ("bfp4_g32", 4),
     ],
 )
 def test_where_a_code_lies(name, bits, rng):
@@ -220,7 +225,21 @@ def test_a_token_with_nan_or_infinity(isa, name, n_tokens, bad, rng):
 
 
 @pytest.mark.parametrize(
-    "name", ["q8_0", "int8_g32_sym", "int8_g32_asym", "q5_0", "int2_g128_asym", "q3_k", "q5_k", "q6_k"]
+    "name",
+    [
+        "q8_0",
+        "int8_g32_sym",
+        "int8_g32_asym",
+        "q5_0",
+        "int2_g128_asym",
+        "q3_k",
+        "q5_k",
+        "q6_k",
+        "nf4_g32",
+        "e2m3_g32",
+        "e3m0_g64",
+        "bitmod4_g64",
+    ],
 )
 def test_the_largest_codes_and_activations_do_not_saturate(isa, name, rng):
     """All codes at one end and all activations at ± 127: the sums where 16-bit intermediates would clip."""

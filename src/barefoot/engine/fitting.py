@@ -2,7 +2,8 @@
 
 For each layer, stage by stage (q k v, o, gate up, down): measure the inputs that the matrices meet, with everything
 before them already stored in its format; solve; go on with what is stored. So errors are seen, and partly undone, by
-all that follows. After each layer its file and the hidden states are on disk, and an interrupted fit goes on there; the
+all that follows. A layer solver then refines the layer as a whole, for which the hidden states that nothing rounded
+are kept too. After each layer its file and the hidden states are on disk, and an interrupted fit goes on there; the
 same settings give the same bytes, whether interrupted or not.
 """
 
@@ -20,14 +21,18 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
-from barefoot.engine.layer_pass import STAGES, LayerPass
+from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
+from barefoot.engine.rows import decode as decode_blocks
+from barefoot.engine.rows import read_rows
 from barefoot.engine.saving import ModelFolder
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import PackedWeight, blocks, parts
-from barefoot.weights.solvers import Inputs, Knowledge, Solver
+from barefoot.ops.grids import Grid
+from barefoot.weights.solvers import Inputs, Knowledge, LayerProblem, LayerSolver, Solution, Solver
 from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.structures import Matrix, Structure
+from barefoot.weights.training import require_torch
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -92,9 +97,12 @@ def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress:
     Incompatible : a format that a matrix can't have.
     InvalidInput : text is needed and there is none, or ``path`` holds another fit that was interrupted.
     CorruptFile : the source can't be read.
+    BackendMissing : the solver learns, and PyTorch is not installed.
     """
     if job.reads and not job.texts.size:
         raise InvalidInput(f"{job.solver} looks at text, and there is none", cure="give text, or a solver without it")
+    if isinstance(job.solver, LayerSolver):
+        require_torch(str(job.solver))
     return _Fitting(checkpoint, spec, job, path, progress or (lambda done, total, label: None)).run()
 
 
@@ -108,38 +116,40 @@ class _Fitting:
         self.done = 0
 
     def run(self) -> ModelFolder:
-        start, hidden = self._resume()
+        start, hidden, exact = self._resume()
         if start == 0:
             embed = self._solved("embed", None)
             self.folder.write(0, {"embed": embed})
             hidden = self._embedded(embed)
-            start = self._keep(1, hidden)
+            if isinstance(self.job.solver, LayerSolver):
+                exact = self._embedded(Matrix(self.source.weights["embed"].format, self.source.stored("embed")))
+            start = self._keep(1, hidden, exact)
         for layer in range(start - 1, self.spec.n_layers):
-            self._layer(layer, hidden)
-            start = self._keep(layer + 2, hidden)
+            self._layer(layer, hidden, exact)
+            start = self._keep(layer + 2, hidden, exact)
         self._tail(hidden)
         self.state.unlink(missing_ok=True)
         return self.folder
 
     # --- interruption -----------------------------------------------------------------------------------------------
 
-    def _resume(self) -> tuple[int, F32]:
-        """The number of files that are there, and the hidden states behind them."""
+    def _resume(self) -> tuple[int, F32, F32]:
+        """The number of files that are there, and the hidden states behind them: as stored, and exact ones."""
         if not self.state.exists():
-            return 0, np.empty(0, np.float32)
+            return 0, np.empty(0, np.float32), np.empty(0, np.float32)
         with np.load(self.state, allow_pickle=False) as kept:
             if str(kept["key"]) != self.key:
                 raise InvalidInput(
                     f"{self.folder.path} holds another fit that was interrupted",
                     cure=f"repeat its command to go on with it, or remove {self.state}",
                 )
-            n, hidden = int(kept["n_files"]), kept["hidden"]
+            n, hidden, exact = int(kept["n_files"]), kept["hidden"], kept["exact"]
         self.done = sum(w.group != "norm" and self.folder.shard_of(w) < n for w in self.spec.weights)
-        return n, hidden
+        return n, hidden, exact
 
-    def _keep(self, n_files: int, hidden: F32) -> int:
+    def _keep(self, n_files: int, hidden: F32, exact: F32) -> int:
         with atomic_writer(self.state) as file:
-            np.savez(file, key=np.array(self.key), n_files=np.array(n_files), hidden=hidden)
+            np.savez(file, key=np.array(self.key), n_files=np.array(n_files), hidden=hidden, exact=exact)
         return n_files
 
     # --- the stages -------------------------------------------------------------------------------------------------
@@ -155,8 +165,8 @@ class _Fitting:
             ops.embed(ids, packed, out, scale=self.spec.embed_scale)
         return hidden
 
-    def _layer(self, layer: int, hidden: F32) -> None:
-        """Store a layer, and pass ``hidden`` through it."""
+    def _layer(self, layer: int, hidden: F32, exact: F32) -> None:
+        """Store a layer, and pass ``hidden`` through it as it is stored, ``exact`` as it was."""
         prefix = f"layers.{layer}."
         vectors = {
             weight.name.removeprefix(prefix): self._vector(weight.name)
@@ -165,6 +175,7 @@ class _Fitting:
         }
         kept = {prefix + role: Matrix("f32", rows) for role, rows in vectors.items()}
         there = LayerPass(self.folder.target, layer, factors(self.folder.target, vectors))
+        inputs_of_layer = hidden.copy() if len(exact) else hidden
 
         def stored(stage: str, inputs: Iterable[F32]) -> list[F32]:
             """The matrices of a stage as they are stored from now on."""
@@ -191,7 +202,47 @@ class _Fitting:
         down = stored("ffn_out", activated())
         for i, a in enumerate(activated()):
             hidden[i] = there.after_ffn(hidden[i], *products(a, down))
+        if len(exact):
+            self._refine(there, kept, inputs_of_layer, hidden, exact)
         self.folder.write(layer + 1, kept)
+
+    def _refine(self, there: LayerPass, kept: dict[str, Matrix], inputs: F32, hidden: F32, exact: F32) -> None:
+        """Choose the matrices of a layer anew, all together; both streams are passed through it.
+
+        inputs : the hidden states before the layer; ``hidden`` becomes those behind it.
+        """
+        solver, prefix = self.job.solver, f"layers.{there.layer}."
+        assert isinstance(solver, LayerSolver)
+        roles = [role for stage in STAGES.values() for role in stage]
+        weights = {r: self.source.floats(prefix + r, order=self.folder.row_order(prefix + r)) for r in roles}
+        for i, h in enumerate(exact):
+            exact[i] = there(h, weights)
+        grids = {r: grid for r in roles if (grid := self._grid(prefix + r)) is not None}
+        if not grids:
+            return
+        starts = {r: blocks.unpack(kept[prefix + r].format, kept[prefix + r].rows) for r in grids}
+        stored = {r: decode(kept[prefix + r], weights[r].shape[1]) for r in roles if r not in grids}
+        problem = LayerProblem(
+            spec=there.spec,
+            layer=there.layer,
+            weights={**weights, **stored, **there.vectors},
+            grids=grids,
+            starts={r: Solution(*start) for r, start in starts.items()},
+            inputs=inputs,
+            targets=exact,
+            rotations=rotations(there.spec, there.layer, hidden.shape[1]),
+        )
+        found = solver.refine(problem)
+        for role, solution in found.matrices.items():
+            layout = kept[prefix + role].format
+            kept[prefix + role] = Matrix(layout, blocks.pack(layout, solution.codes, solution.params))
+            stored[role] = decode(kept[prefix + role], weights[role].shape[1])
+        for role, vector in found.vectors.items():
+            shift = np.float32(there.spec.norm_plus_one and role.endswith("norm"))
+            kept[prefix + role] = Matrix("f32", (vector - shift).reshape(1, -1).view(np.uint8))
+        behind = LayerPass(there.spec, there.layer, {**there.vectors, **found.vectors})
+        for i, h in enumerate(inputs):
+            hidden[i] = behind(h, stored)
 
     def _tail(self, hidden: F32) -> None:
         """The last norm, and the head where it is not the embedding."""
@@ -225,7 +276,7 @@ class _Fitting:
             return Matrix(weight.format, self.folder.arranged(name, self.source.stored(name)))
         if isinstance(how, Structure):
             return how.solve(self.source.floats(name, order=order), inputs)
-        grid, solver = blocks.lookup(how).grid, self.job.solver
+        grid, solver = self._grid(name), self.job.solver
         if inputs is None and solver.wants != "nothing":
             solver = WITHOUT_TEXT
         # Rows are independent; without a Hessian to factor they may as well be solved a few at a time.
@@ -239,6 +290,13 @@ class _Fitting:
                 solution = solver.solve(some, grid, inputs)
                 packed[start : start + step] = blocks.pack(how, solution.codes, solution.params)
         return Matrix(how, packed)
+
+    def _grid(self, name: str) -> Grid | None:
+        """What the solver chooses a matrix's codes on; None where it chooses none."""
+        how = self.job.formats.get(name)
+        if how is None or isinstance(how, Structure) or how == self.source.weights[name].format:
+            return None
+        return blocks.lookup(how).grid
 
 
 class Source:
@@ -256,11 +314,7 @@ class Source:
 
     def stored(self, name: str, first: int = 0, n_rows: int | None = None) -> U8:
         """Rows of a weight as its file stores them, uint8 (n_rows, row_bytes)."""
-        weight = self.weights[name]
-        n_rows = weight.rows - first if n_rows is None else n_rows
-        rows = np.empty((n_rows, blocks.row_bytes(weight.format, weight.cols)), np.uint8)
-        self._checkpoint.read_into(weight.source, rows, weight.row_start + first, n_rows)
-        return rows
+        return read_rows(self._checkpoint, self.weights[name], first, n_rows)
 
     def floats(
         self, name: str, first: int = 0, n_rows: int | None = None, order: npt.NDArray[np.int64] | None = None
@@ -274,9 +328,7 @@ class Source:
 def decode(matrix: Matrix, cols: int) -> F32:
     """What is stored, float32 (n, cols), by the kernels."""
     n = len(matrix.rows)
-    out = np.empty((n, cols), np.float32)
-    packed = PackedWeight(matrix.format, n, cols, np.ascontiguousarray(matrix.rows).reshape(-1))
-    ops.embed(np.arange(n, dtype=np.int32), packed, out)
+    out = decode_blocks(matrix.format, matrix.rows, cols)
     for kind, data in matrix.parts.values():
         out += parts.lookup(kind).decode(n, cols, data)
     return out

@@ -7,7 +7,7 @@ token of each sequence that takes part, so that the matrices are read once for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,9 @@ from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.sequences import Sequences
+from barefoot.engine.stacks import Stacks, n_stacked
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
-from barefoot.engine.weights import Progress, Sum, bind_part, load
+from barefoot.engine.weights import Progress, Sum, load
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import PackedWeight, blocks
 
@@ -78,17 +79,30 @@ class Engine:
         ops.set_threads(config.n_threads)
         try:
             self._matrices, self._vectors = load(
-                spec, self._placement, self._tensors, self._files, self.arena, progress
+                spec, self._placement, self._tensors, checkpoint.linears, self._files, self.arena, progress
             )
             self.arena.release("staging")
             release_free_memory()  # what converting took must not stay beside keys and values
+            self.stacks = self._stack()
             self._allocate()
         except BaseException:
             self._files.close()
             raise
+        self._check_bytes()
+
+    def _check_bytes(self) -> None:
         running = (e for phase in RUNNING for e in self.footprint.select(phase=phase))
         planned = {e.owner: e.bytes for e in running if e.owner not in PASSING}
         assert self.arena.used_by_owner() == planned
+
+    def _stack(self) -> Stacks | None:
+        """The residual blocks that come and go, as many of them as the configuration says."""
+        if not self.spec.stack:
+            return None
+        found = {name: m.stack for name, m in self._matrices.items() if m.stack is not None}
+        stacks = Stacks(self.spec, self._tensors, self._files, self.arena, found)
+        stacks.resize(n_stacked(self.spec, self.config))
+        return stacks
 
     def _allocate(self) -> None:
         spec, config, placement = self.spec, self.config, self._placement
@@ -157,6 +171,25 @@ class Engine:
         if self._stream is not None:
             self._stream.close()
         self._files.close()
+
+    def resize(self, n_stacked: int) -> None:
+        """Have so many parts of the model's stack in memory from now on: what is new is read, what goes is given back.
+
+        Keys and values stay; tokens to come see those that the earlier weights made. ``config`` and ``footprint`` are
+        those of the new size.
+
+        Raises
+        ------
+        InvalidInput : the model's stack has fewer parts.
+        CorruptFile : a part can't be read; the engine is as it was.
+        Incompatible : it is fewer, and this system takes no memory back; the engine is as it was.
+        """
+        config = replace(self.config, n_stacked=n_stacked)
+        planned = footprint(self.spec, config)
+        if self.stacks is not None:
+            self.stacks.resize(n_stacked)
+        self.config, self.footprint = config, planned
+        self._check_bytes()
 
     # --- the sequences ----------------------------------------------------------------------------------------------
 
@@ -280,9 +313,8 @@ class Engine:
         buffer = self._stream.get(item, then)
         spans = iter(self._stream.spans(item))
         for spec, weight in layer.streamed:
-            weight.blocks.bind(buffer[slice(*next(spans))])
-            for part, each in zip(spec.parts, weight.parts, strict=True):
-                bind_part(each, buffer[slice(*next(spans))], part.source)
+            rows, *parts = (buffer[slice(*next(spans))] for _ in range(1 + len(spec.parts)))
+            weight.bind(rows, spec.parts, parts)
 
     def _embed(self, ids: Sequence[int], views: Views) -> None:
         scale = self.spec.embed_scale
@@ -361,9 +393,13 @@ class Engine:
             matrices, their_outs = map(list, zip(*dense, strict=True))
             program.matmul(x, matrices, their_outs, activations=self.config.activations, add=add, scratch=self._scratch)
         for weight, out in zip(weights, outs, strict=True):
-            for n, part in enumerate(weight.parts):
-                further = add or n > 0 or weight.blocks.format != "zero"
+            further = add or weight.blocks.format != "zero"
+            for part in weight.parts:
                 program.part_matmul(x, part, out, add=further, scratch=self._scratch)
+                further = True
+            if weight.stack is not None:
+                activations = self.config.activations
+                program.sign_matmul(x, weight.stack, out, activations=activations, add=further, scratch=self._scratch)
 
     def _project(
         self,

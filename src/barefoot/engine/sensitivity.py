@@ -116,6 +116,15 @@ def sensitivity(
     return found
 
 
+def input_squares(source: Source, spec: ModelSpec, texts: Ids) -> dict[str, F32]:
+    """Mean squares of the inputs of each layer's matrices on ``texts``, (cols,) by name: an importance matrix."""
+    found: dict[str, F32] = {}
+    hidden = _embed(source, spec, texts, np.empty((*texts.shape, spec.d_model), np.float32))
+    for layer in range(spec.n_layers):
+        _Layer(source, spec, layer).run(hidden, found)
+    return {name: squares / np.float32(texts.size) for name, squares in found.items()}
+
+
 def workspace_bytes(spec: ModelSpec, n_windows: int, window: int) -> int:
     """What ``sensitivity`` holds at most: the states of all layers, seven streams of a layer's changes, a layer's
     matrices and one of them rounded, a stream's activations, the head's tiles and its Fisher matrix."""

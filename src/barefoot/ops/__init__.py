@@ -23,7 +23,7 @@ from barefoot.core.errors import BackendMissing, unknown_name
 from barefoot.ops import blocks, lut, panels, parts, planes, reference, rounding
 from barefoot.ops.grids import LANES, Grid, Levels
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -36,6 +36,7 @@ __all__ = [
     "PackedWeight",
     "Part",
     "Program",
+    "SignStack",
     "add_",
     "argmax",
     "attention",
@@ -48,6 +49,7 @@ __all__ = [
     "feedback_round",
     "fit_groups",
     "glu",
+    "group_errors",
     "head_rmsnorm",
     "isa",
     "kv_append",
@@ -72,6 +74,8 @@ __all__ = [
     "round_groups",
     "set_isa",
     "set_threads",
+    "sign_matmul",
+    "sign_scratch_bytes",
     "top_k",
 ]
 
@@ -100,14 +104,21 @@ else:
     Part = _impl.Part
 
 
+#: A matrix as a sum of blocks of signs and low rank, ``barefoot.ops.signs.SignStack``.
+if TYPE_CHECKING:
+    from barefoot.ops.signs import SignStack
+else:
+    SignStack = _impl.SignStack
+
+
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
-#: ``matmul``, ``part_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and
-#: ``attention``, which take what the functions below take, with arrays of as many rows as it will ever have tokens, and
-#: KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the
-#: arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one
-#: sequence of which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of
-#: each of several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are
-#: checked op by op as it runs; weights and parts may be bound between runs.
+#: ``matmul``, ``part_matmul``, ``sign_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``,
+#: ``kv_append`` and ``attention``, which take what the functions below take, with arrays of as many rows as it will
+#: ever have tokens, and KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they
+#: record, and keep the arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first
+#: ``n_tokens`` rows, tokens of one sequence of which the first has position ``n_past``. ``run_each(sequences,
+#: positions)`` calls them on one token of each of several sequences, ``kv_append_each`` and ``attention_each`` in place
+#: of their namesakes. Arguments are checked op by op as it runs; weights, parts and stacks may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:
@@ -215,6 +226,22 @@ def plane_matmul(
         add=add,
         scratch=scratch,
     )
+
+
+def sign_matmul(
+    x: F32, stack: SignStack, out: F32, *, activations: str = "int8", add: bool = False, scratch: U8
+) -> None:
+    """out = x @ W^T, or out += x @ W^T with ``add``, of a stack of signed blocks (``barefoot.ops.signs``).
+
+    Rounding and what NaN and infinity do are described there. The result depends on neither threads nor, up to 6
+    tokens, on which tokens come together.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    scratch : uint8, at least ``sign_scratch_bytes(n_tokens, cols, rank, n_blocks, activations)``
+    """
+    _impl.sign_matmul(x, stack, out, activations=activations, add=add, scratch=scratch)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:
@@ -424,6 +451,19 @@ def fit_groups(x: F32, grid: Grid, params: F32, *, importance: F32 | None = None
         rounding.fit_groups(x, grid, params, importance)
     else:
         _native.fit_groups(x, levels, importance, rounding.SHRINKS, rounding.REFITS, params)
+
+
+def group_errors(x: F32, grid: Grid, params: F32, errors: F32, *, importance: F32 | None = None) -> None:
+    """The squared error of each group, rounded with ``params``.
+
+    x : float32 [rows, cols]; params : float32 [rows, cols / group, p]; errors : float32 [rows, cols / group], is filled
+    importance : as in ``fit_groups``
+    """
+    levels = _levels(grid)
+    if levels is None:
+        rounding.group_errors(x, grid, params, errors, importance)
+    else:
+        _native.group_errors(x, levels, params, importance, errors)
 
 
 def round_groups(x: F32, grid: Grid, params: F32, codes: U8) -> None:

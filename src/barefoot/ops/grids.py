@@ -6,7 +6,12 @@ float32 (n, p) as they will be stored (rounded to f16), ``codes`` uint8 (n, k).
 
     Uniform   w = scale × (code − zero)        symmetric; the scale may be negative
               w = scale × code + minimum       asymmetric
+    Shifted   w = scale × (code − zero)        symmetric, and the scale a power of two
     Table     w = scale × table[code]          the levels of a number format that is not uniform, such as NF4 or FP4
+    Special   the same, but one code stands for one of two special values, as the last bit of the scale says
+    Nested    Uniform, but scales (and minimums) are small integers times a number that a block of groups shares
+
+What is *stored* for a block, float32 (n, k), is the parameters themselves where blocks are groups, so that k = p.
 
 All of it is float32 in a fixed order, sums by :func:`row_sums`, so that compiled kernels (``barefoot.ops.rounding``)
 return the same bits for any grid that has a :class:`Levels`.
@@ -15,7 +20,10 @@ return the same bits for any grid that has a :class:`Levels`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -51,7 +59,8 @@ class Levels(NamedTuple):
     ``values`` float32 (n ≤ 256) ascend; ``codes`` uint8 (n,) are their codes. Of an ``even`` grid, values and codes are
     consecutive integers, and the rank of a weight is that of the integer nearest to w / scale, ties to even. Otherwise
     it is the number of ``bounds``, float32 (n - 1,), that lie below w / scale. ``rule`` names how parameters follow
-    from a group's range, mean or least squares, as in the grids of this module; None: in another way.
+    from a group's range, mean or least squares; None: in another way than :class:`Uniform`, :class:`Table` and
+    :class:`Ternary` have it.
     """
 
     values: F32
@@ -74,6 +83,27 @@ class Grid(ABC):
         return None
 
     @property
+    def block(self) -> int:
+        """Elements whose parameters are stored together: whole groups."""
+        return self.group
+
+    def store(self, wanted: F32) -> F32:
+        """What to store for blocks whose groups should have the parameters ``wanted`` (n, groups, p)."""
+        return wanted[:, 0]
+
+    def expand(self, stored: F32) -> F32:
+        """The parameters (n, groups, p) that ``stored`` (n, k) means."""
+        return stored[:, None]
+
+    def move(self, stored: F32, at: int, wanted: F32) -> F32:
+        """``stored``, but for the group ``at`` of each block the parameters nearest to ``wanted`` (n, p)."""
+        return to_f16(wanted)
+
+    def neighbours(self, stored: F32, at: int) -> Iterator[F32]:
+        """What else could be stored with only the group ``at`` changed, and little."""
+        yield from ()
+
+    @property
     def n_params(self) -> int:
         """Parameters of a group, p."""
         return int(self.spanning(*np.zeros((2, 1), np.float32)).shape[1])
@@ -81,6 +111,10 @@ class Grid(ABC):
     @abstractmethod
     def spanning(self, low: F32, high: F32) -> F32:
         """Parameters whose levels reach from ``low`` to ``high``, (n,) each → (n, p)."""
+
+    def kinds(self, low: F32, high: F32) -> Iterator[F32]:
+        """The same for each kind of group that the grid has; solvers try all of them."""
+        yield self.spanning(low, high)
 
     def plain(self, x: F32) -> F32:
         """Parameters of plain rounding: levels reach from the least to the largest weight. x : float32 (n, group)"""
@@ -163,6 +197,131 @@ def _refit_scale(x: F32, q: F32, importance: F32) -> F32:
     return to_f16(_ratio(row_sums(weighted * x), row_sums(weighted * q)))[:, None]
 
 
+@dataclass(frozen=True)
+class Shifted(Uniform):
+    """Symmetric, with a scale that is a power of two: block floating point, codes being mantissas; params (scale,)."""
+
+    symmetric: bool = True
+
+    @property
+    def levels(self) -> Levels:
+        return super().levels._replace(rule=None)
+
+    def move(self, stored: F32, at: int, wanted: F32) -> F32:
+        return floor_power_of_two(np.abs(wanted) * np.float32(2**0.5))
+
+    def spanning(self, low: F32, high: F32) -> F32:
+        """The largest magnitude's exponent, at which the top half step saturates."""
+        return floor_power_of_two(largest(low, high) / np.float32(self.zero / 2))[:, None]
+
+    def kinds(self, low: F32, high: F32) -> Iterator[F32]:
+        """That exponent, and the one above, at which nothing saturates."""
+        for factor in (1, 2):
+            yield np.minimum(factor * self.spanning(low, high), np.float32(2.0**127))
+
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        # The power of two nearest to the scale of least squares in the ratio.
+        best = Uniform(self.bits, self.group, symmetric=True).refit(x, codes, importance)
+        return floor_power_of_two(np.abs(best) * np.float32(2**0.5))
+
+
+@dataclass(frozen=True)
+class Nested(Grid):
+    """Uniform groups, blocks of which share d (and dmin): scale = d × sub-scale (and minimum = −dmin × sub-minimum).
+
+    Stored for each parameter: d, then the integers ``least`` to ``most`` of all groups. Their products are exact.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+    elements: int  # of a block
+    least: int
+    most: int
+
+    @property
+    def block(self) -> int:
+        return self.elements
+
+    @cached_property
+    def _inner(self) -> Uniform:
+        return Uniform(self.bits, self.group, self.symmetric)
+
+    @property
+    def levels(self) -> Levels:
+        return self._inner.levels
+
+    def spanning(self, low: F32, high: F32) -> F32:
+        return self._inner.spanning(low, high)
+
+    def round(self, x: F32, params: F32) -> U8:
+        return self._inner.round(x, params)
+
+    def values(self, codes: U8, params: F32) -> F32:
+        return self._inner.values(codes, params)
+
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        return self._inner.refit(x, codes, importance)
+
+    def split(self, stored: F32) -> tuple[F32, F32]:
+        """d of each parameter (n, p, 1), and the integers (n, p, groups)."""
+        parts = stored.reshape(len(stored), -1, 1 + self.block // self.group)
+        return parts[:, :, :1], parts[:, :, 1:]
+
+    def join(self, shared: F32, integers: F32) -> F32:
+        """The inverse of ``split``."""
+        return np.concatenate([shared, integers], axis=2).reshape(len(shared), -1)
+
+    def store(self, wanted: F32) -> F32:
+        aims = wanted.transpose(0, 2, 1) * self._signs
+        low, high = aims.min(axis=2, keepdims=True), aims.max(axis=2, keepdims=True)
+        # The end of larger magnitude gets the integer of larger magnitude; without negative ones, the upper end.
+        reach = (
+            np.where(-low > high, low, high) / np.float32(self.least) if self.least else high / np.float32(self.most)
+        )
+        shared = to_f16(reach if self.least else np.maximum(reach, 0))
+        return self.join(shared, self._integers(aims, shared))
+
+    def expand(self, stored: F32) -> F32:
+        shared, integers = self.split(stored)
+        return (shared * integers * self._signs).transpose(0, 2, 1)
+
+    def move(self, stored: F32, at: int, wanted: F32) -> F32:
+        shared, integers = self.split(stored.copy())
+        integers[:, :, at, None] = self._integers(wanted[:, :, None] * self._signs, shared)
+        return self.join(shared, integers)
+
+    def neighbours(self, stored: F32, at: int) -> Iterator[F32]:
+        shared, integers = self.split(stored)
+        for steps in product((0, -1, 1), repeat=shared.shape[1]):
+            if any(steps):
+                other = integers.copy()
+                other[:, :, at] = np.clip(other[:, :, at] + np.array(steps, np.float32), self.least, self.most)
+                yield self.join(shared, other)
+
+    def _integers(self, aims: F32, shared: F32) -> F32:
+        nearest: F32 = np.clip(np.rint(aims * _inverse(shared)), self.least, self.most)
+        return nearest
+
+    @property
+    def _signs(self) -> F32:
+        """By which the parameters of a group are their products, (p, 1)."""
+        return np.array([[1]] if self.symmetric else [[1], [-1]], np.float32)
+
+
+def largest(low: F32, high: F32) -> F32:
+    """The larger magnitude of two ends."""
+    magnitude: F32 = np.maximum(-low, high)
+    return magnitude
+
+
+def floor_power_of_two(values: F32) -> F32:
+    """The largest powers of two that are not above ``values``, 2^-126 to 2^127; 0 for 0."""
+    exponents = np.frexp(values)[1] - 1
+    powers: F32 = np.ldexp(np.float32(1), np.clip(exponents, -126, 127)).astype(np.float32)
+    return np.where(values > 0, powers, np.float32(0))
+
+
 def _ratio(a: F32, b: F32) -> F32:
     return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
@@ -174,38 +333,116 @@ def _inverse(step: F32) -> F32:
 
 @dataclass(frozen=True)
 class Table(Grid):
-    """Levels of a table, ascending from below to above zero, times one positive scale; params (scale,)."""
+    """Levels of a table on both sides of zero, in any order, times one positive scale; params (scale,)."""
 
     table: tuple[float, ...]
     group: int
 
     @property
     def levels(self) -> Levels:
-        values = np.asarray(self.table, np.float32)
-        return Levels(
-            values, _middles(values), np.arange(len(values), dtype=np.uint8), False, False, self.group, "range"
-        )
+        levels, codes = self._sorted
+        bounds = (levels[1:] + levels[:-1]) * np.float32(0.5)
+        bounds = np.where(codes[1:] % 2 == 0, np.nextafter(bounds, levels[:-1]), bounds)
+        return Levels(levels, bounds, codes, False, False, self.group, "range")
+
+    @cached_property
+    def _sorted(self) -> tuple[F32, U8]:
+        """The levels, ascending, and the code of each."""
+        levels, codes = np.unique(np.asarray(self.table, np.float32), return_index=True)
+        return levels, codes.astype(np.uint8)
 
     def spanning(self, low: F32, high: F32) -> F32:
-        levels = np.asarray(self.table, np.float32)
         # The smallest scale that covers both ends.
-        return to_f16(np.maximum(np.maximum(high, 0) / levels[-1], np.minimum(low, 0) / levels[0]))[:, None]
+        top, bottom = np.float32(max(self.table)), np.float32(min(self.table))
+        return to_f16(np.maximum(np.maximum(high, 0) / top, np.minimum(low, 0) / bottom))[:, None]
 
     def round(self, x: F32, params: F32) -> U8:
-        codes: U8 = np.searchsorted(self.levels.bounds, x * _inverse(params)).astype(np.uint8)
-        return codes
+        levels = self.levels
+        return levels.codes[np.searchsorted(levels.bounds, x * _inverse(params))]
 
     def values(self, codes: U8, params: F32) -> F32:
         return params * np.asarray(self.table, np.float32)[codes]
 
     def refit(self, x: F32, codes: U8, importance: F32) -> F32:
-        return _refit_scale(x, np.asarray(self.table, np.float32)[codes], importance)
+        return _refit_scale(x, self.values(codes, np.ones((len(x), 1), np.float32)), importance)
 
 
-def _middles(levels: F32) -> F32:
-    """Half-way between neighbours."""
-    middles: F32 = (levels[1:] + levels[:-1]) * np.float32(0.5)
-    return middles
+@dataclass(frozen=True)
+class Special(Grid):
+    """Symmetric levels of a table, where the code of negative zero stands for a special value; params (scale,).
+
+    The scale's last f16 bit says which one of ``specials``: the one inside the table's range or the one beyond. A
+    negative scale mirrors the levels, so that the special value can lie on either side.
+    """
+
+    table: tuple[float, ...]
+    specials: tuple[float, float]
+    group: int
+
+    @cached_property
+    def _tables(self) -> tuple[Table, Table]:
+        negative_zero = len(self.table) // 2
+        inside, beyond = (
+            Table((*self.table[:negative_zero], special, *self.table[negative_zero + 1 :]), self.group)
+            for special in self.specials
+        )
+        return inside, beyond
+
+    def spanning(self, low: F32, high: F32) -> F32:
+        return next(self.kinds(low, high))
+
+    def kinds(self, low: F32, high: F32) -> Iterator[F32]:
+        """The largest magnitude over the largest level, for each special value and sign."""
+        for i, table in enumerate(self._tables):
+            scale = with_last_bit(largest(low, high) / np.float32(max(table.table)), i)
+            yield scale[:, None]
+            yield -scale[:, None]
+
+    def plain(self, x: F32) -> F32:
+        """The kind of least squared error (arXiv:2411.11745, section III.C)."""
+        least, best = np.full(len(x), np.inf, np.float32), np.empty((len(x), 1), np.float32)
+        for params in self.kinds(x.min(axis=1), x.max(axis=1)):
+            errors = ((x - self.values(self.round(x, params), params)) ** 2).sum(axis=1)
+            better = errors < least
+            best[better], least[better] = params[better], errors[better]
+        return best
+
+    def round(self, x: F32, params: F32) -> U8:
+        codes, which = np.empty(x.shape, np.uint8), last_bit(params[:, 0])
+        for i, table in enumerate(self._tables):
+            codes[which == i] = table.round(x[which == i], params[which == i])
+        return codes
+
+    def values(self, codes: U8, params: F32) -> F32:
+        both = np.array([table.table for table in self._tables], np.float32)
+        return params * both[last_bit(params).astype(np.uint8), codes]
+
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        best, most = np.zeros((len(x), 1), np.float32), np.full(len(x), -1, np.float32)
+        for i, table in enumerate(self._tables):
+            q = table.values(codes, np.ones((len(x), 1), np.float32))
+            products, squares = (importance * q * x).sum(axis=1), (importance * q * q).sum(axis=1)
+            scale = _ratio(products, squares)
+            gained = scale * products  # squared error less than with a scale of 0
+            better = gained > most
+            most[better] = gained[better]
+            best[better, 0] = np.copysign(with_last_bit(np.abs(scale), i), scale)[better]
+        return best
+
+
+def with_last_bit(values: F32, bit: int) -> F32:
+    """The nearest f16 numbers to ``values`` ≥ 0 whose last bit is ``bit``, as float32."""
+    values = np.minimum(values, np.float32(F16_MAX))
+    bits = values.astype(np.float16).view(np.uint16)
+    wrong = (bits & 1) ^ np.uint16(bit)
+    below, above = (each.view(np.float16).astype(np.float32) for each in (bits - wrong * (bits > 0), bits + wrong))
+    below = np.where(last_bit(below) == bit, below, above)  # zero has none below
+    return np.where(values - below <= above - values, below, above)
+
+
+def last_bit(params: F32) -> npt.NDArray[np.bool_]:
+    """Whether it is set in f16 numbers that are given as float32."""
+    return (params.astype(np.float16).view(np.uint16) & 1).astype(bool)
 
 
 class Ternary(Table):

@@ -11,7 +11,7 @@ after group along the columns, each a block of every row:
 ======= ============================================================================================================
 bytes   content
 ======= ============================================================================================================
-32      the scales of rows 0..15, f16
+32      the scales of rows 0..15, f16 (16 bytes: their exponents, where the format stores these)
 32      their minimums (K-quants: the scales of the minimums), f16; only where the format has them
 192/256 the sub-scales of the K-quants, 12 bytes a row in q3_k, q4_k and q5_k, 16 bytes in q2_k and q6_k: byte i of
         row r is byte 16 i + r
@@ -71,7 +71,7 @@ def pack(format_id: str, rows: U8, n_cols: int) -> U8:
     anatomy, n_groups = _anatomy(format_id, len(rows), n_cols)
     n_panels = len(rows) // ROWS
     numbers, scales, codes = anatomy.split(rows.reshape(-1, blocks.block_bytes(format_id)))
-    header = [_interleave(numbers.reshape(n_panels, ROWS, n_groups, -1, 2))]
+    header = [_interleave(numbers.reshape(n_panels, ROWS, n_groups, -1, _number_bytes(anatomy)))]
     header.append(_interleave(scales.reshape(n_panels, ROWS, n_groups, -1, 1)))
     quads = codes.reshape(n_panels, ROWS, n_groups, -1, QUADS, 4).transpose(0, 2, 3, 4, 1, 5)
     planes, low = [], 0
@@ -97,8 +97,12 @@ def unpack(format_id: str, packed: U8, n_cols: int) -> U8:
         quads |= fields.reshape(quads.shape) << np.uint8(low)
         low += width
     codes = quads.transpose(0, 4, 1, 2, 3, 5).reshape(ROWS * n_panels * n_groups, -1)
-    joined = anatomy.join(_rows_of(numbers, 2), _rows_of(scales, 1), codes)
+    joined = anatomy.join(_rows_of(numbers, _number_bytes(anatomy)), _rows_of(scales, 1), codes)
     return joined.reshape(ROWS * n_panels, -1)
+
+
+def _number_bytes(anatomy: blocks.Group | SuperBlock) -> int:
+    return anatomy.scale_bytes if isinstance(anatomy, blocks.Group) else 2
 
 
 def _interleave(values: U8) -> U8:

@@ -23,23 +23,32 @@ def encode(format_id: str, weights: F32, out: U8) -> None:
 
 
 def fit_groups(x: F32, grid: Grid, params: F32, importance: F32 | None = None) -> None:
-    counts = np.broadcast_to(np.float32(1) if importance is None else importance, x.shape).reshape(-1, grid.group)
-    params[:] = least_error(grid, x.reshape(-1, grid.group), counts).reshape(params.shape)
+    params[:] = least_error(grid, x.reshape(-1, grid.group), _counts(x, grid, importance)).reshape(params.shape)
+
+
+def group_errors(x: F32, grid: Grid, params: F32, errors: F32, importance: F32 | None = None) -> None:
+    groups, flat = x.reshape(-1, grid.group), params.reshape(-1, params.shape[2])
+    errors[:] = _errors(grid, groups, flat, _counts(x, grid, importance)).reshape(errors.shape)
+
+
+def _counts(x: F32, grid: Grid, importance: F32 | None) -> F32:
+    counts: F32 = np.broadcast_to(np.float32(1) if importance is None else importance, x.shape)
+    return counts.reshape(-1, grid.group)
 
 
 def least_error(grid: Grid, x: F32, importance: F32) -> F32:
     """Parameters for groups ``x`` (n, group), elements counting as ``importance`` (n, group) says."""
     low, high = x.min(axis=1), x.max(axis=1)
-    best = grid.spanning(low * SHRINKS[0], high * SHRINKS[0])
-    least = _errors(grid, x, best, importance)
+    best, least = grid.spanning(low, high), np.full(len(x), np.inf, np.float32)
 
     def offer(params: F32) -> None:
         errors = _errors(grid, x, params, importance)
         better = errors < least
         best[better], least[better] = params[better], errors[better]
 
-    for shrink in SHRINKS[1:]:
-        offer(grid.spanning(low * shrink, high * shrink))
+    for shrink in SHRINKS:
+        for params in grid.kinds(low * shrink, high * shrink):
+            offer(params)
     for _ in range(REFITS):
         offer(grid.refit(x, grid.round(x, best), importance))
     return best

@@ -68,7 +68,7 @@ class Stated:
     chunk : tokens of prefill at once.
     streamed_layers : so many of the last layers stay on disk (with an accelerator: on the host); 0 forbids it.
     stream_head : whether the logits' matrix stays on disk.
-    n_threads, activations, layouts : as in the engine's config.
+    n_threads, activations, layouts, n_stacked : as in the engine's config.
     """
 
     weights: Mapping[WeightGroup, WeightFormat] = field(default_factory=dict)
@@ -79,12 +79,14 @@ class Stated:
     n_threads: int | None = None
     activations: Activations | None = None
     layouts: Mapping[str, Layout] | None = None
+    n_stacked: int | None = None
 
     def __post_init__(self) -> None:
         for name, got, least in (
             ("chunk", self.chunk, 1),
             ("streamed_layers", self.streamed_layers, 0),
             ("n_threads", self.n_threads, 1),
+            ("n_stacked", self.n_stacked, 0),
         ):
             if got is not None and got < least:
                 raise InvalidInput(f"{name} must be at least {least}, got {got}")

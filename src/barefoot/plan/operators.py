@@ -19,6 +19,7 @@ from barefoot.core.device import Compute
 from barefoot.core.ledger import Place
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.config import EngineConfig
+from barefoot.engine.stacks import loaded, n_stacked
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
 
@@ -182,7 +183,7 @@ def layer_stages(spec: ModelSpec, config: EngineConfig, site: Site, tokens: int)
     """The layers' stages for ``tokens`` inputs, without their attention; equal layers are one stage with a count."""
     found: Counter[Stage] = Counter()
     known: dict[object, Stage] = {}
-    for i, weights in enumerate(layers_of(spec)):
+    for i, weights in enumerate(layers_of(loaded(spec, n_stacked(spec, config)))):
         at, window = layer_place(spec, i, config, site), spec.layers[i].window
         key = (at, window, tuple((w.rows, w.cols, w.format, w.group, sum(p.n_bytes for p in w.parts)) for w in weights))
         if key not in known:

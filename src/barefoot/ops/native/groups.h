@@ -140,6 +140,15 @@ class Grouping {
 
   const LevelKind& kind() const { return kind_; }
 
+  // Weighted squared errors of what parameters give.
+  F error(const Batch& batch, const BatchParams& params) const {
+    const Lanes lanes(params);
+    return batch.sums([&](int g, int64_t i) {
+      const F x = load(batch.x(g) + i), off = x - lanes.value(g, kind_.level(lanes.ratio(g, x)));
+      return batch.importance(g, i) * (off * off);
+    });
+  }
+
   // As Grid.plain.
   BatchParams plain(const Batch& batch) const {
     if (levels_.rule == RangeRule::ternary) return {ternary_scale(batch), set1(0.0f)};
@@ -198,14 +207,6 @@ class Grouping {
     }
     if (levels_.even) return {to_f16(where_less(high, zero - low, low, high) / first), zero};
     return {to_f16(max(max(high, zero) / last, min(low, zero) / first)), zero};
-  }
-
-  F error(const Batch& batch, const BatchParams& params) const {
-    const Lanes lanes(params);
-    return batch.sums([&](int g, int64_t i) {
-      const F x = load(batch.x(g) + i), off = x - lanes.value(g, kind_.level(lanes.ratio(g, x)));
-      return batch.importance(g, i) * (off * off);
-    });
   }
 
   // As Grid.refit, of the codes that ``from`` gives.
@@ -275,17 +276,21 @@ inline void pack_chunk(const uint8_t* codes, int bits, uint8_t* out) {
   const auto halves = [&](uint8_t* to) {
     for (int j = 0; j < 16; ++j) to[j] = static_cast<uint8_t>((codes[j] & 15) | codes[16 + j] << 4);
   };
-  const auto quarters = [&](uint8_t* to) {
+  const auto quarters = [&](int shift, uint8_t* to) {
+    const auto two = [&](int i) { return codes[i] >> shift & 3; };
     for (int j = 0; j < 8; ++j)
-      to[j] = static_cast<uint8_t>((codes[j] & 3) | (codes[8 + j] & 3) << 2 | (codes[16 + j] & 3) << 4 |
-                                   codes[24 + j] << 6);
+      to[j] = static_cast<uint8_t>(two(j) | two(8 + j) << 2 | two(16 + j) << 4 | two(24 + j) << 6);
   };
-  if (bits == 8) std::memcpy(out, codes, 32);
-  if (bits == 5) plane(4, out), halves(out + 4);
-  if (bits == 4) halves(out);
-  if (bits == 3) quarters(out), plane(2, out + 8);
-  if (bits == 2) quarters(out);
-  if (bits == 1) plane(0, out);
+  switch (bits) {
+    case 8: std::memcpy(out, codes, 32); break;
+    case 7: halves(out), quarters(4, out + 16), plane(6, out + 24); break;
+    case 6: halves(out), quarters(4, out + 16); break;
+    case 5: plane(4, out), halves(out + 4); break;
+    case 4: halves(out); break;
+    case 3: quarters(0, out), plane(2, out + 8); break;
+    case 2: quarters(0, out); break;
+    default: plane(0, out);
+  }
 }
 
 template <class Body>
@@ -320,16 +325,32 @@ inline void fit_groups(const RoundingArgs& args, const float* importance, bool i
   });
 }
 
+// Parameters (groups, p) of a batch.
+inline BatchParams load_params(const Batch& batch, const Levels& levels, const float* params) {
+  float scales[kLanes] = {}, minimums[kLanes] = {};
+  const float* from = params + batch.first() * levels.n_params();
+  for (int g = 0; g < batch.n(); ++g) {
+    scales[g] = *from++;
+    if (levels.has_minimum) minimums[g] = *from++;
+  }
+  return {load(scales), load(minimums)};
+}
+
+inline void group_errors(const RoundingArgs& args, const float* params, const float* importance,
+                         bool importance_of_row, float* errors) {
+  with_levels(args.levels, [&](auto grouping) {
+    each_batch(args, importance, importance_of_row, [&](const Batch& batch) {
+      float found[kLanes];
+      store(found, grouping.error(batch, load_params(batch, args.levels, params)));
+      std::memcpy(errors + batch.first(), found, batch.n() * sizeof(float));
+    });
+  });
+}
+
 inline void round_groups(const RoundingArgs& args, const float* params, uint8_t* codes) {
   with_levels(args.levels, [&](auto grouping) {
     each_batch(args, nullptr, false, [&](const Batch& batch) {
-      float scales[kLanes] = {}, minimums[kLanes] = {};
-      const float* from = params + batch.first() * args.levels.n_params();
-      for (int g = 0; g < batch.n(); ++g) {
-        scales[g] = *from++;
-        if (args.levels.has_minimum) minimums[g] = *from++;
-      }
-      const BatchParams given{load(scales), load(minimums)};
+      const BatchParams given = load_params(batch, args.levels, params);
       for (int g = 0; g < batch.n(); ++g)
         grouping.codes(batch, given, g, codes + (batch.first() + g) * batch.group());
     });

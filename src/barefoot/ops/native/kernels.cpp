@@ -39,6 +39,8 @@ struct Constant {
 #include "amx.h"
 #endif
 //
+#include "levels.h"
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"
@@ -56,6 +58,8 @@ struct Constant {
 #include "matmul.h"
 //
 #include "planes.h"
+//
+#include "signs.h"
 //
 #include "fused.h"
 //
@@ -76,7 +80,7 @@ struct Constant {
 #include "attention_token.h"
 
 // The kinds of parts, in the order of parts.names().
-constexpr std::array<PartKernel, 0> kParts{};
+constexpr std::array kParts{PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
 
 }  // namespace
 
@@ -85,8 +89,8 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
-    &fit_groups, &round_groups, &encode_groups, &feedback_round,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
+    &fit_groups, &group_errors, &round_groups, &encode_groups, &feedback_round,
     kParts.data(), kParts.size(),
 };
 

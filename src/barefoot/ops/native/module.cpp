@@ -313,6 +313,75 @@ void part_matmul(Matrix x, const Part& part, MatrixOut out, bool add, BytesOut s
   part.kernel().matmul(args);
 }
 
+// --- stacks of signed blocks ---
+
+class SignStack {
+ public:
+  SignStack(int64_t rows, int64_t cols, int64_t rank, nb::sequence buffers) : rows_(rows), cols_(cols), rank_(rank) {
+    if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX || rank < 1 || rank > kMostSignRanks)
+      refuse("a stack needs 1 to 2^31 - 1 rows and columns and a rank of 1 to " + text(kMostSignRanks) + ", got [" +
+             text(rows) + ", " + text(cols) + "] of rank " + text(rank));
+    if (nb::len(buffers)) bind(std::move(buffers));
+  }
+
+  void bind(nb::sequence buffers) {
+    std::vector<Bytes> bound;
+    for (nb::handle buffer : buffers) {
+      bound.push_back(nb::cast<Bytes>(buffer, false));
+      expect_size("bytes of a block", block_bytes(), static_cast<int64_t>(bound.back().size()));
+    }
+    if (bound.empty()) refuse("a stack needs one block or more, got none");
+    buffers_ = std::move(bound);
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  int64_t rank() const { return rank_; }
+  int64_t block_bytes() const { return portable::kernels.sign_bytes(args({}, {}, true, false, {})); }
+  const std::vector<Bytes>& buffers() const { return buffers_; }
+
+  SignArgs args(const Matrix& x, const std::vector<const uint8_t*>& blocks, bool int8, bool add,
+                const MatrixOut& out) const {
+    SignArgs s{};
+    if (x.is_valid()) {
+      s.x = x.data();
+      s.n_tokens = dim(x, 0);
+      s.out = out.data();
+    }
+    s.n_cols = cols_;
+    s.n_rows = rows_;
+    s.rank = rank_;
+    s.blocks = blocks.data();
+    s.n_blocks = static_cast<int64_t>(blocks.size());
+    s.int8 = int8;
+    s.add = add;
+    s.n_threads = n_threads();
+    return s;
+  }
+
+ private:
+  int64_t rows_, cols_, rank_;
+  std::vector<Bytes> buffers_;
+};
+
+void sign_matmul(Matrix x, const SignStack& stack, MatrixOut out, const std::string& activations, bool add,
+                 BytesOut scratch) {
+  expect_size("columns of the stack", dim(x, 1), stack.cols());
+  expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+  expect_size("columns of the output", stack.rows(), dim(out, 1));
+  const std::vector<Bytes> kept = stack.buffers();
+  if (kept.empty()) refuse("the stack [" + text(stack.rows()) + ", " + text(stack.cols()) + "] has no blocks");
+  std::vector<const uint8_t*> blocks;
+  for (const Bytes& buffer : kept) blocks.push_back(buffer.data());
+  SignArgs args = stack.args(x, blocks, is_int8(activations), add, out);
+  if (args.n_tokens == 0) return;
+  const int64_t needed = kernels().sign_scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  args.scratch = scratch.data();
+  nb::gil_scoped_release release;
+  kernels().sign_matmul(args);
+}
+
 // --- fused ---
 
 void rmsnorm(Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
@@ -417,7 +486,17 @@ void expect_params(const Levels& levels, int64_t n_rows, const A& params) {
   expect_size("params of a group", levels.n_params(), dim(params, 2));
 }
 
-void fit_groups(Matrix x, nb::tuple grid, std::optional<Array<const float>> importance, Vector shrinks, int n_refits,
+using Importance = std::optional<Array<const float>>;  // of each column, or of each element
+
+bool is_of_row(const RoundingArgs& args, const Importance& importance) {
+  if (!importance) return false;
+  const bool of_row = importance->ndim() == 2;
+  expect_size("elements of importance", of_row ? args.n_rows * args.n_cols : args.n_cols,
+              static_cast<int64_t>(importance->size()));
+  return of_row;
+}
+
+void fit_groups(Matrix x, nb::tuple grid, Importance importance, Vector shrinks, int n_refits,
                 Array<float, nb::ndim<3>> params) {
   const LevelArrays arrays = levels_of(grid);
   const Levels& levels = arrays.view;
@@ -425,12 +504,24 @@ void fit_groups(Matrix x, nb::tuple grid, std::optional<Array<const float>> impo
   expect_params(levels, args.n_rows, params);
   expect_size("groups of params", args.n_cols / levels.group, dim(params, 1));
   if (dim(shrinks, 0) < 1) refuse("no shrinks");
-  const bool of_row = importance && importance->ndim() == 2;
-  if (importance) expect_size("elements of importance", of_row ? args.n_rows * args.n_cols : args.n_cols,
-                              static_cast<int64_t>(importance->size()));
+  const bool of_row = is_of_row(args, importance);
   nb::gil_scoped_release release;
   kernels().fit_groups(args, importance ? importance->data() : nullptr, of_row, shrinks.data(), dim(shrinks, 0),
                        n_refits, params.data());
+}
+
+void group_errors(Matrix x, nb::tuple grid, Array<const float, nb::ndim<3>> params, Importance importance,
+                  MatrixOut errors) {
+  const LevelArrays arrays = levels_of(grid);
+  const Levels& levels = arrays.view;
+  const RoundingArgs args = rounding(levels, x);
+  expect_params(levels, args.n_rows, params);
+  expect_size("groups of params", args.n_cols / levels.group, dim(params, 1));
+  expect_size("rows of errors", args.n_rows, dim(errors, 0));
+  expect_size("groups of errors", args.n_cols / levels.group, dim(errors, 1));
+  const bool of_row = is_of_row(args, importance);
+  nb::gil_scoped_release release;
+  kernels().group_errors(args, params.data(), importance ? importance->data() : nullptr, of_row, errors.data());
 }
 
 void round_groups(Matrix x, nb::tuple grid, Array<const float, nb::ndim<3>> params,
@@ -675,8 +766,19 @@ void record_matmul(Program& program, Matrix x, nb::sequence weights, nb::sequenc
 
 void record_part_matmul(Program& program, Matrix x, nb::object part, MatrixOut out, bool add, BytesOut scratch) {
   const Part* view = nb::cast<const Part*>(part);
-  program.record([=](int64_t n) -> Program::Call {
+  program.record([=, kept = part](int64_t n) -> Program::Call {
     return [=, x = first(x, n), out = first(out, n)](const Where&) { part_matmul(x, *view, out, add, scratch); };
+  });
+}
+
+void record_sign_matmul(Program& program, Matrix x, nb::object stack, MatrixOut out, const std::string& activations,
+                        bool add, BytesOut scratch) {
+  const SignStack* view = nb::cast<const SignStack*>(stack);
+  is_int8(activations);
+  program.record([=, kept = stack](int64_t n) -> Program::Call {
+    return [=, x = first(x, n), out = first(out, n)](const Where&) {
+      sign_matmul(x, *view, out, activations, add, scratch);
+    };
   });
 }
 
@@ -781,6 +883,16 @@ NB_MODULE(_native, m) {
       .def_prop_ro("n_bytes", &PackedWeight::n_bytes)
       .def_prop_ro("buffer", &PackedWeight::buffer);
 
+  nb::class_<SignStack>(m, "SignStack")
+      .def(nb::init<int64_t, int64_t, int64_t, nb::sequence>(), "rows"_a, "cols"_a, "rank"_a,
+           "buffers"_a = nb::make_tuple())
+      .def("bind", &SignStack::bind, "buffers"_a)
+      .def_prop_ro("rows", &SignStack::rows)
+      .def_prop_ro("cols", &SignStack::cols)
+      .def_prop_ro("rank", &SignStack::rank)
+      .def_prop_ro("block_bytes", &SignStack::block_bytes)
+      .def_prop_ro("buffers", [](const SignStack& stack) { return nb::tuple(nb::cast(stack.buffers())); });
+
   m.def("matmul", &barefoot::matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
         "add"_a = false, "scratch"_a.noconvert());
   m.def("embed", &barefoot::embed, "ids"_a.noconvert(), "weight"_a, "out"_a.noconvert(), nb::kw_only(),
@@ -792,6 +904,8 @@ NB_MODULE(_native, m) {
   m.def("plane_matmul", &barefoot::plane_matmul, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(),
         nb::kw_only(), "weight_bits"_a, "group"_a, "zero"_a, "has_minimum"_a, "activation_bits"_a, "add"_a,
         "scratch"_a.noconvert());
+  m.def("sign_matmul", &barefoot::sign_matmul, "x"_a.noconvert(), "stack"_a, "out"_a.noconvert(), nb::kw_only(),
+        "activations"_a = "int8", "add"_a = false, "scratch"_a.noconvert());
   nb::class_<Part>(m, "Part")
       .def(nb::init<const std::string&, int64_t, int64_t, nb::object>(), "kind"_a, "rows"_a, "cols"_a,
            "buffer"_a = nb::none())
@@ -816,6 +930,8 @@ NB_MODULE(_native, m) {
   m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
   m.def("fit_groups", &barefoot::fit_groups, "x"_a.noconvert(), "grid"_a, "importance"_a.noconvert().none(),
         "shrinks"_a.noconvert(), "n_refits"_a, "params"_a.noconvert());
+  m.def("group_errors", &barefoot::group_errors, "x"_a.noconvert(), "grid"_a, "params"_a.noconvert(),
+        "importance"_a.noconvert().none(), "errors"_a.noconvert());
   m.def("round_groups", &barefoot::round_groups, "x"_a.noconvert(), "grid"_a, "params"_a.noconvert(),
         "codes"_a.noconvert());
   m.def("encode_groups", &barefoot::encode_groups, "x"_a.noconvert(), "grid"_a, "bits"_a, "is_signed"_a,
@@ -837,6 +953,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<>())
       .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
            "add"_a = false, "scratch"_a.noconvert())
+      .def("sign_matmul", &record_sign_matmul, "x"_a.noconvert(), "stack"_a, "out"_a.noconvert(), nb::kw_only(),
+           "activations"_a = "int8", "add"_a = false, "scratch"_a.noconvert())
       .def("part_matmul", &record_part_matmul, "x"_a.noconvert(), "part"_a, "out"_a.noconvert(), nb::kw_only(),
            "add"_a = false, "scratch"_a.noconvert())
       .def("rmsnorm", &record_rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),

@@ -8,8 +8,6 @@ the square of
 
 so that each column, given the errors before it, has a target: w_k + Σ_{j<k} (w_j − ŵ_j) M_jk. :func:`propagate` forms
 the targets block by block and leaves to its caller how a block is rounded to them.
-
-Bytes beside the weight (r, c) and H: :func:`solve_bytes`.
 """
 
 from __future__ import annotations
@@ -31,8 +29,11 @@ FACTOR_BLOCK = 256
 Inner = Callable[[F32, F32, int], None]
 
 
-def propagate(weight: F32, mixing: F32, step: int, inner: Inner) -> None:
-    """Take the columns of ``weight`` in blocks of ``step``, each with the targets that all errors before it make."""
+def propagate(weight: F32, mixing: F32, step: int, inner: Inner) -> F32:
+    """Take the columns of ``weight`` in blocks of ``step``, each with the targets that all errors before it make.
+
+    Returns all errors, float32 (rows, cols).
+    """
     rows, cols = weight.shape
     errors = np.empty((rows, cols), np.float32)
     for start in range(0, cols, step):
@@ -42,13 +43,20 @@ def propagate(weight: F32, mixing: F32, step: int, inner: Inner) -> None:
         targets += own
         inner(own, targets, start)
         errors[:, start:stop] = targets
+    return errors
+
+
+def ridge(hessian: F32, damp: float) -> np.float32:
+    """What is added to the diagonal: ``damp`` × its mean. Without any input 1, which means plain rounding."""
+    mean = np.mean(np.diag(hessian), dtype=np.float64)
+    return np.float32(damp * mean if mean > 0 else 1)
 
 
 def feedback(hessian: F32, damp: float) -> tuple[F32, F32]:
     """M float32 (n, n), strictly upper triangular, and the diagonal of D, float32 (n,), of the damped H.
 
-    ``damp`` × the mean of the diagonal is added to it. Factors need double precision: inputs of a few tokens can be
-    thousands of times larger than all others, and what is left of the diagonal is then a small difference.
+    Factors need double precision: inputs of a few tokens can be thousands of times larger than all others, and what is
+    left of the diagonal is then a small difference.
 
     Raises
     ------
@@ -58,9 +66,7 @@ def feedback(hessian: F32, damp: float) -> tuple[F32, F32]:
         raise InvalidInput("the inputs of a matrix are not finite, so errors can't be weighed", cure="use other text")
     factor = np.empty(hessian.shape, np.float64)
     factor[:] = hessian[::-1, ::-1]
-    mean = float(np.mean(np.diag(factor)))
-    # Without any input H becomes the identity: plain rounding.
-    factor[np.diag_indices_from(factor)] += damp * mean if mean > 0 else 1.0
+    factor[np.diag_indices_from(factor)] += ridge(hessian, damp)
     _cholesky_in_place(factor)
     upper = factor[::-1, ::-1]  # H = upper upperᵀ: the factor of the reversed matrix, reversed
     diagonal = np.diag(upper).copy()
@@ -81,14 +87,3 @@ def _cholesky_in_place(a: F64) -> None:
         for row in range(stop, n, FACTOR_BLOCK):
             rows = slice(row, min(row + FACTOR_BLOCK, n))
             a[rows, stop : rows.stop] -= a[rows, start:stop] @ a[stop : rows.stop, start:stop].T
-
-
-def solve_bytes(rows: int, cols: int, group: int) -> int:
-    """The most that a solve allocates at a time, beside the weight, H and the solution's parameters.
-
-    Either the factor in double precision, with M or with a panel of its own; or M, errors, codes and what a block
-    takes: its weights and targets, and a group's weights, targets and codes or the products that go on from it.
-    """
-    factor = 8 * cols**2 + max(4 * cols**2, 16 * min(cols, FACTOR_BLOCK) ** 2)
-    block = min(max(BLOCK, group), cols)
-    return max(factor, 4 * cols**2 + rows * (5 * cols + 8 * block + max(9 * group, 4 * block)))

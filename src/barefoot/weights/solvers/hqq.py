@@ -19,7 +19,7 @@ import numpy as np
 
 from barefoot.core.errors import InvalidInput
 from barefoot.ops.grids import F32, Grid, Uniform, to_f16
-from barefoot.weights.solvers import Inputs, Solution, Solver, by_group, solve_groups
+from barefoot.weights.solvers import Inputs, Solution, Solver, solve_groups
 from barefoot.weights.solvers.mse import least_error
 
 
@@ -52,7 +52,7 @@ class Hqq(Solver, name="hqq", papers=(), status="stable"):
             rest = x - shrink(error, beta, self.p) - params[:, :1] * codes
             params[:, 1] = to_f16(rest.mean(axis=1))
             beta *= self.kappa
-        return solve_groups(weight, grid, by_group(weight, grid, best))
+        return solve_groups(weight, grid, best.reshape(len(weight), -1, 2))
 
 
 def shrink(x: F32, beta: float, p: float) -> F32:

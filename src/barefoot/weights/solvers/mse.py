@@ -13,7 +13,7 @@ import numpy as np
 
 from barefoot import ops
 from barefoot.ops.grids import F32, Grid
-from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, solve_groups
+from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, solve_groups, stored
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,35 @@ class Mse(Solver, name="mse", papers=(14,), status="stable"):
 
 
 def least_error(weight: F32, grid: Grid, importance: F32 | None = None) -> F32:
-    """Parameters (rows, groups, p) of least squared error, columns (cols,) or elements counting as ``importance`` says.
+    """What to store of parameters, (rows, blocks, k), for the least squared error of each group, or nearly so.
 
-    Never worse than the whole range: :func:`barefoot.ops.fit_groups`.
+    ``importance``: how much a column (cols,) or an element (rows, cols) counts. Never worse than the whole range:
+    :func:`barefoot.ops.fit_groups`. Where a block's groups share numbers, these are chosen for what the groups want,
+    and then the groups look for better parameters around those that they got.
     """
     rows, cols = weight.shape
-    params = np.empty((rows, cols // grid.group, grid.n_params), np.float32)
-    ops.fit_groups(weight, grid, params, importance=importance)
+    wanted = np.empty((rows, cols // grid.group, grid.n_params), np.float32)
+    ops.fit_groups(weight, grid, wanted, importance=importance)
+    params = stored(grid, wanted)
+    if grid.block > grid.group:
+        for first in range(0, cols, grid.group):
+            here = slice(first, first + grid.group)
+            of_block = params[:, first // grid.block]
+            counts = None if importance is None else np.ascontiguousarray(importance[..., here])
+            settle(np.ascontiguousarray(weight[:, here]), grid, of_block, first % grid.block // grid.group, counts)
     return params
+
+
+def settle(x: F32, grid: Grid, params: F32, at: int, importance: F32 | None = None) -> None:
+    """Replace ``params`` (rows, k) by neighbours that serve the group ``at`` of a block, ``x`` (rows, group), better."""
+    errors, least = np.empty((2, len(x), 1), np.float32)
+
+    def measure(candidate: F32, into: F32) -> None:
+        own = np.ascontiguousarray(grid.expand(candidate)[:, at, None])
+        ops.group_errors(x, grid, own, into, importance=importance)
+
+    measure(params, least)
+    for candidate in grid.neighbours(params.copy(), at):
+        measure(candidate, errors)
+        better = errors[:, 0] < least[:, 0]
+        params[better], least[better] = candidate[better], errors[better]
