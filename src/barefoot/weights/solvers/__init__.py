@@ -61,6 +61,10 @@ class Solver(Technique):
         ``inputs`` is what ``wants`` asks for; it may be None only for ``"nothing"``.
         """
 
+    def workspace_bytes(self, rows: int, cols: int, grid: Grid) -> int:
+        """The most that ``solve`` takes at a time beside the weight, what was measured, and the codes."""
+        return 8 * rows * (cols // grid.group) * grid.n_params
+
 
 ROLE = Solver
 
