@@ -28,7 +28,9 @@ import triton.language as tl
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops import PackedWeight, blocks, panels
-from barefoot.ops.triton.tiles import FEW_TOKENS, check_input, half, multiplied, n_splits, tuned
+from barefoot.ops.triton.tiles import FEW_TOKENS, check_input, computes, half, multiplied, n_splits, tuned
+
+__all__ = ["PanelWeight", "computes", "panel_matmul", "supports"]
 
 
 @dataclass(frozen=True, eq=False)
