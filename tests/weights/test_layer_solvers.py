@@ -13,7 +13,7 @@ from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
 from barefoot.engine.layer_pass import LayerPass, rotations
 from barefoot.ops import blocks
-from barefoot.ops.grids import Grid, Table, Ternary, Uniform
+from barefoot.ops.grids import Grid, Shifted, Table, Ternary, Uniform
 from barefoot.weights.folds import Heads
 from barefoot.weights.solvers import LayerProblem
 from barefoot.weights.solvers.omniquant import Clipped, OmniQuant, first_factors
@@ -31,6 +31,7 @@ GRIDS = {
     "uniform": Uniform(2, 16),
     "symmetric": Uniform(3, 16, symmetric=True),
     "table": Table((-1.0, -0.4, 0.0, 0.3, 1.0), 16),
+    "codes not in order": Table((0.0, 0.5, 1.5, 0.0, -0.5, -1.5), 16),
     "ternary": Ternary(16),
 }
 
@@ -95,6 +96,8 @@ def test_rounded_weights_and_their_gradients(grid):
 def test_a_grid_without_levels_is_refused():
     with pytest.raises(Incompatible, match="no levels to learn on"):
         Levels.of(object())
+    with pytest.raises(Incompatible, match="Shifted has no levels to learn on"):
+        Levels.of(Shifted(4, 32))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

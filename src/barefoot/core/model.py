@@ -71,6 +71,9 @@ class WeightSpec:
     without a file the one that transformers gives it, and ``row_start`` its first row there, for weights that files
     keep fused (Phi-3's qkv_proj). A matrix with ``parts`` is the sum of its blocks and of these; the format ``"zero"``
     means that it has no blocks.
+
+    ``packed_bytes`` are those of the tensors that another program keeps the matrix as (GPTQ's codes, scales and zeros),
+    read as a whole and put into blocks of ``format``; 0 for a tensor that holds such blocks already.
     """
 
     name: str
@@ -81,6 +84,7 @@ class WeightSpec:
     source: str = ""
     row_start: int = 0
     parts: tuple[PartSpec, ...] = ()
+    packed_bytes: int = 0
 
     @functools.cached_property
     def layer(self) -> int | None:
@@ -132,6 +136,11 @@ class ModelSpec:
     @functools.cached_property
     def n_parameters(self) -> int:
         return sum(w.n_elements for w in self.weights)
+
+    @functools.cached_property
+    def streamable(self) -> bool:
+        """Whether layers can be read from disk as they are used: all are blocks in the file already."""
+        return not any(w.packed_bytes for w in self.weights if w.layer is not None)
 
     def kv_positions(self, layer: int, context: int, chunk: int) -> int:
         """Slots that a layer's KV must hold for ``context`` positions when prefill passes ``chunk`` at a time.

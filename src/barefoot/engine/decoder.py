@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from barefoot.core.errors import CorruptFile, UnsupportedFormat
 from barefoot.core.model import LayerSpec, ModelSpec, PartSpec, WeightGroup, WeightSpec
+from barefoot.io.quantized import PackedLinear, methods
 from barefoot.ops import blocks, parts
 
 _GROUPS: dict[str, WeightGroup] = {
@@ -210,9 +211,11 @@ def _sizes(stated: Mapping[str, int | None], eps: float, tensors: Tensors | None
 def hf_sizes(config: Mapping[str, Any], tensors: Tensors | None, names: Roles = HF) -> Sizes:
     """Sizes of a config.json, checked against the tensors."""
     method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
-    if config.get("quantization_config") and method != OWN_METHOD:
+    readable = (OWN_METHOD, *methods()) if tensors is not None else (OWN_METHOD,)  # the config alone states no bytes
+    if config.get("quantization_config") and method not in readable:
         raise UnsupportedFormat(
-            f"safetensors quantized by {method} are not supported", cure="use the unquantized model, or a GGUF file"
+            f"safetensors quantized by {method} are not supported; known: {', '.join(sorted(methods()))}",
+            cure="use the unquantized model, or a GGUF file",
         )
     n_heads = need(config, "num_attention_heads")
     stated = {
@@ -282,6 +285,28 @@ def hf_config(spec: ModelSpec, model_type: str, class_name: str, **more: Any) ->
     return config | more
 
 
+def gguf_metadata(spec: ModelSpec, arch: str, rope_keys: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The keys of a GGUF file from which ``from_gguf`` reads this spec; ``more`` are of attention, None for none."""
+    keys = {
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.d_model,
+        "feed_forward_length": spec.d_ff,
+        "vocab_size": spec.vocab_size,
+        **{f"rope.{key}": value for key, value in rope_keys.items()},
+    }
+    attention = {
+        "head_count": spec.n_heads,
+        "head_count_kv": spec.n_kv_heads,
+        "key_length": spec.head_dim,
+        "value_length": spec.head_dim,
+        "layer_norm_rms_epsilon": spec.norm_eps,
+        **{key: value for key, value in more.items() if value is not None},
+    }
+    keys |= {f"attention.{key}": value for key, value in attention.items()}
+    return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in keys.items()}
+
+
 def hf_roles(names: Roles, *, tied: bool, tensors: Tensors | None = None) -> dict[str, Source]:
     """The names as this checkpoint spells them: without a head when it is tied, below another prefix than ``model.``.
 
@@ -319,8 +344,10 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
     def spec(role: str, layer: int | None) -> WeightSpec:
         source, (rows, cols) = names[role], sizes.shape(role)
         tensor_name = source.template.format(i=layer)
-        stored = default_format
+        stored, packed_bytes = default_format, 0
         if tensors is not None:
+            found = tensors.get(tensor_name)
+            packed_bytes = found.n_bytes if isinstance(found, PackedLinear) else 0
             stored, shape = _matrix(tensors, tensor_name)
             if shape != (fused[source.template], cols):
                 raise CorruptFile(
@@ -337,6 +364,7 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
             source=tensor_name,
             row_start=sum(sizes.shape(before)[0] for before in source.after),
             parts=addends.get(tensor_name, ()),
+            packed_bytes=packed_bytes,
         )
 
     outer = ("embed", "norm", "head")

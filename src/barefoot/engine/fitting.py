@@ -22,6 +22,8 @@ from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
 from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
+from barefoot.engine.rows import decode as decode_blocks
+from barefoot.engine.rows import read_rows
 from barefoot.engine.saving import ModelFolder
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
@@ -312,11 +314,7 @@ class Source:
 
     def stored(self, name: str, first: int = 0, n_rows: int | None = None) -> U8:
         """Rows of a weight as its file stores them, uint8 (n_rows, row_bytes)."""
-        weight = self.weights[name]
-        n_rows = weight.rows - first if n_rows is None else n_rows
-        rows = np.empty((n_rows, blocks.row_bytes(weight.format, weight.cols)), np.uint8)
-        self._checkpoint.read_into(weight.source, rows, weight.row_start + first, n_rows)
-        return rows
+        return read_rows(self._checkpoint, self.weights[name], first, n_rows)
 
     def floats(
         self, name: str, first: int = 0, n_rows: int | None = None, order: npt.NDArray[np.int64] | None = None
@@ -330,9 +328,7 @@ class Source:
 def decode(matrix: Matrix, cols: int) -> F32:
     """What is stored, float32 (n, cols), by the kernels."""
     n = len(matrix.rows)
-    out = np.empty((n, cols), np.float32)
-    packed = PackedWeight(matrix.format, n, cols, np.ascontiguousarray(matrix.rows).reshape(-1))
-    ops.embed(np.arange(n, dtype=np.int32), packed, out)
+    out = decode_blocks(matrix.format, matrix.rows, cols)
     for kind, data in matrix.parts.values():
         out += parts.lookup(kind).decode(n, cols, data)
     return out

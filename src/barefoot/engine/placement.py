@@ -31,6 +31,11 @@ class Resident:
         """Whether the file stores another format."""
         return self.format != self.weight.format
 
+    @property
+    def staged(self) -> bool:
+        """Whether rows pass through staging on their way, and are not read into their place."""
+        return self.converted or self.layout != "rows" or bool(self.weight.packed_bytes)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -99,6 +104,12 @@ def _resident(weight: WeightSpec, parts: tuple[PartSpec, ...], config: EngineCon
 
 
 def _check(spec: ModelSpec, config: EngineConfig) -> None:
+    head = next(w for w in spec.weights if w.name == ("embed" if spec.tied else "head"))
+    if (config.n_streamed_layers and not spec.streamable) or (config.stream_head and head.packed_bytes):
+        raise Incompatible(
+            f"{spec.name} keeps its weights in another program's layout, which can't be used from disk as it is",
+            cure="write it anew: barefoot export MODEL --to barefoot -o FOLDER",
+        )
     if config.n_sequences < 1:
         raise InvalidInput(f"n_sequences must be at least 1, got {config.n_sequences}")
     for name, got, low, high in (

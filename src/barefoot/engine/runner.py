@@ -79,7 +79,7 @@ class Engine:
         ops.set_threads(config.n_threads)
         try:
             self._matrices, self._vectors = load(
-                spec, self._placement, self._tensors, self._files, self.arena, progress
+                spec, self._placement, self._tensors, checkpoint.linears, self._files, self.arena, progress
             )
             self.arena.release("staging")
             release_free_memory()  # what converting took must not stay beside keys and values

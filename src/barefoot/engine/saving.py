@@ -18,6 +18,7 @@ import numpy.typing as npt
 from barefoot.core.errors import Incompatible
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.decoder import OWN_METHOD
+from barefoot.engine.rows import halves_order
 from barefoot.engine.specs import architectures, spec_from_config
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
@@ -44,7 +45,7 @@ CARRIED = (
 def config_of(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a folder for this model: the source's own, or what its header amounts to."""
     if checkpoint.kind == "safetensors":
-        return dict(checkpoint.config)
+        return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return dict(architectures()[spec.arch].to_hf(spec))
 
 
@@ -148,13 +149,16 @@ class ModelFolder:
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write the tokenizer, the record of the fit (``barefoot.json``), the index and, last, config.json."""
-        self._write_tokenizer()
-        _write_json(self.path / "barefoot.json", {"version": VERSION, **record})
-        index = {w.source: self.shard(self.shard_of(w)).name for w in self._targets.values()} | self._parts()
-        total = sum(self.shard(number).stat().st_size for number in range(self.n_shards))
-        _write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": index})
+        self.write_tokenizer()
+        write_json(self.path / "barefoot.json", {"version": VERSION, **record})
+        self.write_index({w.source: self.shard(self.shard_of(w)).name for w in self._targets.values()} | self._parts())
         quantization = {"quant_method": OWN_METHOD, "version": VERSION}
-        _write_json(self.path / "config.json", self._config | {"quantization_config": quantization})
+        write_json(self.path / "config.json", self._config | {"quantization_config": quantization})
+
+    def write_index(self, files: Mapping[str, str]) -> None:
+        """Say which file holds each tensor."""
+        total = sum(self.shard(number).stat().st_size for number in range(self.n_shards))
+        write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(files)})
 
     def _parts(self) -> dict[str, str]:
         """The files of all parts, by tensor."""
@@ -164,7 +168,8 @@ class ModelFolder:
             found |= {t.name: path.name for t in read_safetensors(path).tensors if "+" in t.name}
         return found
 
-    def _write_tokenizer(self) -> None:
+    def write_tokenizer(self) -> None:
+        """The files beside the weights that say what tokens are."""
         if self._checkpoint.kind == "gguf":
             template = self._checkpoint.config.get("tokenizer.chat_template")
             parts = read_gguf_tokenizer(self._checkpoint)
@@ -177,14 +182,7 @@ class ModelFolder:
                     file.write(source.read_bytes())
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """An object as a file that appears whole or not at all."""
     with atomic_writer(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def halves_order(n_heads: int, head_dim: int, rot_dim: int) -> npt.NDArray[np.int64]:
-    """For each row of a layout that rotates channels i and i + dim / 2, its row in one that rotates 2i and 2i + 1."""
-    half = rot_dim // 2
-    within = np.arange(head_dim)
-    within[:half], within[half:rot_dim] = np.arange(0, rot_dim, 2), np.arange(1, rot_dim, 2)
-    return (np.arange(n_heads)[:, None] * head_dim + within).reshape(-1)

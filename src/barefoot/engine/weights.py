@@ -13,9 +13,11 @@ from barefoot.core.errors import CorruptFile
 from barefoot.core.model import ModelSpec, PartSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.files import WeightFiles
-from barefoot.engine.footprint import staging_sizes, tile_rows
+from barefoot.engine.footprint import staging, tile_rows
 from barefoot.engine.placement import Placement, Resident, piece_bytes
+from barefoot.engine.repacking import repacked
 from barefoot.engine.stream import byte_range
+from barefoot.io.quantized import PackedLinear
 from barefoot.io.types import TensorInfo
 from barefoot.ops import PackedWeight, Part, SignStack, blocks, dispatch, signs
 
@@ -29,6 +31,7 @@ def load(
     spec: ModelSpec,
     placement: Placement,
     tensors: Mapping[str, TensorInfo],
+    linears: Mapping[str, PackedLinear],
     files: WeightFiles,
     arena: Arena,
     progress: Progress | None = None,
@@ -43,7 +46,7 @@ def load(
     done = 0
     matrices: dict[str, Sum] = {}
     vectors: dict[str, npt.NDArray[np.float32]] = {}
-    loader = _Loader(placement, tensors, files, arena)
+    loader = _Loader(placement, tensors, linears, files, arena)
     for resident in placement.resident:
         weight = resident.weight
         target = arena.take(f"weights.{weight.group}", weight.rows * blocks.row_bytes(resident.format, weight.cols))
@@ -121,18 +124,25 @@ class _Loader:
     """Fills targets; holds the staging arrays, which go when it goes."""
 
     def __init__(
-        self, placement: Placement, tensors: Mapping[str, TensorInfo], files: WeightFiles, arena: Arena
+        self,
+        placement: Placement,
+        tensors: Mapping[str, TensorInfo],
+        linears: Mapping[str, PackedLinear],
+        files: WeightFiles,
+        arena: Arena,
     ) -> None:
-        self._tensors, self._files = tensors, files
-        raw, decoded, elements = staging_sizes(placement)
-        if raw:
-            self._raw = arena.take("staging", raw)
-        if elements:
-            self._decoded = arena.take("staging", decoded).view(np.float32)
+        self._tensors, self._linears, self._files = tensors, linears, files
+        sizes = staging(placement)
+        if sizes.stored:
+            self._stored = arena.take("staging", sizes.stored)
+        if sizes.decoded:
+            self._decoded = arena.take("staging", 4 * sizes.decoded).view(np.float32)
+        if sizes.packed:
+            self._packed = arena.take("staging", sizes.packed)
 
     def fill(self, resident: Resident, target: U8) -> Iterator[int]:
         """Fill ``target``, yielding the bytes of the file after each piece."""
-        if resident.converted or resident.layout != "rows":
+        if resident.staged:
             yield from self._stage(resident, target)
         else:
             yield from self._copy(resident.weight, target)
@@ -147,14 +157,10 @@ class _Loader:
 
     def _stage(self, resident: Resident, target: U8) -> Iterator[int]:
         weight = resident.weight
-        tensor = self._tensors[weight.source]
         step = tile_rows(resident)
         packed = target.reshape(weight.rows, -1)
-        for first in range(0, weight.rows, step):
-            n_rows = min(step, weight.rows - first)
-            offset, n_bytes = byte_range(weight, tensor, first, n_rows)
-            rows = self._raw[:n_bytes]
-            self._files.read(tensor.shard, offset, rows)
+        for first, rows in self._packed_tiles(weight, step) if weight.packed_bytes else self._tiles(weight, step):
+            n_rows, n_bytes = min(step, weight.rows - first), rows.nbytes
             if resident.converted:
                 rows = self._convert(resident, rows, n_rows)
             to = packed[first : first + n_rows]
@@ -163,8 +169,27 @@ class _Loader:
             elif resident.layout == "lut":
                 ops.pack_lut(resident.format, rows, n_rows, weight.cols, to)
             else:
-                to[:] = rows
+                to[:] = rows.reshape(to.shape)
             yield n_bytes
+
+    def _tiles(self, weight: WeightSpec, step: int) -> Iterator[tuple[int, U8]]:
+        """First row and stored bytes of each tile; they are gone with the next one."""
+        tensor = self._tensors[weight.source]
+        for first in range(0, weight.rows, step):
+            offset, n_bytes = byte_range(weight, tensor, first, min(step, weight.rows - first))
+            self._files.read(tensor.shard, offset, self._stored[:n_bytes])
+            yield first, self._stored[:n_bytes]
+
+    def _packed_tiles(self, weight: WeightSpec, step: int) -> Iterator[tuple[int, U8]]:
+        """The same, of a matrix that another program packed: read as a whole, put into blocks tile by tile."""
+        linear, raw, at = self._linears[weight.source], {}, 0
+        for name, tensor in linear.parts.items():
+            raw[name] = self._packed[at : at + tensor.n_bytes]
+            self._files.read(tensor.shard, tensor.offset, raw[name])
+            at += tensor.n_bytes
+        for first in range(0, weight.rows, step):
+            n_rows = min(step, weight.rows - first)
+            yield first, repacked(linear, raw, weight.row_start + first, n_rows).reshape(-1)
 
     def _convert(self, resident: Resident, raw: U8, n_rows: int) -> U8:
         weight = resident.weight

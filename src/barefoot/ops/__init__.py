@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
+from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
 from barefoot.ops import lut, panels, parts, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
 from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes

@@ -125,7 +125,7 @@ def matmul(
     """``activations`` takes "bfloat16" besides (``arithmetic``): quantized weights are rounded to it as well."""
     exact = x.astype(np.float64)
     rounded = exact
-    if activations == "int8" and any(blocks.block_elements(w.format) > 1 for w in weights):
+    if activations == "int8" and not all(blocks.lookup(w.format).in_float for w in weights):
         codes, scales = quantize_activations(x)
         rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), GROUP, axis=1)
     elif activations == "bfloat16":
@@ -135,12 +135,12 @@ def matmul(
             looked_up = lut.product(x, weight).astype(np.float32)
             out[...] = out + looked_up if add else looked_up
             continue
-        dense = blocks.block_elements(weight.format) == 1
-        inputs = exact if dense else rounded
+        in_float = blocks.lookup(weight.format).in_float
+        inputs = exact if in_float else rounded
         for start in range(0, weight.rows, ROWS_AT_A_TIME):
             chunk = slice(start, min(start + ROWS_AT_A_TIME, weight.rows))
             decoded = decode_rows(weight, chunk)
-            if activations == "bfloat16" and not dense:
+            if activations == "bfloat16" and not in_float:
                 decoded = round_bfloat16(decoded)
             with np.errstate(invalid="ignore", over="ignore"):
                 product = (inputs @ decoded.astype(np.float64).T).astype(np.float32)

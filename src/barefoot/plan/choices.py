@@ -140,11 +140,14 @@ class Problem:
                 raise InvalidInput(f"{spec.name} has {spec.n_layers} layers to stream, got {stated.streamed_layers}")
             layers: Iterable[int] = [stated.streamed_layers]
         else:
-            layers = [0] if spec.stack or (on_disk and kept(("attn", "ffn"))) else range(spec.n_layers + 1)
+            whole = on_disk and (kept(("attn", "ffn")) or not spec.streamable)
+            layers = [0] if spec.stack or whole else range(spec.n_layers + 1)
         if stated.stream_head is not None:
             heads = [stated.stream_head]
         else:
-            heads = [False, True] if on_disk and not kept(["embed" if spec.tied else "head"]) else [False]
+            head: WeightGroup = "embed" if spec.tied else "head"
+            packed = any(w.packed_bytes for w in spec.weights if w.name == head)
+            heads = [False, True] if on_disk and not kept([head]) and not packed else [False]
         return [Frame(c, n, h) for c, h, n in itertools.product(sorted(chunks), heads, layers)]
 
 

@@ -38,6 +38,8 @@ struct Constant {
 #include "amx.h"
 #endif
 //
+#include "levels.h"
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"
@@ -56,6 +58,8 @@ struct Constant {
 //
 #include "planes.h"
 //
+#include "csr.h"
+//
 #include "signs.h"
 //
 #include "fused.h"
@@ -73,7 +77,7 @@ struct Constant {
 #include "attention_token.h"
 
 // The kinds of parts, in the order of parts.names().
-constexpr std::array kParts{PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
+constexpr std::array kParts{kCsr, PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
 
 }  // namespace
 

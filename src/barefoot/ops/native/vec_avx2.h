@@ -98,6 +98,18 @@ inline Quads field(Quads a, int mask) {
   return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask)));
 }
 inline Quads merge(Quads a, Quads b) { return _mm256_or_si256(a, b); }
+// Entry code % 16 of a table of 16 bytes, for each byte; codes are below 128.
+inline Quads shuffle(const uint8_t* table, Quads code) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), code);
+}
+template <int Bit>
+inline Quads where_bit(Quads code, Quads yes, Quads no) {
+  return _mm256_blendv_epi8(no, yes, _mm256_slli_epi16(code, 7 - Bit));
+}
+inline Quads where_equal(Quads code, int value, Quads yes, Quads no) {
+  return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(code, _mm256_set1_epi8(static_cast<char>(value))));
+}
 inline Quads flip_signs(Quads a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
 template <bool Wide>
 inline I dot_quads(I sum, Quads w, Quads x) {

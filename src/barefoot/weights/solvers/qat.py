@@ -79,7 +79,7 @@ class Positions:
             scale = params[:, :1].clone()
             minimum = params[:, 1:].clone() if levels.has_minimum else torch.zeros_like(scale)
             codes = torch.from_numpy(start.codes.reshape(-1, grid.group)).int()
-            level, weight = torch.tensor(levels.values)[codes], torch.from_numpy(problem.weights[role])
+            level, weight = levels.of_codes(codes), torch.from_numpy(problem.weights[role])
             step = torch.where(scale == 0, torch.ones_like(scale), scale)
             t = (weight.reshape(-1, grid.group) - minimum) / step
             near = settings.margin * levels.narrowest
