@@ -104,12 +104,13 @@ class Stored:
         codes = bitstream.unpack(self.codes, self.bits, self.shape[0] * self.shape[1]).reshape(self.shape)
         groups = to_groups(codes.astype(np.float32), self.block)
         scales, zeros = self.scales.astype(np.float32)[:, None], self.zeros.astype(np.float32)[:, None]
-        return from_groups(Affine(self.bits).dequantize(groups, scales, zeros), self.shape, self.block)
+        weights: F32 = from_groups(Affine(self.bits).dequantize(groups, scales, zeros), self.shape, self.block)
+        return weights
 
 
 def store(knobs: QBert, weight: F32, bits: int) -> Stored:
     """The bytes of a matrix (rows, cols); ``weights()`` of them is ``knobs.rounded(weight, bits)``."""
-    shape: tuple[int, int] = weight.shape  # type: ignore[assignment]
+    shape = (weight.shape[0], weight.shape[1])
     block, grid = knobs.block(shape[0]), Affine(bits)
     groups = to_groups(weight, block)
     scale, zero = grid.parameters(*extremes(groups))
