@@ -13,6 +13,7 @@ from barefoot.weights import ranges
 from barefoot.weights.integers import encoder, network
 from barefoot.weights.integers.dyadic import dyadic, rescale
 from barefoot.weights.integers.functions import Exponential, Gelu, normalized, softmax, square_root
+from barefoot.weights.integers.simulated import convolution, simulate
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -119,47 +120,17 @@ def images(n, seed=1, size=13):
     return np.random.default_rng(seed).normal(0, 1, (n, size, size, 3)).astype(np.float32)
 
 
-def torch_convolution(node, x, weight):
-    """(n, h, w, c) double → the same, "same" padding and all, by torch."""
-    channels = x.permute(0, 3, 1, 2)
-    missing = [max((-(-size // node.stride) - 1) * node.stride + weight.shape[1] - size, 0) for size in x.shape[1:3]]
-    pads = [missing[1] // 2, missing[1] - missing[1] // 2, missing[0] // 2, missing[0] - missing[0] // 2]
-    kernel = torch.from_numpy(np.asarray(weight, np.float64)).permute(0, 3, 1, 2)
-    groups = len(kernel) if node.depthwise else 1
-    y = torch.nn.functional.conv2d(torch.nn.functional.pad(channels, pads), kernel, stride=node.stride, groups=groups)
-    return y.permute(0, 2, 3, 1)
-
-
 def torch_run(nodes, x):
     values = {"input": torch.from_numpy(x).double()}
     for node in nodes:
         if isinstance(node, network.Product):
-            y = torch_convolution(node, values[node.source], node.weight) + torch.from_numpy(node.bias)
+            y = convolution(node, values[node.source]) + torch.from_numpy(node.bias)
             values[node.name] = y if node.cap is None else y.clip(0, node.cap)
         elif isinstance(node, network.Sum):
             values[node.name] = values[node.sources[0]] + values[node.sources[1]]
         else:
             values[node.name] = values[node.source].mean((1, 2), keepdim=True)
     return values[nodes[-1].name].numpy()
-
-
-def simulated(net, codes):
-    """The integer network in double precision: dequantized values, torch's products, dyadic factors as real numbers."""
-    values = {"input": torch.from_numpy(codes).double()}
-    for node in net.nodes:
-        factor = torch.from_numpy(node.by.values)
-        if isinstance(node, network.IntegerProduct):
-            sums = torch_convolution(node, values[node.sources[0]] - node.x.zero, node.weight)
-            real, y, cap = (sums + torch.from_numpy(node.bias)) * factor, node.y, node.cap
-        elif isinstance(node, network.IntegerSum):
-            real = sum((values[s] - c.zero) * f for s, c, f in zip(node.sources, node.codes, factor, strict=True))
-            y, cap = node.y, None
-        else:
-            real, y, cap = (values[node.sources[0]] - node.x.zero).mean((1, 2), keepdim=True) * factor, node.y, None
-        low = 0 if cap is None else y.zero
-        high = min(255, y.zero + round(cap / y.scale)) if cap not in (None, np.inf) else 255
-        values[node.name] = (torch.floor(real + 0.5) + y.zero).clip(low, high)
-    return values[net.nodes[-1].name].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +149,7 @@ def test_integers_equal_the_simulation_bit_for_bit_on_1000_images(converted):
     x = images(1000, 3, size=9)
     codes = net.input.encode(x)
     found = net.run(codes)
-    np.testing.assert_array_equal(found, simulated(net, codes))
+    np.testing.assert_array_equal(found, simulate(net, codes))
     assert len(np.unique(found)) > 100
 
 
@@ -249,7 +220,7 @@ def test_batch_norm_folds_into_the_convolution_before_it():
     ]
     weight, bias = network.with_norm(node.weight, *parts, 1e-3)
     x = images(2)
-    plain = torch_convolution(node, torch.from_numpy(x).double(), node.weight).permute(0, 3, 1, 2)
+    plain = convolution(node, torch.from_numpy(x).double()).permute(0, 3, 1, 2)
     expected = norm(plain).detach().permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(network.convolve(x, weight, 2, False) + bias, expected, rtol=1e-4, atol=1e-5)
 

@@ -62,7 +62,10 @@ def least_error(x: Array, grid: Affine) -> Range:
 
 
 def entropy(x: Array, bits: int = 8, n_bins: int = N_BINS) -> Range:
-    """Groups that nowhere fall below 0 get the range [0, t], others [-t, t]."""
+    """Groups that nowhere fall below 0 get the range [0, t], others [-t, t].
+
+    Zeros are exact on every grid and don't count: behind a ReLU they would be most of the histogram.
+    """
     xp = namespace(x)
     magnitudes = np.abs(np.asarray(x, np.float64))
     t = [_threshold(group, 1 << (bits - 1), n_bins) for group in magnitudes]
@@ -74,7 +77,7 @@ def _threshold(magnitudes: npt.NDArray[np.float64], n_levels: int, n_bins: int) 
     top = float(magnitudes.max())
     if top == 0:
         return 0.0
-    histogram = np.histogram(magnitudes, n_bins, (0, top))[0].astype(np.float64)
+    histogram = np.histogram(magnitudes[magnitudes > 0], n_bins, (0, top))[0].astype(np.float64)
     step = max(1, n_bins // 128)
     candidates = range(max(n_levels, n_bins // 16), n_bins + 1, step)
     return top / n_bins * min(candidates, key=lambda n_kept: _divergence(histogram, n_kept, n_levels))

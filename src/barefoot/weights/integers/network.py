@@ -34,7 +34,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 WEIGHTS = Affine(8, "restricted")
 VALUES = Affine(8, "asymmetric")
-SAMPLE = 1 << 16  # elements of a value that calibration keeps of each batch
+SAMPLE = 1 << 18  # elements of a value that calibration keeps of each batch
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ Calibration = Callable[[F32], tuple[F32, F32]]
 def calibrate(
     nodes: Sequence[Node], images: Iterable[F32], calibration: Calibration = ranges.extremes
 ) -> dict[str, tuple[float, float]]:
-    """The static range of every value, by ``calibration`` on up to 65,536 elements of it from each batch."""
+    """The static range of every value, by ``calibration`` on up to 262,144 elements of it from each batch."""
     samples: dict[str, list[F32]] = {}
 
     def keep(name: str, value: F32) -> F32:
