@@ -40,7 +40,7 @@ SAMPLE = 1 << 18  # elements of a value that calibration keeps of each batch
 @dataclass(frozen=True)
 class Product:
     """A convolution or, on images of one pixel, a matrix. ``weight`` float32 (out, k, k, in), or where ``depthwise``
-    (channels, k, k, 1); ``bias`` (out,); ``cap``: None, inf for ReLU, 6 for ReLU6."""
+    (channels, k, k, 1); ``bias`` (out,); ``cap``: None, inf for ReLU, 6 for ReLU6, or one for each channel (out,)."""
 
     name: str
     source: str
@@ -48,7 +48,7 @@ class Product:
     bias: F32
     stride: int = 1
     depthwise: bool = False
-    cap: float | None = None
+    cap: float | F32 | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -156,13 +156,19 @@ class Code:
     def decode(self, codes: npt.NDArray[np.signedinteger]) -> F32:
         return (codes - self.zero).astype(np.float32) * np.float32(self.scale)
 
-    def limited(self, sums: npt.NDArray[np.int64], cap: float | None = None) -> I32:
-        """Sums in units of the scale as codes, between 0 and ``cap`` where there is one."""
-        low, high = 0, VALUES.levels
-        if cap is not None:
-            low = self.zero
-            high = min(high, self.zero + round(cap / self.scale)) if np.isfinite(cap) else high
-        return np.clip(sums + self.zero, low, high).astype(np.int32)
+    def limited(self, sums: npt.NDArray[np.int64], limit: npt.NDArray[np.int64] | None = None) -> I32:
+        """Sums in units of the scale as codes, between the one of 0 and ``limit`` where there is one."""
+        if limit is None:
+            return np.clip(sums + self.zero, 0, VALUES.levels).astype(np.int32)
+        return np.clip(sums + self.zero, self.zero, limit).astype(np.int32)
+
+    def limit(self, cap: float | F32 | None) -> npt.NDArray[np.int64] | None:
+        """The code of an activation function's upper limit, if it has any."""
+        if cap is None:
+            return None
+        highest = np.rint(np.minimum(np.float64(cap) / self.scale, VALUES.levels)) + self.zero
+        limits: npt.NDArray[np.int64] = np.minimum(highest, VALUES.levels).astype(np.int64)
+        return limits
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ class IntegerProduct:
     x: Code
     y: Code
     by: Dyadic
-    cap: float | None
+    limit: npt.NDArray[np.int64] | None
 
     @property
     def n_bytes(self) -> int:
@@ -186,7 +192,7 @@ class IntegerProduct:
 
     def __call__(self, x: I32) -> I32:
         sums = convolve(x - np.int32(self.x.zero), self.weight.astype(np.int32), self.stride, self.depthwise)
-        return self.y.limited(rescale(sums + self.bias, self.by), self.cap)
+        return self.y.limited(rescale(sums + self.bias, self.by), self.limit)
 
 
 @dataclass(frozen=True)
@@ -297,5 +303,5 @@ def _product(node: Product, x: Code, y: Code, per_channel: bool) -> IntegerProdu
         x,
         y,
         dyadic(unit / y.scale),
-        node.cap,
+        y.limit(node.cap),
     )

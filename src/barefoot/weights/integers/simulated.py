@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def convolution(node: Product | IntegerProduct, x: torch.Tensor) -> torch.Tensor:
-    """(n, h, w, c) double → the same, "same" padding and all, without the bias."""
+    """(n, h, w, c) → the same, "same" padding and all, without the bias, in the type of ``x``."""
     import torch
 
-    kernel = torch.from_numpy(node.weight).double().permute(0, 3, 1, 2)
+    kernel = torch.from_numpy(node.weight).to(x.dtype).permute(0, 3, 1, 2)
     stride, k = node.stride, kernel.shape[2]
     below, behind = (max((-(-size // stride) - 1) * stride + k - size, 0) for size in x.shape[1:3])
     sides = (behind // 2, behind - behind // 2, below // 2, below - below // 2)
@@ -36,21 +36,21 @@ def simulate(network: IntegerNetwork, codes: I32) -> I32:
     values = {"input": torch.from_numpy(codes).double()}
     for node in network.nodes:
         factor = torch.from_numpy(node.by.values)
-        cap = None
+        limit = None
         if isinstance(node, IntegerProduct):
             sums = convolution(node, values[node.sources[0]] - node.x.zero) + torch.from_numpy(node.bias)
-            real, cap = sums * factor, node.cap
+            real = sums * factor
+            limit = None if node.limit is None else torch.from_numpy(np.asarray(node.limit))
         elif isinstance(node, IntegerSum):
             a, b = (values[s] - code.zero for s, code in zip(node.sources, node.codes, strict=True))
             real = a * factor[0] + b * factor[1]
         else:
             real = (values[node.sources[0]] - node.x.zero).mean((1, 2), keepdim=True) * factor
-        values[node.name] = _limited(torch.floor(real + 0.5), node.y, cap)
+        values[node.name] = _limited(torch.floor(real + 0.5), node.y, limit)
     found: I32 = values[network.nodes[-1].name].to(torch.int32).numpy()
     return found
 
 
-def _limited(units: torch.Tensor, y: Code, cap: float | None) -> torch.Tensor:
-    low = 0 if cap is None else y.zero
-    high = 255 if cap is None or np.isinf(cap) else min(255, y.zero + round(cap / y.scale))
-    return (units + y.zero).clip(low, high)
+def _limited(units: torch.Tensor, y: Code, limit: torch.Tensor | None) -> torch.Tensor:
+    codes = units + y.zero
+    return codes.clip(0, 255) if limit is None else codes.clip(min=y.zero).minimum(limit.double())
