@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+from torch.nn.utils import parametrize
 
 HEADING = re.compile(r"^ = [^=]+ = \n", re.MULTILINE)
 
@@ -94,6 +95,7 @@ def fine_tune(model: Classifier, data: Passages, n_steps: int, rate: float, seed
 
 
 @torch.no_grad()
+@parametrize.cached()
 def accuracy(model: Classifier, data: Passages) -> float:
     """Percent of the held-out passages, in float32."""
     found = torch.cat([model(ids).argmax(1) for ids in data.test.split(64)])

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def convolution(node: Product | IntegerProduct, x: torch.Tensor) -> torch.Tensor:
-    """(n, h, w, c) → the same, "same" padding and all, without the bias, in the type of ``x``."""
+def convolution(node: Product | IntegerProduct, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """(n, h, w, c) → the same, "same" padding and all, without the bias, in the type of ``x``; with ``weight`` in place
+    of the node's own, if given."""
     import torch
 
-    kernel = torch.from_numpy(node.weight).to(x.dtype).permute(0, 3, 1, 2)
+    own = torch.from_numpy(node.weight) if weight is None else weight
+    kernel = own.to(x.dtype).permute(0, 3, 1, 2)
     stride, k = node.stride, kernel.shape[2]
     below, behind = (max((-(-size // stride) - 1) * stride + k - size, 0) for size in x.shape[1:3])
     sides = (behind // 2, behind - behind // 2, below // 2, below - below // 2)
