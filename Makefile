@@ -56,7 +56,7 @@ $(VENV)/installed: $(SOURCES) | $(BIN)/python
 
 $(VENV)/test: pyproject.toml tools/requirements.py | $(VENV)/installed
 	$(PIP) $(TORCH)
-	$(BIN)/python tools/requirements.py test reference > $@.txt
+	$(BIN)/python tools/requirements.py test reference gpu > $@.txt
 	$(PIP) -r $@.txt
 	@touch $@
 

@@ -21,7 +21,11 @@ def test_every_file_of_the_folder_is_a_command(barefoot):
     done = barefoot("--help")
     assert done.returncode == 0
     listed = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
-    assert listed == sorted(all_commands()) == ["doctor", "eval", "explain", "papers", "plan", "pull", "run"]
+    assert (
+        listed
+        == sorted(all_commands())
+        == ["compare", "doctor", "eval", "explain", "export", "fit", "papers", "plan", "pull", "run"]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(all_commands()))

@@ -36,12 +36,12 @@ def decoded(run: Engine, n: int = 12) -> np.ndarray:
 
 def test_matrices_lie_as_the_config_says(model):
     with open_engine(model, layouts=LUT) as run:
-        assert {name.split(".")[-1]: w.layout for name, w in run._matrices.items()} == {
+        assert {name.split(".")[-1]: w.blocks.layout for name, w in run._matrices.items()} == {
             **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), "lut"),
             **dict.fromkeys(("embed", "head"), "rows"),
         }
     with open_engine(model, layouts=LUT, activations="float32") as run:
-        assert {w.layout for w in run._matrices.values()} == {"rows"}
+        assert {w.blocks.layout for w in run._matrices.values()} == {"rows"}
 
 
 def test_inputs_are_tabulated_once_for_all_their_matrices(model, monkeypatch):

@@ -83,9 +83,9 @@ def test_terms_equal_the_arrays_that_exist(case, tmp_path):
     config, settings = CASES[case]
     write_random(tmp_path / "model", config)
     with open_engine(tmp_path / "model", settings) as run:
-        resident_weights = storage_sizes(w.buffer for w in run._matrices.values()) + storage_sizes(
-            run._vectors.values()
-        )
+        resident_weights = storage_sizes(
+            each.buffer for w in run._matrices.values() for each in (w.blocks, *w.parts)
+        ) + storage_sizes(run._vectors.values())
         kv = storage_sizes(a for layer in run._layers for a in (layer.keys, layer.values))
         terms = {(e.owner, t.name): t.bytes for e in run.footprint for t in e.terms if t.name != "alignment"}
     assert resident_weights == sum(n for (owner, _), n in terms.items() if owner.startswith("weights."))

@@ -9,7 +9,7 @@ from barefoot import ops
 from barefoot.core.errors import Incompatible
 from barefoot.ops import blocks, cases, lut, reference
 
-FORMATS = [n for n in blocks.names() if (g := blocks.lookup(n).group) is not None and g.bits <= 4]
+FORMATS = [n for n in blocks.names() if lut.supports(n, lut.ROWS, 4 * blocks.block_elements(n))]
 
 
 def scratch_for(n_tokens, n_cols, activations="int8"):

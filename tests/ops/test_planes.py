@@ -11,7 +11,7 @@ from barefoot.core.measure import PhaseMeter, TracedPeak
 from barefoot.ops import blocks, cases, planes
 from barefoot.ops.planes import PlaneFormat, PlaneWeight
 
-FORMATS = [n for n in blocks.names() if blocks.lookup(n).group is not None]
+FORMATS = [n for n in blocks.names() if (group := blocks.lookup(n).group) is not None and group.is_affine]
 EPS = 2.0**-24
 
 
@@ -145,6 +145,8 @@ def test_weights_that_planes_cannot_hold():
     with pytest.raises(InvalidInput, match="32 to 32768 columns, whole words of 32, got 65536") as caught:
         PlaneFormat.bipolar(8, 65536)
     assert "overflow" in caught.value.cure
+    with pytest.raises(Incompatible, match="nf4_g64 has no planes"):
+        PlaneFormat.of_blocks("nf4_g64")
     with pytest.raises(Incompatible, match="q4_k has no planes"):
         PlaneFormat.of_blocks("q4_k")
     with pytest.raises(ValueError, match=r"planes \[16, 96\] need 416 bytes, got 415"):

@@ -9,7 +9,7 @@ from barefoot import ops
 from barefoot.ops import blocks, cases, lut, panels, reference
 from barefoot.ops.scratch import BFLOAT16_TOKENS as MANY
 
-QUANTIZED = [name for name in blocks.names() if blocks.block_elements(name) > 1]
+QUANTIZED = [name for name in blocks.names() if not blocks.lookup(name).in_float]
 
 
 def in_all_layouts(name, rows, cols, rng):

@@ -70,6 +70,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether the matrix that makes the logits stays on disk",
     )
+    stated.add_argument(
+        "--stacked", metavar="N", type=int, help="so many of the blocks that a stacked model can do without are loaded"
+    )
     stated.add_argument("--threads", metavar="N", type=int, help="compute threads")
     stated.add_argument(
         "--activations",
@@ -105,6 +108,7 @@ def stated(args: argparse.Namespace) -> Stated:
         streamed_layers=args.stream_layers,
         stream_head=args.stream_head,
         n_threads=args.threads,
+        n_stacked=args.stacked,
         activations=args.activations,
         layouts=parse_layouts(args.layouts) if args.layouts is not None else None,
     )

@@ -11,6 +11,7 @@ from barefoot.core.errors import BarefootError
 
 PROMPT = "> "
 HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+MEMORY_HELP = "/memory SIZE allows more or less memory from now on"
 
 
 def prepare() -> None:
@@ -21,10 +22,17 @@ def prepare() -> None:
         return
 
 
-def chat(conversation: Conversation, ask: Callable[[str], Answer]) -> list[Answer]:
-    """Ask for prompts until the user leaves; all answers."""
+def chat(
+    conversation: Conversation, ask: Callable[[str], Answer], allow: Callable[[str], str] | None = None
+) -> list[Answer]:
+    """Ask for prompts until the user leaves; all answers.
+
+    ``allow`` gives the model another budget, such as ``"120MiB"``, and says what came of it; None where it has no parts
+    that come and go.
+    """
     answers: list[Answer] = []
-    console.print_note(console.dim(HELP, sys.stderr))
+    known = HELP if allow is None else f"{HELP}, {MEMORY_HELP}"
+    console.print_note(console.dim(known, sys.stderr))
     while True:
         try:
             prompt = input(PROMPT).strip()
@@ -39,10 +47,13 @@ def chat(conversation: Conversation, ask: Callable[[str], Answer]) -> list[Answe
             conversation.reset()
             console.print_note(console.dim("begun anew", sys.stderr))
             continue
-        if prompt.startswith("/"):
-            console.print_error(f"unknown command {prompt.split()[0]}", HELP)
-            continue
+        command, *words = prompt.split()
         try:
-            answers.append(ask(prompt))
+            if command == "/memory" and allow is not None and len(words) == 1:
+                console.print_note(console.dim(allow(words[0]), sys.stderr))
+            elif prompt.startswith("/"):
+                console.print_error(f"unknown command {prompt}", known)
+            else:
+                answers.append(ask(prompt))
         except BarefootError as error:
             console.print_error(str(error), error.cure)

@@ -51,12 +51,29 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class PartSpec:
+    """What is added to a matrix's blocks: a part of that ``kind`` (``barefoot.ops.parts``), of ``n_bytes`` bytes.
+
+    ``label`` tells a matrix's parts apart and orders them; ``source`` is the tensor's name in the file.
+    """
+
+    label: str
+    kind: str
+    n_bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
 class WeightSpec:
     """One weight: its shape, how its file stores it, and where.
 
     ``format`` is the id of the stored type (``"bf16"``, ``"q4_1"`` …). ``source`` is the tensor's name in the file, or
     without a file the one that transformers gives it, and ``row_start`` its first row there, for weights that files
-    keep fused (Phi-3's qkv_proj).
+    keep fused (Phi-3's qkv_proj). A matrix with ``parts`` is the sum of its blocks and of these; the format ``"zero"``
+    means that it has no blocks.
+
+    ``packed_bytes`` are those of the tensors that another program keeps the matrix as (GPTQ's codes, scales and zeros),
+    read as a whole and put into blocks of ``format``; 0 for a tensor that holds such blocks already.
     """
 
     name: str
@@ -66,6 +83,8 @@ class WeightSpec:
     format: str
     source: str = ""
     row_start: int = 0
+    parts: tuple[PartSpec, ...] = ()
+    packed_bytes: int = 0
 
     @functools.cached_property
     def layer(self) -> int | None:
@@ -82,6 +101,7 @@ class ModelSpec:
 
     ``norm_plus_one``: the file stores w and the norm multiplies by 1 + w (Gemma in safetensors, not in GGUF).
     ``embed_scale`` multiplies embeddings; ``attn_scale`` multiplies q·k; a ``softcap`` of 0 means none.
+    ``stack``: parts of the weights of which, from the first one on, so many are in memory as there is room for.
     """
 
     name: str
@@ -102,6 +122,7 @@ class ModelSpec:
     norm_plus_one: bool = False
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
+    stack: tuple[PartSpec, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -115,6 +136,11 @@ class ModelSpec:
     @functools.cached_property
     def n_parameters(self) -> int:
         return sum(w.n_elements for w in self.weights)
+
+    @functools.cached_property
+    def streamable(self) -> bool:
+        """Whether layers can be read from disk as they are used: all are blocks in the file already."""
+        return not any(w.packed_bytes for w in self.weights if w.layer is not None)
 
     def kv_positions(self, layer: int, context: int, chunk: int) -> int:
         """Slots that a layer's KV must hold for ``context`` positions when prefill passes ``chunk`` at a time.

@@ -5,31 +5,51 @@ A region is an anonymous private mapping, made resident at once, so that a job t
 Weights and KV stores ask the system for large pages (2 MiB on x86): they are read from end to end for each token, and
 finding the 4 KiB pages of a gigabyte takes a third of the time. A large page only stands where it lies wholly within
 regions that are resident anyway and stay until the end, so it costs no byte; the rest of a region keeps small pages.
+A region whose bytes change (``resize``) has small pages only, so that any end of it can be given back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import OverBudget
+from barefoot.core.errors import Incompatible, OverBudget
 from barefoot.core.ledger import Entry, Footprint, Kind
 from barefoot.core.lifetimes import ALIGNMENT
 from barefoot.core.units import format_bytes, round_up
 
 U8 = npt.NDArray[np.uint8]
 
+# Addresses are not promised memory: a stack's may be more than the machine has. Python names the flag from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform.startswith("linux") else 0)
+
 
 class _Region:
-    def __init__(self, planned: Entry) -> None:
+    """``used`` bytes of ``memory`` are handed out, at most those of ``planned``."""
+
+    def __init__(self, planned: Entry, mapping: mmap.mmap | None) -> None:
         self.planned = planned
         self.used = 0
-        self.memory = _map(planned.bytes, read_often=planned.kind in ("weights", "kv"))
+        self._mapping = mapping
+        self.memory: U8 = np.empty(0, np.uint8) if mapping is None else np.frombuffer(mapping, np.uint8)
+
+    def give_back(self, start: int) -> None:
+        """Let go of the pages from byte ``start`` on; they read as zeros afterwards."""
+        if not hasattr(mmap, "MADV_DONTNEED") or not sys.platform.startswith("linux"):
+            raise Incompatible(
+                "this system does not take back a part of a process's memory",
+                cure="begin anew with a smaller --memory",
+            )
+        if self._mapping is not None:
+            first = round_up(start, mmap.PAGESIZE)
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, len(self._mapping) - first)
 
 
 class Arena:
@@ -53,7 +73,7 @@ class Arena:
         """
         if owner not in self._planned:
             raise OverBudget(f"no memory was planned for {owner!r}", needed=n_bytes, available=0)
-        region = self._regions.get(owner) or self._regions.setdefault(owner, _Region(self._planned[owner]))
+        region = self._regions.get(owner) or self._regions.setdefault(owner, _resident(self._planned[owner]))
         size = round_up(n_bytes, ALIGNMENT)
         available = region.planned.bytes - region.used
         if size > available:
@@ -65,6 +85,24 @@ class Arena:
             )
         start, region.used = region.used, region.used + size
         return region.memory[start : start + n_bytes]
+
+    def resize(self, planned: Entry, most_bytes: int) -> U8:
+        """Let the region of an owner have the bytes that ``planned`` states from now on, and return all its addresses.
+
+        The region is the beginning of ``most_bytes`` addresses, and only that is resident: what stays keeps its place
+        and content, what is new is zero, and what goes is given back to the system at once.
+
+        Raises
+        ------
+        Incompatible : it is fewer bytes than before, and this system does not take them back; nothing has changed.
+        """
+        region = self._regions.get(planned.owner) or _elastic(planned, most_bytes)
+        if planned.bytes < region.used:
+            region.give_back(planned.bytes)
+        ops.populate(region.memory[region.used : planned.bytes])
+        region.planned, region.used = planned, planned.bytes
+        self._regions[planned.owner], self._planned[planned.owner] = region, planned
+        return region.memory
 
     def floats(self, owner: str, *shape: int) -> npt.NDArray[np.float32]:
         """A float32 array of ``shape``."""
@@ -85,17 +123,29 @@ class Arena:
         return {owner: region.used for owner, region in self._regions.items()}
 
 
-def _map(n_bytes: int, *, read_often: bool) -> U8:
+def _resident(planned: Entry) -> _Region:
+    """A region of exactly the planned bytes, all of them resident."""
+    advice = "MADV_HUGEPAGE" if planned.kind in ("weights", "kv") else None
+    region = _Region(planned, _map(planned.bytes, advice))
+    ops.populate(region.memory)
+    return region
+
+
+def _elastic(planned: Entry, most_bytes: int) -> _Region:
+    """A region of no bytes yet, with addresses for the most that it may have."""
+    mapping = _map(round_up(most_bytes, mmap.PAGESIZE), "MADV_NOHUGEPAGE", _NO_RESERVE)
+    return _Region(replace(planned, terms=()), mapping)
+
+
+def _map(n_bytes: int, advice: str | None, flags: int = 0) -> mmap.mmap | None:
+    """Addresses whose pages become resident when they are first used."""
     if not n_bytes:
-        return np.empty(0, np.uint8)
-    if hasattr(mmap, "MAP_ANONYMOUS"):
-        # Python's default for memory without a file is shared; only private pages count as the process's own.
-        mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if read_often and hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-    else:
-        mapping = mmap.mmap(-1, n_bytes)
-    array = np.frombuffer(mapping, np.uint8)
-    ops.populate(array)
-    return array
+        return None
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, n_bytes)
+    # Python's default for memory without a file is shared; only private pages count as the process's own.
+    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
+    if advice is not None and hasattr(mmap, advice):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            mapping.madvise(getattr(mmap, advice))
+    return mapping

@@ -33,6 +33,8 @@ class EngineConfig:
     n_logits : tokens of a prompt whose logits are computed at once; more than 1 only pays where all are wanted.
     n_sequences : sequences that the KV store holds, ``context`` positions each; one token of each makes a decode step.
     n_threads : compute threads.
+    n_stacked : so many parts of the model's stack are in memory, the first ones; None: all. It can change while the
+        engine lives (``Engine.resize``).
     layouts : class of matrices → the layout in which resident ones lie, where it is not panels
         (:mod:`barefoot.ops.dispatch`). Only for int8: ``float32`` reads rows.
     """
@@ -47,6 +49,7 @@ class EngineConfig:
     n_logits: int = 1
     n_sequences: int = 1
     n_threads: int = 1
+    n_stacked: int | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     @property

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from barefoot.core.errors import CorruptFile, UnsupportedFormat
-from barefoot.core.model import LayerSpec, ModelSpec, WeightGroup, WeightSpec
-from barefoot.ops import blocks
+from barefoot.core.model import LayerSpec, ModelSpec, PartSpec, WeightGroup, WeightSpec
+from barefoot.io.quantized import PackedLinear, methods
+from barefoot.ops import blocks, parts
 
 _GROUPS: dict[str, WeightGroup] = {
     "embed": "embed",
@@ -40,6 +41,9 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def n_bytes(self) -> int: ...
 
 
 Tensors = Mapping[str, Tensor]
@@ -152,6 +156,26 @@ def _matrix(tensors: Tensors, name: str) -> tuple[str, tuple[int, int]]:
     return tensor.type, (1 if len(tensor.shape) == 1 else tensor.shape[0], tensor.shape[-1])
 
 
+def _parts(tensors: Tensors) -> dict[str, tuple[PartSpec, ...]]:
+    """What is to be added to each tensor: parts are named ``TENSOR+LABEL``.
+
+    Raises
+    ------
+    UnsupportedFormat : a kind that is not known.
+    CorruptFile : a part of another shape than its matrix, or of none.
+    """
+    found: dict[str, tuple[PartSpec, ...]] = {}
+    for name in sorted(n for n in tensors if "+" in n):
+        whole, _, label = name.partition("+")
+        part = tensors[name]
+        if part.type not in parts.names():
+            raise UnsupportedFormat(f"tensor {name!r} is stored as {part.type}; known: {', '.join(parts.names())}")
+        if whole not in tensors or tensors[whole].shape != part.shape:
+            raise CorruptFile(f"{name!r} is a part {part.shape} of no matrix of that shape")
+        found[whole] = (*found.get(whole, ()), PartSpec(label, part.type, part.n_bytes, name))
+    return found
+
+
 def _first_layer(tensors: Tensors, names: Roles, role: str) -> tuple[int, int]:
     return _matrix(tensors, names[role].template.format(i=0))[1]
 
@@ -187,9 +211,11 @@ def _sizes(stated: Mapping[str, int | None], eps: float, tensors: Tensors | None
 def hf_sizes(config: Mapping[str, Any], tensors: Tensors | None, names: Roles = HF) -> Sizes:
     """Sizes of a config.json, checked against the tensors."""
     method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
-    if config.get("quantization_config") and method != OWN_METHOD:
+    readable = (OWN_METHOD, *methods()) if tensors is not None else (OWN_METHOD,)  # the config alone states no bytes
+    if config.get("quantization_config") and method not in readable:
         raise UnsupportedFormat(
-            f"safetensors quantized by {method} are not supported", cure="use the unquantized model, or a GGUF file"
+            f"safetensors quantized by {method} are not supported; known: {', '.join(sorted(methods()))}",
+            cure="use the unquantized model, or a GGUF file",
         )
     n_heads = need(config, "num_attention_heads")
     stated = {
@@ -259,6 +285,28 @@ def hf_config(spec: ModelSpec, model_type: str, class_name: str, **more: Any) ->
     return config | more
 
 
+def gguf_metadata(spec: ModelSpec, arch: str, rope_keys: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The keys of a GGUF file from which ``from_gguf`` reads this spec; ``more`` are of attention, None for none."""
+    keys = {
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.d_model,
+        "feed_forward_length": spec.d_ff,
+        "vocab_size": spec.vocab_size,
+        **{f"rope.{key}": value for key, value in rope_keys.items()},
+    }
+    attention = {
+        "head_count": spec.n_heads,
+        "head_count_kv": spec.n_kv_heads,
+        "key_length": spec.head_dim,
+        "value_length": spec.head_dim,
+        "layer_norm_rms_epsilon": spec.norm_eps,
+        **{key: value for key, value in more.items() if value is not None},
+    }
+    keys |= {f"attention.{key}": value for key, value in attention.items()}
+    return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in keys.items()}
+
+
 def hf_roles(names: Roles, *, tied: bool, tensors: Tensors | None = None) -> dict[str, Source]:
     """The names as this checkpoint spells them: without a head when it is tied, below another prefix than ``model.``.
 
@@ -291,17 +339,22 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
     fused: dict[str, int] = {}
     for role, source in names.items():
         fused[source.template] = fused.get(source.template, 0) + sizes.shape(role)[0]
+    addends = _parts(tensors) if tensors is not None else {}
 
     def spec(role: str, layer: int | None) -> WeightSpec:
         source, (rows, cols) = names[role], sizes.shape(role)
         tensor_name = source.template.format(i=layer)
-        stored = default_format
+        stored, packed_bytes = default_format, 0
         if tensors is not None:
+            found = tensors.get(tensor_name)
+            packed_bytes = found.n_bytes if isinstance(found, PackedLinear) else 0
             stored, shape = _matrix(tensors, tensor_name)
             if shape != (fused[source.template], cols):
                 raise CorruptFile(
                     f"tensor {tensor_name!r} is {shape}, the header implies {(fused[source.template], cols)}"
                 )
+            if tensor_name in addends and (layer is None or shape[0] != rows):
+                raise UnsupportedFormat(f"{tensor_name!r} has parts, and is not one matrix of a layer")
         return WeightSpec(
             name=role if layer is None else f"layers.{layer}.{role}",
             group=_GROUPS.get(role, "norm"),
@@ -310,6 +363,8 @@ def weights(names: Roles, sizes: Sizes, tensors: Tensors | None, default_format:
             format=stored,
             source=tensor_name,
             row_start=sum(sizes.shape(before)[0] for before in source.after),
+            parts=addends.get(tensor_name, ()),
+            packed_bytes=packed_bytes,
         )
 
     outer = ("embed", "norm", "head")

@@ -2,7 +2,8 @@
 
 For each layer, stage by stage (q k v, o, gate up, down): measure the inputs that the matrices meet, with everything
 before them already stored in its format; solve; go on with what is stored. So errors are seen, and partly undone, by
-all that follows. After each layer its file and the hidden states are on disk, and an interrupted fit goes on there; the
+all that follows. A layer solver then refines the layer as a whole, for which the hidden states that nothing rounded
+are kept too. After each layer its file and the hidden states are on disk, and an interrupted fit goes on there; the
 same settings give the same bytes, whether interrupted or not.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,51 +19,74 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
-from barefoot.engine.layer_pass import STAGES, LayerPass
-from barefoot.engine.saving import Matrix, ModelFolder
+from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
+from barefoot.engine.rows import decode as decode_blocks
+from barefoot.engine.rows import read_rows
+from barefoot.engine.saving import ModelFolder
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
-from barefoot.ops import PackedWeight, blocks
-from barefoot.weights.formats import WeightFormat
-from barefoot.weights.solvers import Inputs, Knowledge, Solver
+from barefoot.ops import PackedWeight, blocks, parts
+from barefoot.ops.grids import Grid
+from barefoot.weights.solvers import Inputs, Knowledge, LayerProblem, LayerSolver, Solution, Solver
 from barefoot.weights.solvers.mse import Mse
+from barefoot.weights.structures import Matrix, Structure
+from barefoot.weights.training import require_torch
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
 STATE = "fit-state.npz"
 ROWS = 4096  # of a matrix that are solved at a time where rows don't depend on each other
 WITHOUT_TEXT = Mse()  # solves what meets no inputs: the embedding
+KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian")  # each contains the ones before
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit does: the format of each matrix by name, the solver, and the text (windows of ids) that it looks at.
+    """What a fit does.
 
-    Matrices that are not named keep the file's own blocks. No text is needed when the solver wants nothing.
+    Attributes
+    ----------
+    formats : by the name of a matrix its block format or its structure; those not named keep the file's own blocks.
+    solver : chooses the codes of block formats.
+    texts : what the model reads meanwhile, int32 (n_windows, window); none is needed where nothing is measured.
     """
 
-    formats: Mapping[str, WeightFormat]
+    formats: Mapping[str, str | Structure]
     solver: Solver
-    texts: Sequence[Sequence[int]] = ()
+    texts: Ids
+
+    def wants(self, name: str) -> Knowledge:
+        """What must be measured of a matrix's inputs."""
+        how = self.formats.get(name)
+        if isinstance(how, Structure):
+            return how.wants
+        return "nothing" if how is None or blocks.lookup(how).grid is None else self.solver.wants
+
+    @property
+    def reads(self) -> bool:
+        """Whether any text is needed."""
+        return any(self.wants(name) != "nothing" for name in self.formats)
 
     def key(self, checkpoint: Checkpoint) -> str:
         """What two runs must share for one to go on where the other stopped."""
         content = {
-            "formats": {name: str(fmt) for name, fmt in sorted(self.formats.items())},
+            "formats": {name: str(how) for name, how in sorted(self.formats.items())},
             "solver": str(self.solver),
-            "texts": [list(ids) for ids in self.texts],
-            "source": [checkpoint.path.name, checkpoint.file_bytes, _header_digest(checkpoint)],
+            "texts": self.texts.tolist(),
+            "source": source_key(checkpoint),
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _header_digest(checkpoint: Checkpoint) -> str:
+def source_key(checkpoint: Checkpoint) -> str:
+    """Tells one checkpoint from another, without reading its weights."""
     tensors = sorted((t.name, t.type, t.shape, t.offset, t.shard) for t in checkpoint.tensors.values())
-    return hashlib.sha256(repr(tensors).encode()).hexdigest()
+    return hashlib.sha256(repr((checkpoint.path.name, checkpoint.file_bytes, tensors)).encode()).hexdigest()
 
 
 def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress: Progress | None = None) -> ModelFolder:
@@ -70,179 +94,267 @@ def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress:
 
     Raises
     ------
-    Incompatible : a format that a matrix can't have, or a solver that the format has no grid for.
+    Incompatible : a format that a matrix can't have.
+    InvalidInput : text is needed and there is none, or ``path`` holds another fit that was interrupted.
     CorruptFile : the source can't be read.
+    BackendMissing : the solver learns, and PyTorch is not installed.
     """
+    if job.reads and not job.texts.size:
+        raise InvalidInput(f"{job.solver} looks at text, and there is none", cure="give text, or a solver without it")
+    if isinstance(job.solver, LayerSolver):
+        require_torch(str(job.solver))
     return _Fitting(checkpoint, spec, job, path, progress or (lambda done, total, label: None)).run()
 
 
 class _Fitting:
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress: Progress) -> None:
-        self.checkpoint, self.spec, self.job = checkpoint, spec, job
+        self.source, self.spec, self.job = Source(checkpoint, spec), spec, job
         self.folder = ModelFolder(path, checkpoint, spec)
         self.state, self.key = path / STATE, job.key(checkpoint)
         self.progress = progress
-        self.weights = {w.name: w for w in spec.weights}
         self.total = sum(w.group != "norm" for w in spec.weights)
         self.done = 0
 
     def run(self) -> ModelFolder:
-        start, hidden = self._resume()
+        start, hidden, exact = self._resume()
         if start == 0:
             embed = self._solved("embed", None)
             self.folder.write(0, {"embed": embed})
             hidden = self._embedded(embed)
-            start = self._keep(1, hidden)
+            if isinstance(self.job.solver, LayerSolver):
+                exact = self._embedded(Matrix(self.source.weights["embed"].format, self.source.stored("embed")))
+            start = self._keep(1, hidden, exact)
         for layer in range(start - 1, self.spec.n_layers):
-            hidden = self._layer(layer, hidden)
-            start = self._keep(layer + 2, hidden)
+            self._layer(layer, hidden, exact)
+            start = self._keep(layer + 2, hidden, exact)
         self._tail(hidden)
         self.state.unlink(missing_ok=True)
         return self.folder
 
     # --- interruption -----------------------------------------------------------------------------------------------
 
-    def _resume(self) -> tuple[int, list[F32]]:
-        """The number of files that are there, and the hidden states behind them."""
+    def _resume(self) -> tuple[int, F32, F32]:
+        """The number of files that are there, and the hidden states behind them: as stored, and exact ones."""
         if not self.state.exists():
-            return 0, []
+            return 0, np.empty(0, np.float32), np.empty(0, np.float32)
         with np.load(self.state, allow_pickle=False) as kept:
             if str(kept["key"]) != self.key:
                 raise InvalidInput(
                     f"{self.folder.path} holds another fit that was interrupted",
                     cure=f"repeat its command to go on with it, or remove {self.state}",
                 )
-            n = int(kept["n_files"])
-            hidden = list(kept["hidden"])
+            n, hidden, exact = int(kept["n_files"]), kept["hidden"], kept["exact"]
         self.done = sum(w.group != "norm" and self.folder.shard_of(w) < n for w in self.spec.weights)
-        return n, hidden
+        return n, hidden, exact
 
-    def _keep(self, n_files: int, hidden: list[F32]) -> int:
+    def _keep(self, n_files: int, hidden: F32, exact: F32) -> int:
         with atomic_writer(self.state) as file:
-            states = np.stack(hidden) if hidden else np.empty(0, np.float32)
-            np.savez(file, key=np.array(self.key), n_files=np.array(n_files), hidden=states)
+            np.savez(file, key=np.array(self.key), n_files=np.array(n_files), hidden=hidden, exact=exact)
         return n_files
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _embedded(self, embed: Matrix) -> list[F32]:
-        """The hidden states that the text begins with: of the embedding as it is stored now."""
-        if self.job.solver.wants == "nothing":
-            return []
-        weight = self.weights["embed"]
+    def _embedded(self, embed: Matrix) -> F32:
+        """The hidden states that the text begins with, (n_windows, window, d): of the embedding as it is stored now."""
+        texts, weight = self.job.texts, self.source.weights["embed"]
+        if not self.job.reads:
+            return np.empty((0, 0, weight.cols), np.float32)
         packed = PackedWeight(embed.format, weight.rows, weight.cols, embed.rows.reshape(-1))
-        hidden = [np.empty((len(ids), weight.cols), np.float32) for ids in self.job.texts]
-        for ids, out in zip(self.job.texts, hidden, strict=True):
-            ops.embed(np.asarray(ids, np.int32), packed, out, scale=self.spec.embed_scale)
+        hidden = np.empty((*texts.shape, weight.cols), np.float32)
+        for ids, out in zip(texts, hidden, strict=True):
+            ops.embed(ids, packed, out, scale=self.spec.embed_scale)
         return hidden
 
-    def _layer(self, layer: int, hidden: list[F32]) -> list[F32]:
+    def _layer(self, layer: int, hidden: F32, exact: F32) -> None:
+        """Store a layer, and pass ``hidden`` through it as it is stored, ``exact`` as it was."""
         prefix = f"layers.{layer}."
         vectors = {
-            name.removeprefix(prefix): self._read(name)[0]
-            for name, weight in self.weights.items()
+            weight.name.removeprefix(prefix): self._vector(weight.name)
+            for weight in self.spec.weights
             if weight.layer == layer and weight.group == "norm"
         }
-        shift = np.float32(self.spec.norm_plus_one)
-        factors = {role: v + shift if role.endswith("norm") else v for role, v in vectors.items()}
-        there = LayerPass(self.spec, layer, factors)
-        kept = {prefix + role: Matrix("f32", v.reshape(1, -1).view(np.uint8)) for role, v in vectors.items()}
+        kept = {prefix + role: Matrix("f32", rows) for role, rows in vectors.items()}
+        there = LayerPass(self.folder.target, layer, factors(self.folder.target, vectors))
+        inputs_of_layer = hidden.copy() if len(exact) else hidden
 
-        def solve(stage: str, inputs: list[F32]) -> list[F32]:
-            """Store the matrices of a stage, and return them as they are stored."""
-            seen = measure(inputs, self.job.solver.wants)
-            result = []
-            for role in STAGES[stage]:
-                kept[prefix + role] = self._solved(prefix + role, seen)
-                if inputs:
-                    result.append(self._decoded(prefix + role, kept[prefix + role]))
-            return result
+        def stored(stage: str, inputs: Iterable[F32]) -> list[F32]:
+            """The matrices of a stage as they are stored from now on."""
+            names = [prefix + role for role in STAGES[stage]]
+            wanted = max((self.job.wants(name) for name in names), key=KNOWLEDGE.index)
+            seen = measure(inputs, wanted)
+            for name in names:
+                kept[name] = self._solved(name, seen)
+            return [decode(kept[name], self.source.weights[name].cols) for name in names] if len(hidden) else []
 
-        x = [there.attn_in(h) for h in hidden]
-        qkv = solve("attn_in", x)
-        x = [there.attend(*(a @ w.T for w in qkv)) for a in x]
-        o = solve("attn_out", x)
-        hidden = [there.after_attention(h, a @ o[0].T) for h, a in zip(hidden, x, strict=True)]
-        x = [there.ffn_in(h) for h in hidden]
-        gate_up = solve("ffn_in", x)
-        x = [there.activate(*(a @ w.T for w in gate_up)) for a in x]
-        down = solve("ffn_out", x)
-        hidden = [there.after_ffn(h, a @ down[0].T) for h, a in zip(hidden, x, strict=True)]
+        qkv = stored("attn_in", map(there.attn_in, hidden))
+        attended = [there.attend(*products(there.attn_in(h), qkv)) for h in hidden]
+        del qkv
+        o = stored("attn_out", attended)
+        for i, a in enumerate(attended):
+            hidden[i] = there.after_attention(hidden[i], *products(a, o))
+        del attended, o
+        gate_up = stored("ffn_in", map(there.ffn_in, hidden))
+
+        def activated() -> Iterator[F32]:
+            for h in hidden:  # made twice rather than kept: they are the widest of all
+                yield there.activate(*products(there.ffn_in(h), gate_up))
+
+        down = stored("ffn_out", activated())
+        for i, a in enumerate(activated()):
+            hidden[i] = there.after_ffn(hidden[i], *products(a, down))
+        if len(exact):
+            self._refine(there, kept, inputs_of_layer, hidden, exact)
         self.folder.write(layer + 1, kept)
-        return hidden
 
-    def _tail(self, hidden: list[F32]) -> None:
+    def _refine(self, there: LayerPass, kept: dict[str, Matrix], inputs: F32, hidden: F32, exact: F32) -> None:
+        """Choose the matrices of a layer anew, all together; both streams are passed through it.
+
+        inputs : the hidden states before the layer; ``hidden`` becomes those behind it.
+        """
+        solver, prefix = self.job.solver, f"layers.{there.layer}."
+        assert isinstance(solver, LayerSolver)
+        roles = [role for stage in STAGES.values() for role in stage]
+        weights = {r: self.source.floats(prefix + r, order=self.folder.row_order(prefix + r)) for r in roles}
+        for i, h in enumerate(exact):
+            exact[i] = there(h, weights)
+        grids = {r: grid for r in roles if (grid := self._grid(prefix + r)) is not None}
+        if not grids:
+            return
+        starts = {r: blocks.unpack(kept[prefix + r].format, kept[prefix + r].rows) for r in grids}
+        stored = {r: decode(kept[prefix + r], weights[r].shape[1]) for r in roles if r not in grids}
+        problem = LayerProblem(
+            spec=there.spec,
+            layer=there.layer,
+            weights={**weights, **stored, **there.vectors},
+            grids=grids,
+            starts={r: Solution(*start) for r, start in starts.items()},
+            inputs=inputs,
+            targets=exact,
+            rotations=rotations(there.spec, there.layer, hidden.shape[1]),
+        )
+        found = solver.refine(problem)
+        for role, solution in found.matrices.items():
+            layout = kept[prefix + role].format
+            kept[prefix + role] = Matrix(layout, blocks.pack(layout, solution.codes, solution.params))
+            stored[role] = decode(kept[prefix + role], weights[role].shape[1])
+        for role, vector in found.vectors.items():
+            shift = np.float32(there.spec.norm_plus_one and role.endswith("norm"))
+            kept[prefix + role] = Matrix("f32", (vector - shift).reshape(1, -1).view(np.uint8))
+        behind = LayerPass(there.spec, there.layer, {**there.vectors, **found.vectors})
+        for i, h in enumerate(inputs):
+            hidden[i] = behind(h, stored)
+
+    def _tail(self, hidden: F32) -> None:
         """The last norm, and the head where it is not the embedding."""
-        norm = self._read("norm")
-        kept = {"norm": Matrix("f32", norm.view(np.uint8))}
-        if "head" in self.weights:
-            factor = norm[0] + np.float32(self.spec.norm_plus_one)
-            x = [np.empty_like(h) for h in hidden]
-            for h, out in zip(hidden, x, strict=True):
-                ops.rmsnorm(h, factor, self.spec.norm_eps, out)
-            kept["head"] = self._solved("head", measure(x, self.job.solver.wants))
+        norm = self._vector("norm")
+        kept = {"norm": Matrix("f32", norm)}
+        if "head" in self.source.weights:
+            factor = factors(self.folder.target, {"norm": norm})["norm"]
+
+            def normed() -> Iterator[F32]:
+                for h in hidden:
+                    out = np.empty_like(h)
+                    ops.rmsnorm(h, factor, self.spec.norm_eps, out)
+                    yield out
+
+            kept["head"] = self._solved("head", measure(normed(), self.job.wants("head")))
         self.folder.write(self.folder.n_shards - 1, kept)
+
+    def _vector(self, name: str) -> U8:
+        """A norm or a bias as it will be stored, in float32."""
+        return self.folder.arranged(name, self.source.floats(name).view(np.uint8))
 
     # --- one matrix -------------------------------------------------------------------------------------------------
 
     def _solved(self, name: str, inputs: Inputs | None) -> Matrix:
-        """The matrix in its format."""
-        weight = self.weights[name]
+        """The matrix as it will be stored, its rows as Hugging Face has them."""
         self.progress(self.done, self.total, name)
         self.done += 1
-        fmt = self.job.formats.get(name)
-        layout = weight.format if fmt is None else fmt.layout(weight.format)
-        if layout == weight.format:
-            return Matrix(layout, self._read_stored(name))
-        grid = blocks.lookup(layout).grid
-        solver = self.job.solver
+        weight, how = self.source.weights[name], self.job.formats.get(name)
+        order = self.folder.row_order(name)
+        if how is None or how == weight.format:
+            return Matrix(weight.format, self.folder.arranged(name, self.source.stored(name)))
+        if isinstance(how, Structure):
+            return how.solve(self.source.floats(name, order=order), inputs)
+        grid, solver = self._grid(name), self.job.solver
         if inputs is None and solver.wants != "nothing":
             solver = WITHOUT_TEXT
         # Rows are independent; without a Hessian to factor they may as well be solved a few at a time.
-        step = weight.rows if inputs is not None and inputs.hessian is not None else ROWS
-        packed = np.empty((weight.rows, blocks.row_bytes(layout, weight.cols)), np.uint8)
+        step = weight.rows if order is not None or (inputs is not None and inputs.hessian is not None) else ROWS
+        packed = np.empty((weight.rows, blocks.row_bytes(how, weight.cols)), np.uint8)
         for start in range(0, weight.rows, step):
-            some = self._read(name, start, min(step, weight.rows - start))
+            some = self.source.floats(name, start, min(step, weight.rows - start), order=order)
             if grid is None:
-                packed[start : start + step] = blocks.encode(layout, some)
+                packed[start : start + step] = blocks.encode(how, some)
             else:
                 solution = solver.solve(some, grid, inputs)
-                packed[start : start + step] = blocks.pack(layout, solution.codes, solution.params)
-        return Matrix(layout, packed)
+                packed[start : start + step] = blocks.pack(how, solution.codes, solution.params)
+        return Matrix(how, packed)
 
-    def _read_stored(self, name: str, first: int = 0, n_rows: int | None = None) -> U8:
+    def _grid(self, name: str) -> Grid | None:
+        """What the solver chooses a matrix's codes on; None where it chooses none."""
+        how = self.job.formats.get(name)
+        if how is None or isinstance(how, Structure) or how == self.source.weights[name].format:
+            return None
+        return blocks.lookup(how).grid
+
+
+class Source:
+    """The weights that a fit starts from, by barefoot's names."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        self._checkpoint = checkpoint
+        self.key = source_key(checkpoint)
+        self.weights = {w.name: w for w in spec.weights}
+        summed = next((w.name for w in spec.weights if w.parts), None)
+        if summed is not None:
+            raise Incompatible(
+                f"{summed} is a sum of parts already, which can't be fitted again", cure="fit the model that it was"
+            )
+
+    def stored(self, name: str, first: int = 0, n_rows: int | None = None) -> U8:
+        """Rows of a weight as its file stores them, uint8 (n_rows, row_bytes)."""
+        return read_rows(self._checkpoint, self.weights[name], first, n_rows)
+
+    def floats(
+        self, name: str, first: int = 0, n_rows: int | None = None, order: npt.NDArray[np.int64] | None = None
+    ) -> F32:
+        """Rows of a weight, float32 (n_rows, cols); with ``order`` all of them, arranged so."""
         weight = self.weights[name]
-        n_rows = weight.rows - first if n_rows is None else n_rows
-        rows = np.empty((n_rows, blocks.row_bytes(weight.format, weight.cols)), np.uint8)
-        self.checkpoint.read_into(weight.source, rows, weight.row_start + first, n_rows)
-        return rows
-
-    def _read(self, name: str, first: int = 0, n_rows: int | None = None) -> F32:
-        """Rows of a weight of the source, float32."""
-        weight = self.weights[name]
-        return decode(weight.format, self._read_stored(name, first, n_rows), weight.cols)
-
-    def _decoded(self, name: str, matrix: Matrix) -> F32:
-        return decode(matrix.format, matrix.rows, self.weights[name].cols)
+        rows = self.stored(name, first, n_rows)
+        return decode(Matrix(weight.format, rows if order is None else rows[order]), weight.cols)
 
 
-def decode(format_id: str, rows: U8, cols: int) -> F32:
-    """Stored rows as float32 (n, cols), by the kernels."""
-    out = np.empty((len(rows), cols), np.float32)
-    packed = PackedWeight(format_id, len(rows), cols, np.ascontiguousarray(rows).reshape(-1))
-    ops.embed(np.arange(len(rows), dtype=np.int32), packed, out)
+def decode(matrix: Matrix, cols: int) -> F32:
+    """What is stored, float32 (n, cols), by the kernels."""
+    n = len(matrix.rows)
+    out = decode_blocks(matrix.format, matrix.rows, cols)
+    for kind, data in matrix.parts.values():
+        out += parts.lookup(kind).decode(n, cols, data)
     return out
 
 
-def measure(inputs: Sequence[F32], wanted: Knowledge) -> Inputs | None:
-    """What a solver wants to know of inputs (n, cols) each; None when it wants nothing."""
-    if wanted == "nothing" or not inputs:
+def factors(spec: ModelSpec, vectors: Mapping[str, U8]) -> dict[str, F32]:
+    """Vectors as a pass takes them: norms are what they multiply by, though some files store that less one."""
+    shift = np.float32(spec.norm_plus_one)
+    floats = {role: rows.view(np.float32).reshape(-1) for role, rows in vectors.items()}
+    return {role: v + shift if role.endswith("norm") else v for role, v in floats.items()}
+
+
+def products(x: F32, weights: Iterable[F32]) -> list[F32]:
+    return [x @ weight.T for weight in weights]
+
+
+def measure(inputs: Iterable[F32], wanted: Knowledge) -> Inputs | None:
+    """What a solver wants to know of inputs, (n, cols) each; None when it wants nothing."""
+    if wanted == "nothing":
         return None
-    n, cols = sum(map(len, inputs)), inputs[0].shape[1]
-    if wanted == "squares":
-        return Inputs(sum((np.einsum("nc,nc->c", x, x) for x in inputs), np.zeros(cols, np.float32)) / np.float32(n))
-    hessian = np.zeros((cols, cols), np.float32)
+    total: F32 | None = None
+    n = 0
     for x in inputs:
-        hessian += x.T @ x
-    hessian /= np.float32(n)
-    return Inputs(np.diag(hessian).copy(), hessian)
+        each = np.einsum("nc,nc->c", x, x) if wanted == "squares" else x.T @ x
+        total = each if total is None else np.add(total, each, out=total)
+        n += len(x)
+    assert total is not None
+    total /= np.float32(n)
+    return Inputs(total) if wanted == "squares" else Inputs(np.diag(total).copy(), total)

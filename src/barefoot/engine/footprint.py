@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
-from barefoot.core.model import ModelSpec, WeightGroup
+from barefoot.core.model import ModelSpec, PartSpec, WeightGroup
 from barefoot.core.units import round_up
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
-from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels
+from barefoot.engine.repacking import REPACKED_ROWS
+from barefoot.engine.stacks import n_stacked, signed, stack_footprint
+from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
+from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
 
@@ -25,8 +29,9 @@ ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a c
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
-PASSING = ("encoder",)
+PASSING = ("encoder", "repacker")
 ENCODE_BYTES_PER_WEIGHT = 17
+REPACK_BYTES_PER_WEIGHT = 10  # where groups are scattered; less than half elsewhere
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -40,6 +45,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
     placement = place(spec, config)
     return (
         _weights(spec, config, placement)
+        + stack_footprint(spec, n_stacked(spec, config))
         + _streams(spec, placement)
         + _staging(placement)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
@@ -62,8 +68,11 @@ def _padding(sizes: Iterable[int]) -> Term:
 def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Footprint:
     """An entry for each group of resident weights. Matrices of one shape are counted together."""
     shapes: dict[WeightGroup, Counter[tuple[int, int, str]]] = {}
-    for weight in (r.weight for r in placement.resident):
+    added: dict[WeightGroup, list[PartSpec]] = {}
+    for resident in placement.resident:
+        weight = resident.weight
         shapes.setdefault(weight.group, Counter())[weight.rows, weight.cols, weight.format] += 1
+        added.setdefault(weight.group, []).extend(resident.parts)
     phases = _loading(placement) + RUNNING
     result = Footprint()
     for group, counted in shapes.items():
@@ -75,6 +84,9 @@ def _weights(spec: ModelSpec, config: EngineConfig, placement: Placement) -> Foo
             for term in terms:
                 totals[term.name, term.bytes_each] += n * term.count
             padding += n * (-sum(t.bytes for t in terms) % ALIGNMENT)
+        for part in added[group]:
+            totals[f"{part.kind} parts", 1] += part.n_bytes
+            padding += -part.n_bytes % ALIGNMENT
         summed = [Term(name, count, size) for (name, size), count in totals.items()]
         result += entry(f"weights.{group}", "weights", [*summed, Term("alignment", padding, 1)], phases=phases)
     return result
@@ -95,29 +107,56 @@ def tile_rows(resident: Resident) -> int:
     """Rows of a weight that pass through staging at a time, whole panels: to be converted, or only rearranged."""
     weight = resident.weight
     row_bytes = blocks.row_bytes(weight.format, weight.cols)
-    rows = CONVERT_ELEMENTS // weight.cols if resident.converted else ARRANGE_BYTES // row_bytes
-    whole = lut.ROWS if resident.layout == "lut" else panels.ROWS
+    arithmetic = resident.converted or weight.packed_bytes
+    rows = CONVERT_ELEMENTS // weight.cols if arithmetic else ARRANGE_BYTES // row_bytes
+    whole = lut.ROWS if resident.layout == "lut" else REPACKED_ROWS if weight.packed_bytes else panels.ROWS
     return min(weight.rows, max(1, rows // whole) * whole)
 
 
-def staging_sizes(placement: Placement) -> tuple[int, int, int]:
-    """Bytes of the largest tile as stored, bytes as float32 and weights of the largest that is converted."""
-    tiles = [(r, tile_rows(r)) for r in placement.resident if r.converted or r.layout != "rows"]
-    raw = max((rows * blocks.row_bytes(r.weight.format, r.weight.cols) for r, rows in tiles), default=0)
-    elements = max((rows * r.weight.cols for r, rows in tiles if r.converted), default=0)
-    return raw, elements * 4, elements
+@dataclass(frozen=True)
+class Staging:
+    """What passes through memory while weights are read.
+
+    Attributes
+    ----------
+    stored : bytes of the largest tile as the file stores it.
+    decoded : weights of the largest tile that is converted.
+    packed : bytes of the largest matrix that another program packed, and ``repacked`` weights of the largest tile of
+        such a matrix.
+    """
+
+    stored: int
+    decoded: int
+    packed: int
+    repacked: int
+
+
+def staging(placement: Placement) -> Staging:
+    """The sizes of everything that is staged."""
+    tiles = [(r.weight, tile_rows(r), r) for r in placement.resident if r.staged]
+    direct = [(w, rows) for w, rows, _ in tiles if not w.packed_bytes]
+    return Staging(
+        stored=max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in direct), default=0),
+        decoded=max((rows * w.cols for w, rows, r in tiles if r.converted), default=0),
+        packed=max((w.packed_bytes for w, _, _ in tiles), default=0),
+        repacked=max((rows * w.cols for w, rows, _ in tiles if w.packed_bytes), default=0),
+    )
 
 
 def _staging(placement: Placement) -> Footprint:
-    raw, decoded, elements = staging_sizes(placement)
-    if not raw:
-        return Footprint()
+    sizes = staging(placement)
     phases = _loading(placement)
-    if not elements:
-        return entry("staging", "workspace", [_block("stored tile", raw)], phases=phases)
-    return entry(
-        "staging", "workspace", [_block("stored tile", raw), _block("float tile", decoded)], phases=phases
-    ) + entry("encoder", "workspace", [Term("arrays", elements, ENCODE_BYTES_PER_WEIGHT)], phases=("convert",))
+    blocks_of = {"stored tile": sizes.stored, "float tile": 4 * sizes.decoded, "packed matrix": sizes.packed}
+    terms = [_block(name, n_bytes) for name, n_bytes in blocks_of.items() if n_bytes]
+    found = entry("staging", "workspace", terms, phases=phases) if terms else Footprint()
+    if sizes.repacked:
+        found += entry(
+            "repacker", "workspace", [Term("arrays", sizes.repacked, REPACK_BYTES_PER_WEIGHT)], phases=phases
+        )
+    if sizes.decoded:
+        encoder = [Term("arrays", sizes.decoded, ENCODE_BYTES_PER_WEIGHT)]
+        found += entry("encoder", "workspace", encoder, phases=("convert",))
+    return found
 
 
 def kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int) -> int:
@@ -203,6 +242,29 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -
             for n in {1, min(lut.FEW_TOKENS, config.n_rows), config.n_rows}
             for cols in inputs
         ),
+        *(
+            parts.lookup(part.kind).scratch_bytes(n, weight.rows, weight.cols, threads)
+            for weight in spec.weights
+            for part in weight.parts
+            if part.kind != signs.KIND.name
+            for n in (1, config.n_rows)
+        ),
+        *(
+            sign_scratch_bytes(n, cols, rank, n_blocks, config.activations, n_threads=threads)
+            for cols, rank, n_blocks in _stacks(spec)
+            for n in {1, min(SIGN_TOKENS, config.n_rows), config.n_rows}
+        ),
         attention_scratch_bytes(config.chunk, *heads, config.activations, n_threads=threads),
         attention_scratch_bytes(config.n_sequences, *heads, n_threads=threads, each=True),
     )
+
+
+def _stacks(spec: ModelSpec) -> set[tuple[int, int, int]]:
+    """Columns, rank and number of blocks of every matrix of signed blocks, whether they are in memory or not."""
+    found = set()
+    for weight in spec.weights:
+        blocks_of = signed(weight)
+        if blocks_of:
+            rank = signs.rank_of(weight.rows, weight.cols, blocks_of[0].n_bytes)
+            found.add((weight.cols, rank, len(blocks_of)))
+    return found

@@ -39,6 +39,14 @@ class LayerPass:
     layer: int
     vectors: Mapping[str, F32]
 
+    def __call__(self, x: F32, weights: Mapping[str, F32]) -> F32:
+        """The whole layer, with ``weights`` by role, (outputs, inputs)."""
+        a = self.attn_in(x)
+        a = self.attend(*(a @ weights[role].T for role in STAGES["attn_in"]))
+        x = self.after_attention(x, a @ weights["o"].T)
+        f = self.ffn_in(x)
+        return self.after_ffn(x, self.activate(f @ weights["gate"].T, f @ weights["up"].T) @ weights["down"].T)
+
     def attn_in(self, x: F32) -> F32:
         return self._norm(x, "attn_norm")
 

@@ -76,7 +76,7 @@ def to_hf(rope: Rope) -> dict[str, Any]:
     if rope.scaling == "none":
         return {"rope_theta": rope.theta}
     scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling != "linear":
+    if rope.scaling != "linear" and rope.original_context:  # GGUF files of Llama 3 give factors and no context
         scaling["original_max_position_embeddings"] = rope.original_context
     if rope.scaling == "llama3":
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
@@ -130,11 +130,45 @@ def from_gguf(
     )
 
 
+def to_gguf(rope: Rope) -> dict[str, Any]:
+    """The keys below ``<architecture>.rope.`` from which ``from_gguf`` reads this rope, lists of factors apart."""
+    keys: dict[str, Any] = {"freq_base": rope.theta, "dimension_count": rope.dim}
+    if rope.scaling in ("linear", "yarn"):
+        keys |= {"scaling.type": rope.scaling, "scaling.factor": rope.factor}
+    magnitude = rope.attention_factor
+    if rope.scaling == "yarn":
+        keys |= {"scaling.yarn_beta_fast": rope.beta_fast, "scaling.yarn_beta_slow": rope.beta_slow}
+        magnitude /= yarn_magnitude(rope.factor)
+    if rope.original_context and rope.scaling in ("yarn", "longrope"):
+        keys["scaling.original_context_length"] = rope.original_context
+    if magnitude != 1:
+        keys["scaling.attn_factor"] = magnitude
+    return keys
+
+
+def gguf_factors(rope: Rope) -> dict[str, F32]:
+    """The tensors of divisors, float32 (dim / 2,), that a GGUF file keeps for this rope."""
+    if rope.scaling == "llama3":
+        return {"rope_freqs.weight": np.asarray(_divisors(rope, _plain(rope), 0), np.float32)}
+    if rope.scaling != "longrope":
+        return {}
+    long, short = np.array(rope.long_factors, np.float32), np.array(rope.short_factors, np.float32)
+    if rope.long_factors == rope.short_factors:
+        return {"rope_freqs.weight": long}
+    return {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+
+
 def inverse_frequencies(rope: Rope, context: int) -> F32:
     """Angle per position of each pair, float32 (dim / 2,), for an engine of ``context`` positions."""
-    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    plain: F32 = np.float32(1) / np.power(np.float32(rope.theta), exponents)
+    plain = _plain(rope)
     return (plain / _divisors(rope, plain, context)).astype(np.float32)
+
+
+def _plain(rope: Rope) -> F32:
+    """The frequencies without scaling."""
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    frequencies: F32 = np.float32(1) / np.power(np.float32(rope.theta), exponents)
+    return frequencies
 
 
 def _divisors(rope: Rope, plain: F32, context: int) -> float | F32:

@@ -7,7 +7,7 @@ token of each sequence that takes part, so that the matrices are read once for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,9 @@ from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.sequences import Sequences
+from barefoot.engine.stacks import Stacks, n_stacked
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
-from barefoot.engine.weights import Progress, load
+from barefoot.engine.weights import Progress, Sum, load
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import PackedWeight, blocks
 
@@ -43,12 +44,12 @@ class _Layer:
     capacity: int
     keys: U8
     values: U8
-    qkv: list[PackedWeight]
-    o: list[PackedWeight]
-    gate_up: list[PackedWeight]
-    down: list[PackedWeight]
+    qkv: list[Sum]
+    o: list[Sum]
+    gate_up: list[Sum]
+    down: list[Sum]
     vectors: dict[str, F32]
-    streamed: tuple[PackedWeight, ...]
+    streamed: tuple[tuple[WeightSpec, Sum], ...]
 
 
 class Engine:
@@ -78,17 +79,30 @@ class Engine:
         ops.set_threads(config.n_threads)
         try:
             self._matrices, self._vectors = load(
-                spec, self._placement, self._tensors, self._files, self.arena, progress
+                spec, self._placement, self._tensors, checkpoint.linears, self._files, self.arena, progress
             )
             self.arena.release("staging")
             release_free_memory()  # what converting took must not stay beside keys and values
+            self.stacks = self._stack()
             self._allocate()
         except BaseException:
             self._files.close()
             raise
+        self._check_bytes()
+
+    def _check_bytes(self) -> None:
         running = (e for phase in RUNNING for e in self.footprint.select(phase=phase))
         planned = {e.owner: e.bytes for e in running if e.owner not in PASSING}
         assert self.arena.used_by_owner() == planned
+
+    def _stack(self) -> Stacks | None:
+        """The residual blocks that come and go, as many of them as the configuration says."""
+        if not self.spec.stack:
+            return None
+        found = {name: m.stack for name, m in self._matrices.items() if m.stack is not None}
+        stacks = Stacks(self.spec, self._tensors, self._files, self.arena, found)
+        stacks.resize(n_stacked(self.spec, self.config))
+        return stacks
 
     def _allocate(self) -> None:
         spec, config, placement = self.spec, self.config, self._placement
@@ -122,10 +136,13 @@ class Engine:
         spec, config = self.spec, self.config
         prefix = f"layers.{index}."
         first_streamed = spec.n_layers - len(self._placement.streamed)
-        streamed: dict[str, PackedWeight] = {}
+        streamed: dict[str, tuple[WeightSpec, Sum]] = {}
+        matrices: Mapping[str, Sum] = self._matrices
         if index >= first_streamed:
-            streamed = {w.name: _unbound(w) for w in self._placement.streamed[index - first_streamed]}
-        matrix = {name: streamed.get(prefix + name) or self._matrices[prefix + name] for name in _MATRICES}
+            specs = self._placement.streamed[index - first_streamed]
+            matrices = {w.name: Sum.of(w, w.format, "rows") for w in specs}
+            streamed = {w.name: (w, matrices[w.name]) for w in specs}
+        matrix = {name: matrices[prefix + name] for name in _MATRICES}
         capacity = spec.kv_positions(index, config.context, config.chunk)
         shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
         n_bytes = kv_bytes(spec, config, index)
@@ -154,6 +171,25 @@ class Engine:
         if self._stream is not None:
             self._stream.close()
         self._files.close()
+
+    def resize(self, n_stacked: int) -> None:
+        """Have so many parts of the model's stack in memory from now on: what is new is read, what goes is given back.
+
+        Keys and values stay; tokens to come see those that the earlier weights made. ``config`` and ``footprint`` are
+        those of the new size.
+
+        Raises
+        ------
+        InvalidInput : the model's stack has fewer parts.
+        CorruptFile : a part can't be read; the engine is as it was.
+        Incompatible : it is fewer, and this system takes no memory back; the engine is as it was.
+        """
+        config = replace(self.config, n_stacked=n_stacked)
+        planned = footprint(self.spec, config)
+        if self.stacks is not None:
+            self.stacks.resize(n_stacked)
+        self.config, self.footprint = config, planned
+        self._check_bytes()
 
     # --- the sequences ----------------------------------------------------------------------------------------------
 
@@ -275,14 +311,16 @@ class Engine:
     def _bind(self, layer: _Layer, item: int, then: int) -> None:
         assert self._stream is not None
         buffer = self._stream.get(item, then)
-        for weight, (start, stop) in zip(layer.streamed, self._stream.spans(item), strict=True):
-            weight.bind(buffer[start:stop])
+        spans = iter(self._stream.spans(item))
+        for spec, weight in layer.streamed:
+            rows, *parts = (buffer[slice(*next(spans))] for _ in range(1 + len(spec.parts)))
+            weight.bind(rows, spec.parts, parts)
 
     def _embed(self, ids: Sequence[int], views: Views) -> None:
         scale = self.spec.embed_scale
         if not self._placement.embed_on_disk:
             views.ids[:] = ids
-            ops.embed(views.ids, self._matrices["embed"], views.x, scale=scale)
+            ops.embed(views.ids, self._matrices["embed"].blocks, views.x, scale=scale)
             return
         weight = self._placement.head
         tensor = self._tensors[weight.source]
@@ -349,16 +387,25 @@ class Engine:
         program.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
         self._project(program, views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
 
-    def _product(
-        self, program: ops.Program, x: F32, weights: list[PackedWeight], outs: list[F32], *, add: bool = False
-    ) -> None:
-        program.matmul(x, weights, outs, activations=self.config.activations, add=add, scratch=self._scratch)
+    def _product(self, program: ops.Program, x: F32, weights: list[Sum], outs: list[F32], *, add: bool = False) -> None:
+        dense = [(w.blocks, out) for w, out in zip(weights, outs, strict=True) if w.blocks.format != "zero"]
+        if dense:
+            matrices, their_outs = map(list, zip(*dense, strict=True))
+            program.matmul(x, matrices, their_outs, activations=self.config.activations, add=add, scratch=self._scratch)
+        for weight, out in zip(weights, outs, strict=True):
+            further = add or weight.blocks.format != "zero"
+            for part in weight.parts:
+                program.part_matmul(x, part, out, add=further, scratch=self._scratch)
+                further = True
+            if weight.stack is not None:
+                activations = self.config.activations
+                program.sign_matmul(x, weight.stack, out, activations=activations, add=further, scratch=self._scratch)
 
     def _project(
         self,
         program: ops.Program,
         inputs: F32,
-        weight: list[PackedWeight],
+        weight: list[Sum],
         x: F32,
         between: F32 | None,
         norm: F32 | None,
@@ -386,7 +433,7 @@ class Engine:
         if placement.head_tile_rows:
             self._head_from_disk(inputs, logits)
         else:
-            self._matmul(inputs, [self._matrices[placement.head.name]], [logits])
+            self._matmul(inputs, [self._matrices[placement.head.name].blocks], [logits])
         if spec.logit_softcap:
             np.divide(logits, np.float32(spec.logit_softcap), out=logits)
             np.tanh(logits, out=logits)
@@ -407,10 +454,6 @@ class Engine:
 
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-def _unbound(weight: WeightSpec) -> PackedWeight:
-    return PackedWeight(weight.format, weight.rows, weight.cols)
 
 
 def _tiles(n_rows: int, tile_rows: int) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ import numpy.typing as npt
 from barefoot.core.errors import Incompatible
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.decoder import OWN_METHOD
+from barefoot.engine.rows import halves_order
 from barefoot.engine.specs import architectures, spec_from_config
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.packed import VERSION, describe
-from barefoot.io.safetensors import INDEX_NAME, write_safetensors
+from barefoot.io.safetensors import INDEX_NAME, read_safetensors, write_safetensors
 from barefoot.io.tokenizer_export import export_tokenizer
 from barefoot.io.tokenizer_files import read_gguf_tokenizer
 from barefoot.ops import blocks
+from barefoot.weights.structures import Matrix
 
 U8 = npt.NDArray[np.uint8]
 
@@ -41,18 +42,10 @@ CARRIED = (
 )
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A weight in a block format: ``rows`` uint8 (n_rows, row_bytes)."""
-
-    format: str
-    rows: U8
-
-
 def config_of(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a folder for this model: the source's own, or what its header amounts to."""
     if checkpoint.kind == "safetensors":
-        return dict(checkpoint.config)
+        return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return dict(architectures()[spec.arch].to_hf(spec))
 
 
@@ -63,14 +56,18 @@ class ModelFolder:
     ----------
     path : the folder, made if need be.
     checkpoint, spec : the model that is the source.
+
+    Attributes
+    ----------
+    target : the model as this folder will describe it; its weights are those of ``arranged``.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint, spec: ModelSpec) -> None:
         self.path, self._checkpoint, self._spec = path, checkpoint, spec
         self._config = config_of(checkpoint, spec)
-        target = spec_from_config(self._config, spec.name)
-        self._targets = {w.name: w for w in target.weights}
-        self._norm_shift = np.float32(target.norm_plus_one) - np.float32(spec.norm_plus_one)
+        self.target = spec_from_config(self._config, spec.name)
+        self._targets = {w.name: w for w in self.target.weights}
+        self._norm_shift = np.float32(self.target.norm_plus_one) - np.float32(spec.norm_plus_one)
         path.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -88,7 +85,7 @@ class ModelFolder:
         return self.path / f"model-{number + 1:05}-of-{self.n_shards:05}.safetensors"
 
     def write(self, number: int, weights: Mapping[str, Matrix]) -> None:
-        """Write one file whole; ``weights`` by barefoot's names, matrices and f32 vectors.
+        """Write one file whole; ``weights`` by barefoot's names, arranged matrices and f32 vectors.
 
         Raises
         ------
@@ -97,57 +94,82 @@ class ModelFolder:
         groups: dict[str, list[tuple[WeightSpec, Matrix]]] = {}
         for name, matrix in weights.items():
             target = self._targets[name]
-            groups.setdefault(target.source, []).append((target, self._arranged(name, matrix)))
+            groups.setdefault(target.source, []).append((target, matrix))
         entries: list[tuple[str, str, tuple[int, ...], Iterable[Any]]] = []
         packed: dict[str, tuple[str, int]] = {}
-        for tensor, parts in groups.items():
-            parts.sort(key=lambda part: part[0].row_start)
-            formats = {matrix.format for _, matrix in parts}
-            if len(formats) > 1:
+        added: dict[str, tuple[str, int, int]] = {}
+        for tensor, together in groups.items():
+            together.sort(key=lambda each: each[0].row_start)
+            formats = {matrix.format for _, matrix in together}
+            if len(formats) > 1 or (len(together) > 1 and any(matrix.parts for _, matrix in together)):
                 raise Incompatible(
-                    f"{tensor} holds {', '.join(w.name for w, _ in parts)} together, which have formats "
+                    f"{tensor} holds {', '.join(w.name for w, _ in together)} together, which have formats "
                     f"{', '.join(sorted(formats))}",
-                    cure="give them one format",
+                    cure="give them one format of blocks",
                 )
-            entries.append(self._entry(tensor, parts, packed))
+            entries.append(self._entry(tensor, together, packed))
+            weight, matrix = together[0]
+            for label, (kind, data) in sorted(matrix.parts.items()):
+                added[f"{tensor}+{label}"] = (kind, weight.rows, weight.cols)
+                entries.append((f"{tensor}+{label}", "u8", (data.size,), [data.data]))
         sizes = {f: (blocks.block_elements(f), blocks.block_bytes(f)) for f, _ in packed.values()}
-        write_safetensors(self.shard(number), entries, describe(packed, sizes) if packed else {"format": "pt"})
+        metadata = describe(packed, sizes, added) if packed else {"format": "pt"}
+        write_safetensors(self.shard(number), entries, metadata)
 
     def _entry(
         self, tensor: str, parts: list[tuple[WeightSpec, Matrix]], packed: dict[str, tuple[str, int]]
     ) -> tuple[str, str, tuple[int, ...], Iterable[Any]]:
         weight, first = parts[0]
-        chunks = [np.ascontiguousarray(matrix.rows).data for _, matrix in parts]
+        chunks = [np.ascontiguousarray(matrix.rows).data for _, matrix in parts if matrix.rows.size]
         n_rows = sum(len(matrix.rows) for _, matrix in parts)
-        if blocks.block_elements(first.format) == 1:
+        if blocks.block_elements(first.format) == 1 and first.format != "zero":
             shape = (weight.cols,) if weight.group == "norm" else (n_rows, weight.cols)
             return tensor, first.format, shape, chunks
         packed[tensor] = (first.format, weight.cols)
         return tensor, "u8", (n_rows, first.rows.shape[1]), chunks
 
-    def _arranged(self, name: str, matrix: Matrix) -> Matrix:
-        """The weight as Hugging Face's layout has it."""
-        spec = self._spec
-        role = name.rsplit(".", 1)[-1]
-        layer = self._targets[name].layer
-        if role in ("q", "k") and layer is not None and spec.layers[layer].rope.interleaved:
-            n_heads = spec.n_heads if role == "q" else spec.n_kv_heads
-            return Matrix(matrix.format, matrix.rows[halves_order(n_heads, spec.head_dim, spec.layers[layer].rope.dim)])
-        if role.endswith("norm") and self._norm_shift:
-            return Matrix("f32", (matrix.rows.view(np.float32) - self._norm_shift).view(np.uint8))
-        return matrix
+    def arranged(self, name: str, rows: U8) -> U8:
+        """All rows of a weight of the source, uint8 (n_rows, bytes), as Hugging Face's layout has them."""
+        order = self.row_order(name)
+        if name.endswith("_bias"):
+            each = rows.reshape(-1, 4)
+            return (each if order is None else each[order]).reshape(rows.shape)
+        if name.endswith("norm") and self._norm_shift:
+            return (rows.view(np.float32) - self._norm_shift).view(np.uint8)
+        return rows if order is None else rows[order]
+
+    def row_order(self, name: str) -> npt.NDArray[np.int64] | None:
+        """For each row of a weight as Hugging Face has it, its row in the source; None where they are the same."""
+        spec, layer = self._spec, self._targets[name].layer
+        role = name.rsplit(".", 1)[-1].removesuffix("_bias")
+        if role not in ("q", "k") or layer is None or not spec.layers[layer].rope.interleaved:
+            return None
+        n_heads = spec.n_heads if role == "q" else spec.n_kv_heads
+        return halves_order(n_heads, spec.head_dim, spec.layers[layer].rope.dim)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write the tokenizer, the record of the fit (``barefoot.json``), the index and, last, config.json."""
-        self._write_tokenizer()
-        _write_json(self.path / "barefoot.json", {"version": VERSION, **record})
-        index = {w.source: self.shard(self.shard_of(w)).name for w in self._targets.values()}
-        total = sum(self.shard(number).stat().st_size for number in range(self.n_shards))
-        _write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": index})
+        self.write_tokenizer()
+        write_json(self.path / "barefoot.json", {"version": VERSION, **record})
+        self.write_index({w.source: self.shard(self.shard_of(w)).name for w in self._targets.values()} | self._parts())
         quantization = {"quant_method": OWN_METHOD, "version": VERSION}
-        _write_json(self.path / "config.json", self._config | {"quantization_config": quantization})
+        write_json(self.path / "config.json", self._config | {"quantization_config": quantization})
 
-    def _write_tokenizer(self) -> None:
+    def write_index(self, files: Mapping[str, str]) -> None:
+        """Say which file holds each tensor."""
+        total = sum(self.shard(number).stat().st_size for number in range(self.n_shards))
+        write_json(self.path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(files)})
+
+    def _parts(self) -> dict[str, str]:
+        """The files of all parts, by tensor."""
+        found: dict[str, str] = {}
+        for number in range(self.n_shards):
+            path = self.shard(number)
+            found |= {t.name: path.name for t in read_safetensors(path).tensors if "+" in t.name}
+        return found
+
+    def write_tokenizer(self) -> None:
+        """The files beside the weights that say what tokens are."""
         if self._checkpoint.kind == "gguf":
             template = self._checkpoint.config.get("tokenizer.chat_template")
             parts = read_gguf_tokenizer(self._checkpoint)
@@ -160,14 +182,7 @@ class ModelFolder:
                     file.write(source.read_bytes())
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """An object as a file that appears whole or not at all."""
     with atomic_writer(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def halves_order(n_heads: int, head_dim: int, rot_dim: int) -> npt.NDArray[np.int64]:
-    """For each row of a layout that rotates channels i and i + dim / 2, its row in one that rotates 2i and 2i + 1."""
-    half = rot_dim // 2
-    within = np.arange(head_dim)
-    within[:half], within[half:rot_dim] = np.arange(0, rot_dim, 2), np.arange(1, rot_dim, 2)
-    return (np.arange(n_heads)[:, None] * head_dim + within).reshape(-1)

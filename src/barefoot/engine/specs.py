@@ -15,6 +15,7 @@ import numpy as np
 from barefoot.core.errors import UnsupportedFormat
 from barefoot.core.model import ModelSpec
 from barefoot.engine import arch
+from barefoot.engine.stacks import stacked
 from barefoot.io.files import BinaryFile
 from barefoot.io.gguf import GGUFArray, read_numbers
 from barefoot.io.inventory import Checkpoint
@@ -52,6 +53,17 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     return replace(spec, name=name)
 
 
+def spec_from_gguf(metadata: Mapping[str, Any], name: str) -> ModelSpec:
+    """The spec of GGUF metadata alone, and the names and places of the tensors that such a file has.
+
+    Raises
+    ------
+    UnsupportedFormat, CorruptFile : as for a config.json.
+    """
+    spec: ModelSpec = _find("GGUF_ARCHS", metadata.get("general.architecture")).from_gguf(metadata, None)
+    return replace(spec, name=name)
+
+
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of a checkpoint, its weights with their sources. Reads headers, and for some GGUF files rope factors.
 
@@ -62,8 +74,10 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     """
     spec: ModelSpec
     if checkpoint.kind == "safetensors":
-        spec = _find("HF_TYPES", checkpoint.config.get("model_type")).from_hf(checkpoint.config, checkpoint.tensors)
-        return replace(spec, name=checkpoint.path.name)
+        tensors = {**checkpoint.tensors, **checkpoint.linears}
+        spec = _find("HF_TYPES", checkpoint.config.get("model_type")).from_hf(checkpoint.config, tensors)
+        _refuse_biases(checkpoint, spec)
+        return stacked(replace(spec, name=checkpoint.path.name), checkpoint)
     metadata = _with_small_arrays(checkpoint)
     spec = _find("GGUF_ARCHS", metadata.get("general.architecture")).from_gguf(metadata, checkpoint.tensors)
     unread = sorted(set(checkpoint.tensors) - {w.source for w in spec.weights} - _READ_ELSEWHERE)
@@ -71,6 +85,18 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         named = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
         raise UnsupportedFormat(f"{checkpoint.path.name} holds tensors that {spec.arch} does not use: {named}")
     return _with_rope_factors(replace(spec, name=checkpoint.path.stem), checkpoint)
+
+
+def _refuse_biases(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Programs that quantize add biases to layers that had none. Zeros are nothing; others can't be left out."""
+    used = {weight.source for weight in spec.weights}
+    for name in checkpoint.linears:
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in checkpoint.tensors and bias not in used:
+            raw = np.empty(checkpoint.tensors[bias].n_bytes, np.uint8)
+            checkpoint.read_into(bias, raw)
+            if raw.any():
+                raise UnsupportedFormat(f"{checkpoint.path.name} holds {bias!r}, which {spec.arch} does not use")
 
 
 def _with_small_arrays(checkpoint: Checkpoint) -> dict[str, Any]:

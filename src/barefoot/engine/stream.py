@@ -38,7 +38,8 @@ class Extent:
 
 @dataclass(frozen=True)
 class Item:
-    """``extents`` are read; ``spans`` are the (start, stop) of each weight in the buffer, in the order asked for."""
+    """``extents`` are read; ``spans`` are the (start, stop) of each weight's blocks and of its parts in the buffer, in
+    the order asked for."""
 
     extents: tuple[Extent, ...]
     spans: tuple[tuple[int, int], ...]
@@ -55,8 +56,10 @@ def byte_range(
 
 def layer_item(weights: Sequence[WeightSpec], tensors: Mapping[str, TensorInfo], file_sizes: Sequence[int]) -> Item:
     """The matrices of one layer as an item whose buffer needs at most ``item_bytes(weights)``."""
-    infos = [tensors[w.source] for w in weights]
-    pieces = [(t.shard, *byte_range(w, t)) for w, t in zip(weights, infos, strict=True)]
+    pieces = []
+    for weight in weights:
+        pieces.append((tensors[weight.source].shard, *byte_range(weight, tensors[weight.source])))
+        pieces += [(tensors[p.source].shard, tensors[p.source].offset, p.n_bytes) for p in weight.parts]
     item = arrange_item(pieces, file_sizes, join=True)
     # Joining reads what lies between the pieces too; where that is more than reading each by itself, it is not done.
     if _end(item) > item_bytes(weights):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.core.errors import CorruptFile
+from barefoot.core.model import ModelSpec, PartSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.files import WeightFiles
-from barefoot.engine.footprint import staging_sizes, tile_rows
-from barefoot.engine.placement import Placement, Resident, stored_bytes
+from barefoot.engine.footprint import staging, tile_rows
+from barefoot.engine.placement import Placement, Resident, piece_bytes
+from barefoot.engine.repacking import repacked
 from barefoot.engine.stream import byte_range
+from barefoot.io.quantized import PackedLinear
 from barefoot.io.types import TensorInfo
-from barefoot.ops import PackedWeight, blocks
+from barefoot.ops import PackedWeight, Part, SignStack, blocks, dispatch, signs
 
 U8 = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]  # bytes of the file done, bytes in all
@@ -27,21 +31,22 @@ def load(
     spec: ModelSpec,
     placement: Placement,
     tensors: Mapping[str, TensorInfo],
+    linears: Mapping[str, PackedLinear],
     files: WeightFiles,
     arena: Arena,
     progress: Progress | None = None,
-) -> tuple[dict[str, PackedWeight], dict[str, npt.NDArray[np.float32]]]:
+) -> tuple[dict[str, Sum], dict[str, npt.NDArray[np.float32]]]:
     """Matrices and vectors in memory, by barefoot's names. Norms that files store as w - 1 are made w.
 
     Raises
     ------
-    CorruptFile : the file can't be read to its end.
+    CorruptFile : the file can't be read to its end, or a part contradicts itself.
     """
-    total = sum(stored_bytes(resident.weight) for resident in placement.resident)
+    total = sum(sum(piece_bytes(r.weight, r.parts)) for r in placement.resident)
     done = 0
-    matrices: dict[str, PackedWeight] = {}
+    matrices: dict[str, Sum] = {}
     vectors: dict[str, npt.NDArray[np.float32]] = {}
-    loader = _Loader(placement, tensors, files, arena)
+    loader = _Loader(placement, tensors, linears, files, arena)
     for resident in placement.resident:
         weight = resident.weight
         target = arena.take(f"weights.{weight.group}", weight.rows * blocks.row_bytes(resident.format, weight.cols))
@@ -55,28 +60,89 @@ def load(
                 vector += 1
             vectors[weight.name] = vector
         else:
-            matrices[weight.name] = PackedWeight(
-                resident.format, weight.rows, weight.cols, target, layout=resident.layout
-            )
+            data = []
+            for part in resident.parts:
+                data.append(arena.take(f"weights.{weight.group}", part.n_bytes))
+                files.read(tensors[part.source].shard, tensors[part.source].offset, data[-1])
+                done += part.n_bytes
+                if progress is not None:
+                    progress(done, total)
+            matrix = Sum.of(weight, resident.format, resident.layout)
+            matrix.bind(target, resident.parts, data)
+            matrices[weight.name] = matrix
     return matrices, vectors
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A matrix as products take it: its blocks, and what is added to them. Signed blocks are added all at once."""
+
+    blocks: PackedWeight
+    parts: tuple[Part, ...]
+    stack: SignStack | None
+
+    @classmethod
+    def of(cls, weight: WeightSpec, format_id: str, layout: dispatch.Layout) -> Sum:
+        """Not yet bound to memory.
+
+        Raises
+        ------
+        CorruptFile : signed blocks of different ranks, or of none.
+        """
+        shape = weight.rows, weight.cols
+        signed = [p for p in weight.parts if p.kind == signs.KIND.name]
+        ranks = {signs.rank_of(*shape, p.n_bytes) for p in signed}
+        if len(ranks) > 1:
+            raise CorruptFile(f"{weight.source}: its signed blocks have ranks {sorted(ranks)}, expected one for all")
+        others = tuple(Part(p.kind, *shape) for p in weight.parts if p.kind != signs.KIND.name)
+        stack = SignStack(*shape, ranks.pop()) if ranks else None
+        return cls(PackedWeight(format_id, *shape, layout=layout), others, stack)
+
+    def bind(self, data: U8, parts: Sequence[PartSpec], part_data: Sequence[U8]) -> None:
+        """Let products read the blocks and ``parts`` from these arrays.
+
+        Raises
+        ------
+        CorruptFile : they don't describe such a part.
+        """
+        self.blocks.bind(data)
+        others = iter(self.parts)
+        signed = []
+        for part, each in zip(parts, part_data, strict=True):
+            if part.kind == signs.KIND.name:
+                signed.append(each)
+                continue
+            try:
+                next(others).bind(each)
+            except ValueError as error:
+                raise CorruptFile(f"{part.source}: {error}") from None
+        if self.stack is not None:
+            self.stack.bind(signed)
 
 
 class _Loader:
     """Fills targets; holds the staging arrays, which go when it goes."""
 
     def __init__(
-        self, placement: Placement, tensors: Mapping[str, TensorInfo], files: WeightFiles, arena: Arena
+        self,
+        placement: Placement,
+        tensors: Mapping[str, TensorInfo],
+        linears: Mapping[str, PackedLinear],
+        files: WeightFiles,
+        arena: Arena,
     ) -> None:
-        self._tensors, self._files = tensors, files
-        raw, decoded, elements = staging_sizes(placement)
-        if raw:
-            self._raw = arena.take("staging", raw)
-        if elements:
-            self._decoded = arena.take("staging", decoded).view(np.float32)
+        self._tensors, self._linears, self._files = tensors, linears, files
+        sizes = staging(placement)
+        if sizes.stored:
+            self._stored = arena.take("staging", sizes.stored)
+        if sizes.decoded:
+            self._decoded = arena.take("staging", 4 * sizes.decoded).view(np.float32)
+        if sizes.packed:
+            self._packed = arena.take("staging", sizes.packed)
 
     def fill(self, resident: Resident, target: U8) -> Iterator[int]:
         """Fill ``target``, yielding the bytes of the file after each piece."""
-        if resident.converted or resident.layout != "rows":
+        if resident.staged:
             yield from self._stage(resident, target)
         else:
             yield from self._copy(resident.weight, target)
@@ -91,14 +157,10 @@ class _Loader:
 
     def _stage(self, resident: Resident, target: U8) -> Iterator[int]:
         weight = resident.weight
-        tensor = self._tensors[weight.source]
         step = tile_rows(resident)
         packed = target.reshape(weight.rows, -1)
-        for first in range(0, weight.rows, step):
-            n_rows = min(step, weight.rows - first)
-            offset, n_bytes = byte_range(weight, tensor, first, n_rows)
-            rows = self._raw[:n_bytes]
-            self._files.read(tensor.shard, offset, rows)
+        for first, rows in self._packed_tiles(weight, step) if weight.packed_bytes else self._tiles(weight, step):
+            n_rows, n_bytes = min(step, weight.rows - first), rows.nbytes
             if resident.converted:
                 rows = self._convert(resident, rows, n_rows)
             to = packed[first : first + n_rows]
@@ -107,8 +169,27 @@ class _Loader:
             elif resident.layout == "lut":
                 ops.pack_lut(resident.format, rows, n_rows, weight.cols, to)
             else:
-                to[:] = rows
+                to[:] = rows.reshape(to.shape)
             yield n_bytes
+
+    def _tiles(self, weight: WeightSpec, step: int) -> Iterator[tuple[int, U8]]:
+        """First row and stored bytes of each tile; they are gone with the next one."""
+        tensor = self._tensors[weight.source]
+        for first in range(0, weight.rows, step):
+            offset, n_bytes = byte_range(weight, tensor, first, min(step, weight.rows - first))
+            self._files.read(tensor.shard, offset, self._stored[:n_bytes])
+            yield first, self._stored[:n_bytes]
+
+    def _packed_tiles(self, weight: WeightSpec, step: int) -> Iterator[tuple[int, U8]]:
+        """The same, of a matrix that another program packed: read as a whole, put into blocks tile by tile."""
+        linear, raw, at = self._linears[weight.source], {}, 0
+        for name, tensor in linear.parts.items():
+            raw[name] = self._packed[at : at + tensor.n_bytes]
+            self._files.read(tensor.shard, tensor.offset, raw[name])
+            at += tensor.n_bytes
+        for first in range(0, weight.rows, step):
+            n_rows = min(step, weight.rows - first)
+            yield first, repacked(linear, raw, weight.row_start + first, n_rows).reshape(-1)
 
     def _convert(self, resident: Resident, raw: U8, n_rows: int) -> U8:
         weight = resident.weight

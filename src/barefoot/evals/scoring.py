@@ -42,6 +42,18 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int, n_tokens: int | N
     return found
 
 
+def spread_windows(text: str, tokenizer: Tokenizer, window: int, n_windows: int) -> NDArray[np.int32]:
+    """At most ``n_windows`` whole windows from all over the text, int32 (n, window).
+
+    Raises
+    ------
+    InvalidInput : the text does not fill one window.
+    """
+    found = text_windows(text, tokenizer, window)
+    picked = np.linspace(0, len(found) - 1, min(max(1, n_windows), len(found))).round().astype(int)
+    return np.array([found[i] for i in picked], np.int32)
+
+
 def workspace_bytes(vocab_size: int) -> int:
     """What comparing logits takes beside the engines: a tile of each, and probabilities of a few rows."""
     return 2 * 64 * 4 * vocab_size + 8 * COMPARE_ROWS * 8 * vocab_size

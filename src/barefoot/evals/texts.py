@@ -7,6 +7,7 @@ from pathlib import Path
 from barefoot.core.errors import InvalidInput, SourceNotFound
 
 BUILT_IN = "topics"  # the help texts of Python's own documentation
+PROBE_WINDOW, PROBE_WINDOWS = 128, 2  # of a text, on which sensitivities are measured
 MAX_BYTES = 1 << 28
 
 

@@ -91,14 +91,15 @@ def find_chat_template(checkpoint: Checkpoint) -> ChatTemplate | None:
     if checkpoint.kind == "gguf":
         source, family = checkpoint.config.get("tokenizer.chat_template"), checkpoint.config.get("general.architecture")
     else:
-        source, family = _folder_template(checkpoint.path), checkpoint.config.get("model_type")
+        source, family = folder_template(checkpoint.path), checkpoint.config.get("model_type")
     if isinstance(source, str):
         return ChatTemplate(source, True)
     usual = _BY_ARCHITECTURE.get(family) if isinstance(family, str) else None
     return ChatTemplate(usual, False) if usual else None
 
 
-def _folder_template(folder: Path) -> str | None:
+def folder_template(folder: Path) -> str | None:
+    """The text of a folder's own chat template, the default one of several."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         if file.stat().st_size > 4 * MAX_TEMPLATE_CHARS:

@@ -32,8 +32,8 @@ MAX_NESTING = 4  # arrays of arrays; no known file nests at all
 MAX_NAME_BYTES = 65535
 PAIR_BYTES, TENSOR_BYTES = 512, 1024  # resident cost of one pair, of one tensor, with its dictionary entries
 
-_STRING, _ARRAY = 8, 9
-_SCALARS: dict[int, tuple[str, str]] = {
+STRING, ARRAY = 8, 9
+SCALARS: dict[int, tuple[str, str]] = {
     0: ("u8", "<B"),
     1: ("i8", "<b"),
     2: ("u16", "<H"),
@@ -132,16 +132,16 @@ class _Reader:
         code = self.number("<I", f"element type of {what}")
         count = self.number("<Q", f"count of {what}")
         start = self.position
-        if code in _SCALARS:
-            name, form = _SCALARS[code]
+        if code in SCALARS:
+            name, form = SCALARS[code]
             self.skip(count * struct.calcsize(form), what)
             return GGUFArray(name, count, start, self.position - start)
-        if code not in (_STRING, _ARRAY):
+        if code not in (STRING, ARRAY):
             raise self.unknown_value_type(code, what)
-        smallest = 8 if code == _STRING else 12
+        smallest = 8 if code == STRING else 12
         if count * smallest > self.file.n_bytes - start:
             raise CorruptFile(f"{self.file.path.name}: {what} of {count} elements does not fit into the file")
-        if code == _STRING:
+        if code == STRING:
             self._skip_strings(count, what)
             return GGUFArray("string", count, start, self.position - start)
         if depth == MAX_NESTING:
@@ -162,7 +162,7 @@ class _Reader:
             self.skip(at or 8, what)  # nothing read: fewer than 8 bytes are left, and skip says so
 
     def unknown_value_type(self, code: int, what: str) -> UnsupportedFormat:
-        known = ", ".join(sorted(name for name, _ in _SCALARS.values()))
+        known = ", ".join(sorted(name for name, _ in SCALARS.values()))
         return UnsupportedFormat(f"{self.file.path.name}: {what} has value type {code}; known: {known}, string, array")
 
 
@@ -227,13 +227,13 @@ def _read(reader: _Reader) -> GGUFFile:
 def _value(reader: _Reader, key: str) -> Any:
     what = f"metadata {key!r}"
     code = reader.number("<I", f"type of {what}")
-    if code == _STRING:
+    if code == STRING:
         return reader.text(what)
-    if code == _ARRAY:
+    if code == ARRAY:
         return reader.array(key)
-    if code not in _SCALARS:
+    if code not in SCALARS:
         raise reader.unknown_value_type(code, what)
-    name, form = _SCALARS[code]
+    name, form = SCALARS[code]
     value = reader.number(form, what)
     if name == "bool":
         if value > 1:
@@ -314,7 +314,7 @@ def read_strings(file: BinaryFile, array: GGUFArray) -> tuple[np.ndarray, np.nda
 
 def read_numbers(file: BinaryFile, array: GGUFArray) -> np.ndarray:
     """An array of numbers as a numpy array of its own type, ``(count,)``."""
-    forms = dict(_SCALARS.values())
+    forms = dict(SCALARS.values())
     if array.element not in forms:
         raise UnsupportedFormat(f"{file.path.name}: expected an array of numbers, got {array}")
     return np.frombuffer(file.read_at(array.offset, array.n_bytes), np.dtype(forms[array.element]))

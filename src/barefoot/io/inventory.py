@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot.core.errors import CorruptFile, InvalidInput, SourceNotFound, UnsupportedFormat, unknown_name
 from barefoot.io.files import BinaryFile
 from barefoot.io.gguf import read_gguf
 from barefoot.io.packed import interpret
+from barefoot.io.quantized import PackedLinear, linears
 from barefoot.io.safetensors import INDEX_NAME, read_index, read_safetensors
 from barefoot.io.strict_json import read_object
 from barefoot.io.types import TensorInfo
@@ -28,6 +30,7 @@ class Checkpoint:
     paths : the files that hold weights; ``TensorInfo.shard`` indexes them.
     config : GGUF metadata (arrays as :class:`~barefoot.io.gguf.GGUFArray`), or config.json as it is.
     tensors : by the name that the file gives them.
+    linears : the matrices that another program quantized into several tensors each, by the dense weight's name.
     file_bytes : bytes of all files that hold weights.
 
     Only headers are read at opening. Reads are safe from several threads.
@@ -38,6 +41,7 @@ class Checkpoint:
     paths: tuple[Path, ...]
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    linears: Mapping[str, PackedLinear]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -54,6 +58,11 @@ class Checkpoint:
             raise SourceNotFound(f"no file or folder {self.path}")
         self._files = [BinaryFile(p) for p in self.paths]
         self.file_bytes = sum(file.n_bytes for file in self._files)
+        try:
+            self.linears = linears(self.config, self.tensors, self._read) if self.kind == "safetensors" else {}
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -107,6 +116,11 @@ class Checkpoint:
         if name not in self.tensors:
             raise unknown_name("tensor", name, self.tensors)
         return self.tensors[name]
+
+    def _read(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
+        raw = np.empty(tensor.n_bytes, np.uint8)
+        self.read_into(tensor.name, raw)
+        return raw
 
     def read_into(self, name: str, out: np.ndarray, row_start: int = 0, n_rows: int | None = None) -> None:
         """Read rows of a tensor, as stored, into ``out``: contiguous uint8 of ``n_rows * row_bytes`` bytes.

@@ -5,10 +5,13 @@ under the key ``barefoot``, as JSON::
 
     {"version": 1,
      "formats": {"int4_g32_asym": [32, 20], …},          weights and bytes of a block
-     "matrices": {"model.layers.0.mlp.up_proj.weight": ["int4_g32_asym", 576], …}}     format and columns
+     "matrices": {"model.layers.0.mlp.up_proj.weight": ["int4_g32_asym", 576], …},     format and columns
+     "parts": {"model.layers.0.mlp.up_proj.weight+outliers": ["csr", 1536, 576], …}}   kind, rows and columns
 
 so the file says itself how many bytes each matrix must have. Block layouts are those of ``barefoot.ops.blocks``; the
-version changes when any of them does.
+version changes when any of them does. Parts are added to the matrix whose name stands before the plus sign
+(:mod:`barefoot.ops.parts`); each is a U8 tensor of one axis, of as many bytes as it needs. The format ``"zero"`` is of
+matrices that are nothing but their parts: it takes 0 bytes, and its tensor has the shape (rows, 0).
 """
 
 from __future__ import annotations
@@ -29,10 +32,16 @@ MAX_BYTES = 1 << 20  # of the description; a file's header is bounded by its own
 Block = tuple[int, int]  # weights, bytes
 
 
-def describe(matrices: Mapping[str, tuple[str, int]], blocks: Mapping[str, Block]) -> dict[str, str]:
-    """``__metadata__`` of a file. ``matrices``: tensor name → (format, columns); ``blocks`` of these formats."""
+def describe(
+    matrices: Mapping[str, tuple[str, int]],
+    blocks: Mapping[str, Block],
+    parts: Mapping[str, tuple[str, int, int]] | None = None,
+) -> dict[str, str]:
+    """``__metadata__`` of a file. ``matrices``: tensor name → (format, columns); ``blocks`` of these formats;
+    ``parts``: tensor name → (kind, rows, columns)."""
     content = {"version": VERSION, "formats": {name: list(blocks[name]) for name in sorted(blocks)}}
     content["matrices"] = {name: list(matrix) for name, matrix in matrices.items()}
+    content["parts"] = {name: list(part) for name, part in (parts or {}).items()}
     return {"format": "pt", KEY: json.dumps(content, separators=(",", ":"))}
 
 
@@ -55,13 +64,33 @@ def interpret(file: str, metadata: Mapping[str, str], tensors: tuple[TensorInfo,
             f"{file}: packed matrices of version {content.get('version')!r}, known: {VERSION}",
             cure="use the release of barefoot that wrote the file, or fit the model again",
         )
-    formats, matrices = content.get("formats"), content.get("matrices")
-    if not isinstance(formats, dict) or not isinstance(matrices, dict):
-        raise CorruptFile(f"{file}: {KEY} must have formats and matrices")
-    missing = sorted(set(matrices) - {t.name for t in tensors})
+    formats, matrices, parts = (_object(file, content, key) for key in ("formats", "matrices", "parts"))
+    missing = sorted({*matrices, *parts} - {t.name for t in tensors})
     if missing:
         raise CorruptFile(f"{file}: describes matrices that it does not hold: {', '.join(missing[:3])}")
-    return tuple(_packed(file, t, formats, matrices[t.name]) if t.name in matrices else t for t in tensors)
+
+    def meant(tensor: TensorInfo) -> TensorInfo:
+        if tensor.name in parts:
+            return _part(file, tensor, parts[tensor.name])
+        return _packed(file, tensor, formats, matrices[tensor.name]) if tensor.name in matrices else tensor
+
+    return tuple(map(meant, tensors))
+
+
+def _object(file: str, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key)
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{file}: {KEY} must have {key}, by name")
+    return value
+
+
+def _part(file: str, tensor: TensorInfo, part: Any) -> TensorInfo:
+    match part:
+        case [str(kind), rows, cols] if _is_count(rows) and _is_count(cols):
+            if tensor.type != "u8" or len(tensor.shape) != 1 or "+" not in tensor.name:
+                raise CorruptFile(f"{file}: {tensor.name!r}, {tensor.type} {tensor.shape}, can't be a part of a matrix")
+            return replace(tensor, type=kind, shape=(rows, cols))
+    raise CorruptFile(f"{file}: {tensor.name!r} must be described by a kind, rows and columns, got {part!r}")
 
 
 def _packed(file: str, tensor: TensorInfo, formats: Mapping[str, Any], matrix: Any) -> TensorInfo:
@@ -69,7 +98,12 @@ def _packed(file: str, tensor: TensorInfo, formats: Mapping[str, Any], matrix: A
         raise CorruptFile(f"{file}: {tensor.name!r} must be described by a format and columns, got {matrix!r}")
     name, cols = matrix
     block = formats.get(name)
-    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)):
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not _is_count(block[0])
+        or not (block[1] == 0 or _is_count(block[1]))
+    ):
         raise CorruptFile(f"{file}: format {name!r} must have the weights and bytes of a block, got {block!r}")
     n_weights, n_bytes = block
     if tensor.type != "u8" or len(tensor.shape) != 2 or cols % n_weights:

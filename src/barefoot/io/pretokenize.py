@@ -77,3 +77,36 @@ def sentencepiece_normalizer(add_space_prefix: bool) -> Section:
     steps: list[Section] = [{"type": "Prepend", "prepend": SPACE}] if add_space_prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     return {"type": "Sequence", "normalizers": steps}
+
+
+_PROBE = (
+    "Don't stop  at 1234,56: ÉTÉ café's\n\n \tif(x != y) {z+=1;}  'LL 日本語のтекст e\u0301…\r\n   end / of $a_b\n "
+)
+
+
+def name_of(normalizer: Section | None, pre_tokenizer: Section | None) -> str:
+    """The name that GGUF files have for a byte-level pre-tokenizer: of one that cuts a text with everything in it so.
+
+    Raises
+    ------
+    UnsupportedFormat : none that is known does.
+    """
+    wanted = _cut(normalizer, pre_tokenizer)
+    for name, (section, _, composed) in _PRE.items():
+        # What llama.cpp takes "default" for is none of the usual ones.
+        if name != "default" and _cut({"type": "NFC"} if composed else None, section) == wanted:
+            return name
+    raise UnsupportedFormat(f"GGUF has no name for this pre-tokenizer; known: {', '.join(sorted(_PRE))}")
+
+
+def _cut(normalizer: Section | None, pre_tokenizer: Section | None) -> list[str]:
+    """The pieces of the probe, as the ``tokenizers`` library cuts it."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    sections = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "model": model}
+    made = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], **sections}))
+    text = made.normalizer.normalize_str(_PROBE) if made.normalizer else _PROBE
+    return [piece for piece, _ in made.pre_tokenizer.pre_tokenize_str(text)] if made.pre_tokenizer else [text]

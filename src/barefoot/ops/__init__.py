@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import lut, panels, planes, reference
+from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
+from barefoot.ops import lut, panels, parts, planes, reference
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes
+from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -33,7 +34,9 @@ except ImportError:
 
 __all__ = [
     "PackedWeight",
+    "Part",
     "Program",
+    "SignStack",
     "add_",
     "argmax",
     "attention",
@@ -55,6 +58,8 @@ __all__ = [
     "pack_lut",
     "pack_panels",
     "panels",
+    "part_matmul",
+    "parts",
     "plane_matmul",
     "plane_scratch_bytes",
     "planes",
@@ -64,6 +69,8 @@ __all__ = [
     "rope",
     "set_isa",
     "set_threads",
+    "sign_matmul",
+    "sign_scratch_bytes",
     "top_k",
 ]
 
@@ -83,14 +90,30 @@ else:
     PackedWeight = _impl.PackedWeight
 
 
+#: An addend [rows, cols] of one of the kinds of ``barefoot.ops.parts``: ``Part(kind, rows, cols, buffer=None)``.
+#: ``bind(buffer)`` looks the bytes over, raises ValueError if they don't describe such a matrix, and keeps that array
+#: alive; ``unbind()`` lets go of it, and nothing is added from then on. Attributes: kind, rows, cols, buffer.
+if TYPE_CHECKING:
+    from barefoot.ops.reference import Part
+else:
+    Part = _impl.Part
+
+
+#: A matrix as a sum of blocks of signs and low rank, ``barefoot.ops.signs.SignStack``.
+if TYPE_CHECKING:
+    from barefoot.ops.signs import SignStack
+else:
+    SignStack = _impl.SignStack
+
+
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
-#: ``matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``, ``kv_append`` and ``attention``, which take
-#: what the functions below take, with arrays of as many rows as it will ever have tokens, and KV buffers of all
-#: sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they record, and keep the arrays alive.
-#: ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first ``n_tokens`` rows, tokens of one sequence of
-#: which the first has position ``n_past``. ``run_each(sequences, positions)`` calls them on one token of each of
-#: several sequences, ``kv_append_each`` and ``attention_each`` in place of their namesakes. Arguments are checked op by
-#: op as it runs; weights may be bound between runs.
+#: ``matmul``, ``part_matmul``, ``sign_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``,
+#: ``kv_append`` and ``attention``, which take what the functions below take, with arrays of as many rows as it will
+#: ever have tokens, and KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they
+#: record, and keep the arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first
+#: ``n_tokens`` rows, tokens of one sequence of which the first has position ``n_past``. ``run_each(sequences,
+#: positions)`` calls them on one token of each of several sequences, ``kv_append_each`` and ``attention_each`` in place
+#: of their namesakes. Arguments are checked op by op as it runs; weights, parts and stacks may be bound between runs.
 if TYPE_CHECKING:
     from barefoot.ops.reference import Program
 else:
@@ -122,6 +145,17 @@ def matmul(
         has the layout ``"lut"``, whose products round tables of sums instead of x (``barefoot.ops.lut``)
     """
     _impl.matmul(x, weights, outs, activations=activations, add=add, scratch=scratch)
+
+
+def part_matmul(x: F32, part: Part, out: F32, *, add: bool = False, scratch: U8) -> None:
+    """out = x @ P^T, or out += x @ P^T with ``add``, of a part; one that is not bound counts as zero.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    scratch : uint8, at least ``parts.lookup(kind).scratch_bytes(n_tokens, rows, cols, n_threads)``
+    """
+    _impl.part_matmul(x, part, out, add=add, scratch=scratch)
 
 
 def pack_panels(format: str, rows: U8, n_rows: int, n_cols: int, out: U8) -> None:
@@ -187,6 +221,22 @@ def plane_matmul(
         add=add,
         scratch=scratch,
     )
+
+
+def sign_matmul(
+    x: F32, stack: SignStack, out: F32, *, activations: str = "int8", add: bool = False, scratch: U8
+) -> None:
+    """out = x @ W^T, or out += x @ W^T with ``add``, of a stack of signed blocks (``barefoot.ops.signs``).
+
+    Rounding and what NaN and infinity do are described there. The result depends on neither threads nor, up to 6
+    tokens, on which tokens come together.
+
+    Parameters
+    ----------
+    x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
+    scratch : uint8, at least ``sign_scratch_bytes(n_tokens, cols, rank, n_blocks, activations)``
+    """
+    _impl.sign_matmul(x, stack, out, activations=activations, add=add, scratch=scratch)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float, out: F32, *, plus_one: bool = False) -> None:

@@ -23,6 +23,25 @@ stores 32 weights in 4 + 16 = 20 bytes, 5 bits a weight; its first code is ``row
 ``ternary_g{32,64,128}``: scale, f16; then pairs; w = scale * (q - 1), q in 0..2. Two bits are stored where
 log2(3) = 1.58 would do: the planes of two bits are what the products read. With g128, 2.125 bits a weight.
 
+Formats whose levels are not uniform, w = scale * level[code] with the levels of ``barefoot.ops.levels``, have the same
+blocks as ``sym``: a scale, f16, then chunks of codes. int5: bits, then nibbles; int6: nibbles, then pairs; int7:
+nibbles, pairs, bits.
+
+* ``nf4_g{32,64,128}``: codes 0..15 in ascending order of their levels.
+* ``e{e}m{m}_g{32,64,128}``, minifloats of 3 to 8 bits: a code is sign, exponent and mantissa, from the highest bit.
+* ``bitmod{3,4}_g{32,64,128}``: the codes of e2m0 and e2m1, but the code of negative zero (4 of 3 bits, 8 of 4) stands
+  for a special value: the one inside the range of the others if the last bit of the scale is 0, the one beyond it if
+  that bit is 1. The scale may be negative, so that the special value lies on the other side.
+
+Block floating point, ``bfp{3,4,6,8}_g{32,64,128}``: byte 0 is the exponent e, then chunks of codes; the scale is the
+float32 number whose exponent field is e, 2^(e - 127) (0: the scale is 0; 255, infinity, is never made), and
+w = scale * (q - 2^(b-1)), q in 0..2^b - 1.
+
+``bilevel{2,3,4}``: 64 weights whose four scales and zero points have few bits too: ``barefoot.ops.bilevel``.
+
+``zero`` stores nothing and means zeros: the format of a matrix that is only the sum of its parts
+(``barefoot.ops.parts``).
+
 Blocks of GGUF files are carried exactly as the file has them; those of 32 are described at their decoders, those of
 256 in ``barefoot.ops.superblocks``. The arithmetic of ``decode`` is that of the ``gguf`` package's ``dequantize``,
 float32, in the same order, so the results are equal bit for bit.
@@ -36,26 +55,39 @@ from dataclasses import dataclass
 import numpy as np
 
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
-from barefoot.ops import superblocks
-from barefoot.ops.grids import Grid, Ternary, Uniform
+from barefoot.ops import bilevel, levels, superblocks
+from barefoot.ops.bilevel import Bilevel
+from barefoot.ops.grids import Grid, Shifted, Special, Table, Ternary, Uniform
 from barefoot.ops.payload import F32, U8, f16_at, pack_chunks, unpack_chunks
 
 GROUP_SIZES = (32, 64, 128)
 INTEGER_BITS = (8, 4, 3, 2)
+MANTISSA_BITS = (8, 6, 4, 3)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks that are one group: an f16 scale, an f16 minimum in some, and chunks of codes after this header."""
+    """Blocks that are one group: a scale and in some a minimum, f16, then chunks of codes."""
 
     bits: int
     has_minimum: bool = False
     signed: bool = False  # 8-bit codes stored as two's complement: code 0 is the byte 0x80
     zero: int = 0  # the code that stands for 0 where there is no minimum
+    indexed: bool = False  # codes are indices of a table of levels
+    shifted: bool = False  # the scale is the byte of a power of two's exponent
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether w = scale * (code - zero) + minimum with f16 numbers, as look-ups and planes need it."""
+        return not (self.indexed or self.shifted)
+
+    @property
+    def scale_bytes(self) -> int:
+        return 1 if self.shifted else 2
 
     @property
     def header_bytes(self) -> int:
-        return 4 if self.has_minimum else 2
+        return self.scale_bytes * (2 if self.has_minimum else 1)
 
     @property
     def numbers_bytes(self) -> int:
@@ -65,8 +97,20 @@ class Group:
     def scales_bytes(self) -> int:
         return 0
 
+    def read_numbers(self, stored: U8) -> F32:
+        """The numbers of a header (n, header_bytes), float32 (n, 1 or 2)."""
+        if self.shifted:
+            return (stored.astype(np.uint32) << 23).view(np.float32)
+        return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
+
+    def write_numbers(self, numbers: F32) -> U8:
+        """The inverse of ``read_numbers``, for numbers that can be stored."""
+        if self.shifted:
+            return (np.ascontiguousarray(numbers, np.float32).view(np.uint32) >> 23).astype(np.uint8)
+        return np.ascontiguousarray(numbers.astype(np.float16)).view(np.uint8)
+
     def split(self, blocks: U8) -> tuple[U8, U8, U8]:
-        """``blocks`` uint8 (n, bytes) as the bytes of their f16 numbers, of no sub-scales, and codes (n, elements).
+        """``blocks`` uint8 (n, bytes) as the bytes of their numbers, of no sub-scales, and codes (n, elements).
 
         Signed codes come as q + 128.
         """
@@ -84,8 +128,9 @@ class Group:
 class BlockFormat:
     """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements).
 
-    ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those of 256 weights;
-    both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose codes on.
+    ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those whose scales have
+    scales; both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose
+    codes on. ``in_float``: products are taken in float32, as with dense weights, whatever the activations.
     """
 
     name: str
@@ -94,13 +139,14 @@ class BlockFormat:
     decode_blocks: Callable[[U8], F32]
     encode_blocks: Callable[[F32], U8] | None = None
     group: Group | None = None
-    super_block: superblocks.SuperBlock | None = None
+    super_block: superblocks.SuperBlock | Bilevel | None = None
     grid: Grid | None = None
+    in_float: bool = False
 
     @property
-    def anatomy(self) -> Group | superblocks.SuperBlock | None:
-        """What takes blocks apart, into scales and codes, and puts them together again."""
-        return self.group or self.super_block
+    def anatomy(self) -> Group | superblocks.SuperBlock | Bilevel | None:
+        """What takes blocks apart, into scales and codes, and puts them together again; None without integer codes."""
+        return None if self.in_float else self.group or self.super_block
 
 
 _FORMATS: dict[str, BlockFormat] = {}
@@ -154,7 +200,8 @@ def row_bytes(format_id: str, n_cols: int) -> int:
 
 def n_blocks(format_id: str, n_cols: int) -> int:
     """Blocks in one row of ``n_cols`` weights; Incompatible as for ``row_bytes``."""
-    return row_bytes(format_id, n_cols) // block_bytes(format_id)
+    row_bytes(format_id, n_cols)
+    return n_cols // block_elements(format_id)
 
 
 def parts(format_id: str) -> tuple[tuple[str, int], ...]:
@@ -164,7 +211,8 @@ def parts(format_id: str) -> tuple[tuple[str, int], ...]:
         return (("values", fmt.block_bytes),)
     if fmt.group is None:
         return (("blocks", fmt.block_bytes),)
-    scales = (("scales", 2), ("minimums", 2)) if fmt.group.has_minimum else (("scales", 2),)
+    scale_bytes = fmt.group.scale_bytes
+    scales = (("scales", scale_bytes), *((("minimums", scale_bytes),) if fmt.group.has_minimum else ()))
     return (("codes", fmt.block_bytes - fmt.group.header_bytes), *scales)
 
 
@@ -183,14 +231,15 @@ def encode(format_id: str, weights: F32) -> U8:
     n_rows, n_cols = weights.shape
     n_bytes = row_bytes(format_id, n_cols)
     blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, fmt.block_elements)
-    if fmt.encode_blocks is not None:
-        return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
-    if fmt.grid is None:
+    if fmt.encode_blocks is None and fmt.grid is None:
         raise Incompatible(
             f"{format_id} blocks are carried from GGUF files, not made from weights", cure="use an int*_g* format"
         )
-    if not np.isfinite(blocks).all():
+    if fmt.block_elements > 1 and not np.isfinite(blocks).all():
         raise InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
+    if fmt.encode_blocks is not None:
+        return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
+    assert fmt.grid is not None
     params = fmt.grid.plain(blocks)
     return pack(format_id, fmt.grid.round(blocks, params).reshape(n_rows, n_cols), params)
 
@@ -198,7 +247,7 @@ def encode(format_id: str, weights: F32) -> U8:
 def pack(format_id: str, codes: U8, params: F32) -> U8:
     """Codes (rows, cols) and the parameters of their groups, float32 (rows × groups, p), as uint8 (rows, row_bytes).
 
-    Parameters must be f16 numbers already, as a grid returns them: they are what codes were chosen for.
+    Parameters must be numbers that the format stores, as its grid returns them: they are what codes were chosen for.
 
     Raises
     ------
@@ -207,8 +256,23 @@ def pack(format_id: str, codes: U8, params: F32) -> U8:
     fmt = lookup(format_id)
     if fmt.grid is None or fmt.group is None:
         raise Incompatible(f"{format_id} has no grid to choose codes on", cure="use an int*_g* format")
-    numbers = params.reshape(-1, fmt.group.header_bytes // 2).astype(np.float16).view(np.uint8)
+    numbers = fmt.group.write_numbers(params.reshape(len(codes) * codes.shape[1] // fmt.grid.group, -1))
     return fmt.group.join(numbers, numbers[:, :0], codes.reshape(-1, fmt.grid.group)).reshape(len(codes), -1)
+
+
+def unpack(format_id: str, rows: U8) -> tuple[U8, F32]:
+    """Codes (rows, cols) and parameters (rows, groups, p) of uint8 (rows, row_bytes): the inverse of ``pack``.
+
+    Raises
+    ------
+    Incompatible : the format has no grid.
+    """
+    fmt = lookup(format_id)
+    if fmt.grid is None or fmt.group is None:
+        raise Incompatible(f"{format_id} has no grid that codes were chosen on", cure="use an int*_g* format")
+    numbers, _, codes = fmt.group.split(np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes))
+    params = np.ascontiguousarray(numbers).view(np.float16).astype(np.float32)
+    return codes.reshape(len(rows), -1), params.reshape(len(rows), -1, params.shape[1])
 
 
 def decode(format_id: str, rows: U8, n_cols: int) -> F32:
@@ -217,6 +281,8 @@ def decode(format_id: str, rows: U8, n_cols: int) -> F32:
     n_bytes = row_bytes(format_id, n_cols)
     if rows.ndim != 2 or rows.shape[1] != n_bytes:
         raise InvalidInput(f"rows of {n_cols} {format_id} weights have shape (n, {n_bytes}), got {rows.shape}")
+    if not n_bytes:
+        return np.zeros((len(rows), n_cols), np.float32)
     blocks = np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes)
     return fmt.decode_blocks(blocks).reshape(rows.shape[0], n_cols)
 
@@ -243,23 +309,28 @@ def _f16_encode(weights: F32) -> U8:
         return weights.astype(np.float16).view(np.uint8)
 
 
-_add(BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8)))
-_add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode))
-_add(BlockFormat("bf16", 1, 2, lambda b: (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _bf16_encode))
+def _bf16_decode(blocks: U8) -> F32:
+    return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+_add(BlockFormat("f32", 1, 4, lambda b: b.view(np.float32).copy(), lambda w: w.view(np.uint8), in_float=True))
+_add(BlockFormat("f16", 1, 2, lambda b: f16_at(b, 0), _f16_encode, in_float=True))
+_add(BlockFormat("bf16", 1, 2, _bf16_decode, _bf16_encode, in_float=True))
+_add(BlockFormat("zero", 1, 0, lambda b: np.zeros(len(b), np.float32), lambda w: np.empty(0, np.uint8), in_float=True))
 
 
 # --- groups with one scale ------------------------------------------------------------------------------------------
 
 
-def _of_group(name: str, group: Group, grid: Grid) -> BlockFormat:
-    """Blocks that are one group of a grid: its parameters as f16, then the codes."""
+def _of_group(name: str, group: Group, grid: Grid, in_float: bool = False) -> BlockFormat:
+    """Blocks that are one group of a grid: its parameters, then the codes."""
 
     def decode_blocks(blocks: U8) -> F32:
         numbers, _, codes = group.split(blocks)
-        return grid.values(codes, np.ascontiguousarray(numbers).view(np.float16).astype(np.float32))
+        return grid.values(codes, group.read_numbers(numbers))
 
     n_bytes = group.header_bytes + grid.group * group.bits // 8
-    return BlockFormat(name, grid.group, n_bytes, decode_blocks, group=group, grid=grid)
+    return BlockFormat(name, grid.group, n_bytes, decode_blocks, group=group, grid=grid, in_float=in_float)
 
 
 _add(_of_group("q4_0", Group(4, zero=8), Uniform(4, 32, symmetric=True)))  # d; nibbles; w = d * (q - 8)
@@ -288,3 +359,31 @@ for _bits in (*INTEGER_BITS, 1):
         _add(_of_group(f"int{_bits}_g{_size}_asym", Group(_bits, has_minimum=True), Uniform(_bits, _size)))
 for _size in GROUP_SIZES:
     _add(_of_group(f"ternary_g{_size}", Group(2, zero=1), Ternary(_size)))
+
+
+# --- own groups that are not uniform --------------------------------------------------------------------------------
+
+
+for _size in GROUP_SIZES:
+    _add(_of_group(f"nf4_g{_size}", Group(4, indexed=True), Table(levels.nf4_table(), _size)))
+for _exponent, _mantissa in levels.SPLITS:
+    _table = levels.minifloat_table(_exponent, _mantissa)
+    for _size in GROUP_SIZES:
+        _group = Group(1 + _exponent + _mantissa, indexed=True)
+        _grid, _in_float = Table(_table, _size), not levels.are_integers(_table)
+        _add(_of_group(f"e{_exponent}m{_mantissa}_g{_size}", _group, _grid, _in_float))
+for _bits, _split in levels.BITMOD.items():
+    for _size in GROUP_SIZES:
+        _special = Special(levels.minifloat_table(*_split), levels.BITMOD_SPECIALS[_bits], _size)
+        _add(_of_group(f"bitmod{_bits}_g{_size}", Group(_bits, indexed=True), _special))
+for _bits in MANTISSA_BITS:
+    for _size in GROUP_SIZES:
+        _group = Group(_bits, zero=1 << (_bits - 1), shifted=True)
+        _add(_of_group(f"bfp{_bits}_g{_size}", _group, Shifted(_bits, _size)))
+
+
+# --- groups whose scales have scales --------------------------------------------------------------------------------
+
+
+for _two in bilevel.FORMATS:
+    _add(BlockFormat(_two.name, bilevel.ELEMENTS, _two.n_bytes, _two.decode, _two.encode, super_block=_two))

@@ -68,9 +68,9 @@ def choose(format_id: str, n_rows: int, n_cols: int, layouts: Mapping[str, Layou
 
 
 def class_of(format_id: str, n_rows: int, n_cols: int) -> str | None:
-    """The class whose measurement counts for that matrix; None for formats of one layout."""
+    """The class whose measurement counts for that matrix; None for those that none of ``KINDS`` stands for."""
     group = blocks.lookup(format_id).group
-    if group is None:
+    if group is None or not group.is_affine:
         return None
     alone = f"{group.bits}-sym"
     kind = alone if alone in KINDS and not group.has_minimum else str(group.bits)

@@ -71,7 +71,7 @@ _SIGNS = (2 * ((np.arange(16)[:, None] >> np.arange(RUN)) & 1) - 1).astype(np.fl
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:
     """Whether a matrix of that format and shape has this layout."""
     fmt = blocks.lookup(format_id)
-    few_bits = fmt.group is not None and fmt.group.bits <= MAX_BITS
+    few_bits = fmt.group is not None and fmt.group.is_affine and fmt.group.bits <= MAX_BITS
     return few_bits and n_rows > 0 and n_rows % ROWS == 0 and n_cols % fmt.block_elements == 0
 
 

@@ -7,7 +7,8 @@ Three kinds of payload carry the codes of 32 consecutive elements (a *chunk*):
 * bits, 4 bytes: bit i of the 32-bit number is element i.
 
 Codes of 8, 4, 2 and 1 bits are bytes, nibbles, pairs and bits; of 3 bits: pairs (the low two bits), then bits (the high
-one); of 5 bits: bits (the high one), then nibbles. The super-blocks of GGUF files spread their codes in *fields*
+one); of 5 bits: bits (the high one), then nibbles; of 6 and 7 bits: nibbles (the low four bits), pairs (the next two)
+and, of 7, bits (the high one). The super-blocks of GGUF files spread their codes in *fields*
 instead: fields of the same few bytes, one after the other, belong to consecutive runs of elements.
 """
 
@@ -23,9 +24,13 @@ _SHIFTS_OF_2 = np.array([[0], [2], [4], [6]], np.uint8)
 
 
 def pack_chunks(codes: U8, bits: int) -> U8:
-    """Codes (..., 32) of 1, 2, 3, 4, 5 or 8 bits to payload bytes (..., 4 * bits)."""
+    """Codes (..., 32) of 1 to 8 bits to payload bytes (..., 4 * bits)."""
     if bits == 8:
         return codes
+    if bits in (6, 7):
+        return np.concatenate(
+            [pack_chunks(codes & np.uint8(15), 4), pack_chunks(codes >> np.uint8(4), bits - 4)], axis=-1
+        )
     if bits == 5:
         return np.concatenate(
             [np.packbits(codes >> 4, axis=-1, bitorder="little"), pack_chunks(codes & np.uint8(15), 4)], axis=-1
@@ -45,6 +50,8 @@ def unpack_chunks(payload: U8, bits: int) -> U8:
     """The inverse of ``pack_chunks``."""
     if bits == 8:
         return payload
+    if bits in (6, 7):
+        return nibbles(payload[..., :16]) | (unpack_chunks(payload[..., 16:], bits - 4) << np.uint8(4))
     if bits == 5:
         return nibbles(payload[..., 4:]) | (_bits(payload[..., :4]) << np.uint8(4))
     if bits == 4:

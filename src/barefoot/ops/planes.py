@@ -95,8 +95,11 @@ class PlaneFormat:
     def of_blocks(cls, format_id: str) -> PlaneFormat:
         """That of a block format with one scale per block; Incompatible for others."""
         group = blocks.lookup(format_id).group
-        if group is None:
-            raise Incompatible(f"{format_id} has no planes: it needs one scale per block", cure="use an int*_g* format")
+        if group is None or not group.is_affine:
+            raise Incompatible(
+                f"{format_id} has no planes: it needs one scale per block and evenly spaced levels",
+                cure="use an int*_g* format",
+            )
         return cls(group.bits, blocks.block_elements(format_id), 128 if group.signed else group.zero, group.has_minimum)
 
     @property

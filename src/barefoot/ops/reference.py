@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops import blocks, kvrows, lut, panels, planes
-from barefoot.ops.scratch import BFLOAT16_TOKENS
+from barefoot.ops import blocks, kvrows, lut, panels, parts, planes, signs
+from barefoot.ops.scratch import BFLOAT16_TOKENS, SIGN_TOKENS
+from barefoot.ops.signs import SignStack
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -124,7 +125,7 @@ def matmul(
     """``activations`` takes "bfloat16" besides (``arithmetic``): quantized weights are rounded to it as well."""
     exact = x.astype(np.float64)
     rounded = exact
-    if activations == "int8" and any(blocks.block_elements(w.format) > 1 for w in weights):
+    if activations == "int8" and not all(blocks.lookup(w.format).in_float for w in weights):
         codes, scales = quantize_activations(x)
         rounded = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), GROUP, axis=1)
     elif activations == "bfloat16":
@@ -134,12 +135,12 @@ def matmul(
             looked_up = lut.product(x, weight).astype(np.float32)
             out[...] = out + looked_up if add else looked_up
             continue
-        dense = blocks.block_elements(weight.format) == 1
-        inputs = exact if dense else rounded
+        in_float = blocks.lookup(weight.format).in_float
+        inputs = exact if in_float else rounded
         for start in range(0, weight.rows, ROWS_AT_A_TIME):
             chunk = slice(start, min(start + ROWS_AT_A_TIME, weight.rows))
             decoded = decode_rows(weight, chunk)
-            if activations == "bfloat16" and not dense:
+            if activations == "bfloat16" and not in_float:
                 decoded = round_bfloat16(decoded)
             with np.errstate(invalid="ignore", over="ignore"):
                 product = (inputs @ decoded.astype(np.float64).T).astype(np.float32)
@@ -164,6 +165,53 @@ def plane_matmul(
 ) -> None:
     fmt = planes.PlaneFormat(weight_bits, group, zero, has_minimum)
     product = planes.product(x, planes.PlaneWeight(fmt, out.shape[1], x.shape[1], weight), activation_bits)
+    out[...] = out + product if add else product
+
+
+def sign_matmul(
+    x: F32,
+    stack: SignStack,
+    out: F32,
+    *,
+    activations: str = "int8",
+    add: bool = False,
+    scratch: U8 | None = None,
+) -> None:
+    if not stack.buffers:
+        raise ValueError(f"the stack [{stack.rows}, {stack.cols}] has no blocks")
+    product = signs.product(x, stack, rounds=activations == "int8" and len(x) <= SIGN_TOKENS).astype(np.float32)
+    out[...] = out + product if add else product
+
+
+class Part:
+    """An addend [rows, cols] of a kind of ``barefoot.ops.parts``, read from a caller's buffer."""
+
+    __slots__ = ("buffer", "cols", "kind", "rows")
+
+    def __init__(self, kind: str, rows: int, cols: int, buffer: U8 | None = None) -> None:
+        parts.lookup(kind)
+        self.kind, self.rows, self.cols = kind, rows, cols
+        self.buffer: U8 | None = None
+        if buffer is not None:
+            self.bind(buffer)
+
+    def bind(self, buffer: U8) -> None:
+        flaw = parts.lookup(self.kind).flaw(self.rows, self.cols, buffer)
+        if flaw:
+            raise ValueError(f"{self.kind} [{self.rows}, {self.cols}]: {flaw}")
+        self.buffer = buffer
+
+    def unbind(self) -> None:
+        self.buffer = None
+
+
+def part_matmul(x: F32, part: Any, out: F32, *, add: bool = False, scratch: U8 | None = None) -> None:
+    if part.buffer is None:
+        product: Any = np.float32(0)
+    else:
+        decoded = parts.lookup(part.kind).decode(part.rows, part.cols, part.buffer)
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = (x.astype(np.float64) @ decoded.astype(np.float64).T).astype(np.float32)
     out[...] = out + product if add else product
 
 
@@ -310,6 +358,12 @@ class Program:
 
     def matmul(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], **options: Any) -> None:
         self._calls.append(lambda run: matmul(x[: run.n], weights, [out[: run.n] for out in outs], **options))
+
+    def sign_matmul(self, x: F32, stack: SignStack, out: F32, **options: Any) -> None:
+        self._calls.append(lambda run: sign_matmul(x[: run.n], stack, out[: run.n], **options))
+
+    def part_matmul(self, x: F32, part: Any, out: F32, **options: Any) -> None:
+        self._calls.append(lambda run: part_matmul(x[: run.n], part, out[: run.n], **options))
 
     def rmsnorm(self, x: F32, weight: F32, eps: float, out: F32, **options: Any) -> None:
         self._calls.append(lambda run: rmsnorm(x[: run.n], weight, eps, out[: run.n], **options))

@@ -16,6 +16,9 @@ LUT_TOKENS = 8  # up to so many tokens products are looked up
 BFLOAT16_TOKENS = 24  # from so many tokens on products are taken in bfloat16 where the processor has tiles
 BFLOAT16_COLUMNS = 256  # columns of bfloat16 weights that are held at a time
 BFLOAT16_BLOCK = 128  # tokens whose sums are held at a time
+SIGN_TOKENS = 6  # up to so many tokens meet the sign bits themselves
+SIGN_GROUP = 128  # columns whose rounded products share a scale
+SIGN_COLUMNS = 256  # of the decoded weights of a stack that are held at a time
 KEY_TILE = 64  # keys of one step of the online softmax
 QUERY_TILE = 96  # queries (tokens × heads that share a key head) of one attention task
 BFLOAT16_QUERIES = 32  # queries that attention in bfloat16 multiplies at a time
@@ -59,6 +62,33 @@ def plane_scratch_bytes(n_tokens: int, n_cols: int, activation_bits: int, group:
     """
     planes = round_up(4 * n_tokens * activation_bits * -(-n_cols // 32), ALIGN)
     return ALIGN + planes + 2 * round_up(4 * n_tokens * -(-n_cols // group), ALIGN)
+
+
+def sign_scratch_bytes(
+    n_tokens: int,
+    n_cols: int,
+    rank: int,
+    n_blocks: int,
+    activations: str = "int8",
+    *,
+    n_threads: int | None = None,
+) -> int:
+    """Bytes that ``sign_matmul`` needs with a stack of ``n_blocks`` blocks, whatever its rows.
+
+    Up to 6 tokens of int8: for each block and rank one token's rounded products, a byte each and 8 bytes for 128. Else
+    for each thread 32 rows × 256 columns of decoded weights, factors of those rows and columns, 4 bytes each; and from
+    24 tokens of int8 on (whether or not the processor has tiles) 2 bytes for each of these weights, 4 for 32 rows × up
+    to 128 tokens, a multiple of 16, and, once, 2 for each input of a multiple of 16 tokens.
+    """
+    n_threads = threads.get() if n_threads is None else n_threads
+    if activations == "int8" and n_tokens <= SIGN_TOKENS:
+        groups = n_blocks * rank * -(-n_cols // SIGN_GROUP)
+        return ALIGN + groups * SIGN_GROUP + 2 * round_up(4 * groups, ALIGN)
+    tile = 4 * (ROW_TILE * (SIGN_COLUMNS + rank) + rank * SIGN_COLUMNS)
+    if activations != "int8" or n_tokens < BFLOAT16_TOKENS:
+        return ALIGN + n_threads * tile
+    tile += 2 * ROW_TILE * SIGN_COLUMNS + 4 * ROW_TILE * min(round_up(n_tokens, 16), BFLOAT16_BLOCK)
+    return ALIGN + n_threads * tile + 2 * round_up(n_tokens, 16) * round_up(n_cols, 32)
 
 
 def attention_scratch_bytes(

@@ -19,6 +19,7 @@ from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.ledger import Place
 from barefoot.core.model import MATRIX_GROUPS, ModelSpec, WeightGroup, WeightSpec
 from barefoot.engine.config import Activations, EngineConfig
+from barefoot.engine.stacks import loaded
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
 from barefoot.ops.dispatch import Layout
@@ -94,6 +95,11 @@ class Problem:
         return self.device.layouts if self.n_threads == self.device.n_threads else {}
 
     @property
+    def n_stacked(self) -> int:
+        """Parts of the model's stack in memory: none unless it is stated. The planner states it."""
+        return self.stated.n_stacked or 0
+
+    @property
     def slow_place(self) -> Place:
         """Where layers go that the place that computes has no room for."""
         return "host" if self.device.n_accelerators else "disk"
@@ -112,6 +118,7 @@ class Problem:
             stream_head=frame.stream_head,
             n_sequences=self.job.batch,
             n_threads=self.n_threads,
+            n_stacked=self.n_stacked if self.spec.stack else None,
             layouts=self.layouts,
         )
 
@@ -119,7 +126,7 @@ class Problem:
         """Every frame that what is stated leaves open.
 
         A stated format is not undone by streaming, which would carry the file's own blocks: layers are only streamed
-        when their formats are open or ``stored``, unless streaming is stated as well.
+        when their formats are open or ``stored``, unless streaming is stated as well. Those of a stack never are.
         """
         stated, spec = self.stated, self.spec
         chunks = {min(c, self.job.n_prompt) for c in CHUNKS} if stated.chunk is None else {stated.chunk}
@@ -133,11 +140,14 @@ class Problem:
                 raise InvalidInput(f"{spec.name} has {spec.n_layers} layers to stream, got {stated.streamed_layers}")
             layers: Iterable[int] = [stated.streamed_layers]
         else:
-            layers = [0] if on_disk and kept(("attn", "ffn")) else range(spec.n_layers + 1)
+            whole = on_disk and (kept(("attn", "ffn")) or not spec.streamable)
+            layers = [0] if spec.stack or whole else range(spec.n_layers + 1)
         if stated.stream_head is not None:
             heads = [stated.stream_head]
         else:
-            heads = [False, True] if on_disk and not kept(["embed" if spec.tied else "head"]) else [False]
+            head: WeightGroup = "embed" if spec.tied else "head"
+            packed = any(w.packed_bytes for w in spec.weights if w.name == head)
+            heads = [False, True] if on_disk and not kept([head]) and not packed else [False]
         return [Frame(c, n, h) for c, h, n in itertools.product(sorted(chunks), heads, layers)]
 
 
@@ -166,7 +176,7 @@ class Tables:
         kinds: dict[object, int] = {}
         self._kind_layers: list[int] = []  # the first layer of each kind
         self._kinds: list[int] = []  # the kind of each layer
-        self._layers = layers_of(spec)
+        self._layers = layers_of(loaded(spec, problem.n_stacked))
         for i, weights in enumerate(self._layers):
             key = (spec.layers[i].window, tuple((w.group, w.rows, w.cols, w.format) for w in weights))
             if key not in kinds:

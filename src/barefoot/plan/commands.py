@@ -30,4 +30,5 @@ def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Sta
     words += ["--threads", str(stated.n_threads)] if stated.n_threads is not None else []
     words += ["--activations", stated.activations] if stated.activations is not None else []
     words += ["--layouts", format_layouts(stated.layouts)] if stated.layouts is not None else []
+    words += ["--stacked", str(stated.n_stacked)] if stated.n_stacked is not None else []
     return shlex.join(words)

@@ -12,6 +12,7 @@ from barefoot.core.ledger import Place
 from barefoot.core.model import MATRIX_GROUPS, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
+from barefoot.core.technique import Technique
 from barefoot.engine.config import Activations
 from barefoot.kv.stores import KVStore
 from barefoot.ops.dispatch import Layout
@@ -68,7 +69,7 @@ class Stated:
     chunk : tokens of prefill at once.
     streamed_layers : so many of the last layers stay on disk (with an accelerator: on the host); 0 forbids it.
     stream_head : whether the logits' matrix stays on disk.
-    n_threads, activations, layouts : as in the engine's config.
+    n_threads, activations, layouts, n_stacked : as in the engine's config.
     """
 
     weights: Mapping[WeightGroup, WeightFormat] = field(default_factory=dict)
@@ -79,12 +80,14 @@ class Stated:
     n_threads: int | None = None
     activations: Activations | None = None
     layouts: Mapping[str, Layout] | None = None
+    n_stacked: int | None = None
 
     def __post_init__(self) -> None:
         for name, got, least in (
             ("chunk", self.chunk, 1),
             ("streamed_layers", self.streamed_layers, 0),
             ("n_threads", self.n_threads, 1),
+            ("n_stacked", self.n_stacked, 0),
         ):
             if got is not None and got < least:
                 raise InvalidInput(f"{name} must be at least {least}, got {got}")
@@ -100,12 +103,16 @@ def parse_weights(text: str) -> dict[WeightGroup, WeightFormat]:
     ------
     InvalidInput : unreadable, an unknown group or format, or a group given twice.
     """
-    known = techniques("weights.formats")
+    return cast("dict[WeightGroup, WeightFormat]", parse_groups(text, techniques("weights.formats")))
+
+
+def parse_groups(text: str, known: Mapping[str, type[Technique]]) -> dict[WeightGroup, Technique]:
+    """The same with any techniques."""
     if re.fullmatch(rf"\s*{_PART}(?:[\s,]+{_PART})*\s*", text) is None:
         raise InvalidInput(
             f"can't read the weights {text!r}", cure='write "int(bits=4)" or "ffn=int(bits=3) attn=stored"'
         )
-    formats: dict[WeightGroup, WeightFormat] = {}
+    formats: dict[WeightGroup, Technique] = {}
     for group, spec in re.findall(_PART, text):
         if group and group not in MATRIX_GROUPS:
             raise InvalidInput(f"unknown group {group!r} of weights; known: {', '.join(MATRIX_GROUPS)}")
@@ -113,7 +120,7 @@ def parse_weights(text: str) -> dict[WeightGroup, WeightFormat]:
         for name in (group,) if group else MATRIX_GROUPS:
             if name in formats:
                 raise InvalidInput(f"the format of {name} is given twice in {text!r}")
-            formats[cast(WeightGroup, name)] = cast(WeightFormat, technique)
+            formats[cast(WeightGroup, name)] = technique
     return formats
 
 

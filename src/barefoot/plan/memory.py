@@ -9,6 +9,7 @@ from barefoot.core.ledger import Footprint, Phase, Place, Term, entry
 from barefoot.core.model import ModelSpec
 from barefoot.core.units import MIB
 from barefoot.engine.config import EngineConfig
+from barefoot.engine.stacks import loaded, n_stacked
 from barefoot.ops import blocks
 from barefoot.plan.job import RunJob
 from barefoot.plan.operators import Site, layer_place, layout_of
@@ -33,11 +34,13 @@ def accelerator_footprint(
     """
     site = Site("accelerator", 2, n_host_layers)
     weights: Counter[tuple[Place, str, int]] = Counter()
-    for w in spec.weights:
+    for w in loaded(spec, n_stacked(spec, config)).weights:
         at = site.place if w.layer is None else layer_place(spec, w.layer, config, site)
         layout = layout_of(w, config, at)
         n_blocks = w.rows * (w.cols // blocks.block_elements(layout))
         weights[at, f"{w.group} {layout}", blocks.block_bytes(layout)] += n_blocks
+        for part in w.parts:
+            weights[at, f"{w.group} {part.kind}", 1] += part.n_bytes
     row = config.kv.row_bytes(spec.head_dim)
     rows: Counter[Place] = Counter()
     for layer in range(spec.n_layers):

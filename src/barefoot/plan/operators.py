@@ -19,6 +19,7 @@ from barefoot.core.device import Compute
 from barefoot.core.ledger import Place
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.config import EngineConfig
+from barefoot.engine.stacks import loaded, n_stacked
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
 
@@ -98,7 +99,7 @@ def matrix_op(weight: WeightSpec, config: EngineConfig, site: Site, tokens: int,
         name=weight.name.rpartition(".")[2],
         compute=arithmetic(layout, config, site),
         ops=2 * weight.rows * weight.cols * tokens,
-        load_weight=weight.rows * blocks.row_bytes(layout, weight.cols),
+        load_weight=weight.rows * blocks.row_bytes(layout, weight.cols) + sum(p.n_bytes for p in weight.parts),
         load_act=weight.cols * tokens * act,
         store_act=weight.rows * tokens * act,
         at=at,
@@ -182,9 +183,9 @@ def layer_stages(spec: ModelSpec, config: EngineConfig, site: Site, tokens: int)
     """The layers' stages for ``tokens`` inputs, without their attention; equal layers are one stage with a count."""
     found: Counter[Stage] = Counter()
     known: dict[object, Stage] = {}
-    for i, weights in enumerate(layers_of(spec)):
+    for i, weights in enumerate(layers_of(loaded(spec, n_stacked(spec, config)))):
         at, window = layer_place(spec, i, config, site), spec.layers[i].window
-        key = (at, window, tuple((w.rows, w.cols, w.format, w.group) for w in weights))
+        key = (at, window, tuple((w.rows, w.cols, w.format, w.group, sum(p.n_bytes for p in w.parts)) for w in weights))
         if key not in known:
             ops = [weight_op(spec, w, config, site, tokens, at) for w in weights]
             slow = sum(op.load_weight for op in ops if op.at == "disk")

@@ -15,6 +15,7 @@ from barefoot.core.device import NOT_MEASURED, Device, this_machine
 from barefoot.core.ledger import Footprint, Place
 from barefoot.core.model import ModelSpec
 from barefoot.core.units import MIB, format_bytes, round_up
+from barefoot.engine.stacks import stack_footprint
 from barefoot.plan import quality
 from barefoot.plan.choices import Problem
 from barefoot.plan.commands import command
@@ -26,6 +27,7 @@ from barefoot.plan.roofline import phase_times
 from barefoot.plan.search import Search, Solution
 
 LOSSLESS = quality.TIERS[0][1]
+STACK_CHUNK = 64  # prompt tokens at once that a stack leaves room for: its weights are decoded for each chunk anew
 
 
 def plan(
@@ -79,6 +81,8 @@ def candidates(
     The first is the one that :func:`plan` recommends; nothing fits when there is none. Parameters as there.
     """
     case = _Case(spec, job, budget, device, stated, reserved, extra, model)
+    if spec.stack and case.stated.n_stacked is None:
+        case = case.with_stack()
     plans: list[Plan] = []
     for _, max_kl in quality.TIERS:
         solution = case.search.fastest(case.budget, max_kl)
@@ -135,6 +139,7 @@ def refuse(
         largest_context=largest_context,
         largest_batch=largest_batch,
         alternatives=case.alternatives(largest_context, largest_batch),
+        n_stack=len(spec.stack),
     )
 
 
@@ -172,11 +177,29 @@ class _Case:
 
     def first(self) -> Plan | None:
         """The best plan of the best quality tier in which anything fits."""
+        if self.spec.stack and self.stated.n_stacked is None:
+            return self.with_stack().first()
         for _, max_kl in quality.TIERS:
             solution = self.search.fastest(self.budget, max_kl)
             if solution is not None:
                 return self.finish(solution)
         return None
+
+    def with_stack(self) -> _Case:
+        """The case with as much of the stack as fits beside the smallest lossless choice of all else, in memory.
+
+        Where none of it does, the rest is chosen as for any model: a stack shrinks before anything else gives way.
+        """
+        chunk = self.stated.chunk or min(STACK_CHUNK, self.job.n_prompt)
+        inside = replace(self.stated, n_stacked=0, chunk=chunk, stream_head=self.stated.stream_head or False)
+        bare = self.having(stated=inside).smallest(LOSSLESS)
+
+        def fits(n: int) -> bool:
+            assert bare is not None
+            return self.search.fits(bare.footprint + stack_footprint(self.spec, n), self.budget)
+
+        n = 0 if bare is None else _largest(fits, 0, len(self.spec.stack))
+        return self.having(stated=replace(inside, n_stacked=n) if n else replace(self.stated, n_stacked=0))
 
     def finish(self, solution: Solution) -> Plan:
         """The plan of a solution: with its times, its quality and notes."""
@@ -233,6 +256,9 @@ class _Case:
         if device.n_accelerators > 1:
             how = "share each matrix" if device.peer_gb_s else "take layers in turn"
             notes.append(f"the {device.n_accelerators} accelerators {how}")
+        if self.spec.stack:
+            held = solution.config.n_stacked
+            notes.append(f"{held:,} of the {len(self.spec.stack):,} blocks that the model can do without are in memory")
         if self.job.context > self.spec.context_length:
             notes.append(f"the model was made for {self.spec.context_length:,} positions")
         guessed = sorted(k for k in device.sources if device.sources[k].startswith(NOT_MEASURED))

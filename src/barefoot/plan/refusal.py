@@ -35,8 +35,9 @@ class Refusal:
     """Why a job does not fit, and what would.
 
     ``needed_bytes`` is the smallest peak of any plan within what is stated, ``available_bytes`` the budget;
-    ``largest_context`` and ``largest_batch`` (0: none) fit with all else as it was. Alternatives are sorted by the
-    quality they cost, then by how much they change.
+    ``largest_context`` and ``largest_batch`` (0: none) fit with all else as it was. ``n_stack`` parts of the model can
+    be left out, and are in those smallest plans. Alternatives are sorted by the quality they cost, then by how much
+    they change.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Refusal:
     largest_context: int
     largest_batch: int
     alternatives: tuple[Alternative, ...]
+    n_stack: int = 0
 
     @property
     def message(self) -> str:
@@ -58,6 +60,8 @@ class Refusal:
             f"{format_bytes(self.needed_bytes)} in {self.place} memory; available are "
             f"{format_bytes(self.available_bytes)}, {format_bytes(short)} too few"
         )
+        if self.n_stack:
+            text += f" even without the {self.n_stack:,} blocks that it can do without"
         if self.largest_context:
             text += f"; the largest context that fits is {self.largest_context:,}"
         if self.job.batch > 1 and self.largest_batch:

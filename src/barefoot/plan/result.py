@@ -105,6 +105,7 @@ class Plan:
             n_threads=config.n_threads,
             activations=config.activations,
             layouts=config.layouts,
+            n_stacked=config.n_stacked,
         )
         return command(self.model, self.device, self.job, self.budget[self.place], stated, exact=True)
 
@@ -125,6 +126,7 @@ class Plan:
                 "stream_head": config.stream_head,
                 "n_threads": config.n_threads,
                 "layouts": dict(config.layouts),
+                **({} if config.n_stacked is None else {"n_stacked": config.n_stacked}),
             },
             "n_host_layers": self.n_host_layers,
             "budget_bytes": dict(self.budget),
@@ -192,6 +194,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
                 stream_head=config["stream_head"],
                 n_sequences=data["job"]["batch"],
                 n_threads=config["n_threads"],
+                n_stacked=config.get("n_stacked"),
                 layouts=dict(config["layouts"]),
             ),
             footprint=Footprint(entries),

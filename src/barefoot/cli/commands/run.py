@@ -128,6 +128,7 @@ def execute(args: argparse.Namespace) -> int:
     is_chat = conversations is None and prompt is None
     path = models.fetch(args.model)
     _prepare(is_chat)
+    from barefoot.cli.budgets import Budgets
     from barefoot.cli.conversation import Conversation, encode, opening
     from barefoot.core.measure import release_free_memory
     from barefoot.engine.generate import Limits
@@ -164,6 +165,7 @@ def execute(args: argparse.Namespace) -> int:
         begun = time.perf_counter()
         with _load(checkpoint, spec, plan) as engine:
             loaded = time.perf_counter()
+            budgets = Budgets(engine, spec, plan)
             if all_ids is not None:
                 limits = Limits(job.max_tokens, sampling, args.stop, tokenizer.eos_ids)
                 with progress.line() as report:
@@ -181,8 +183,12 @@ def execute(args: argparse.Namespace) -> int:
                     max_tokens=job.max_tokens,
                 )
                 ask = functools.partial(_ask, conversation, write=_writer(shown))
-                answers = [ask(prompt, ids=ids)] if prompt is not None else chat.chat(conversation, ask)
-            handed_out: dict[Kind, int] = {**engine.arena.used(), "reserved": reserved.bytes}
+                if prompt is not None:
+                    answers = [ask(prompt, ids=ids)]
+                else:
+                    answers = chat.chat(conversation, ask, budgets.allow if spec.stack else None)
+            plan, used = budgets.largest
+            handed_out: dict[Kind, int] = {**used, "reserved": reserved.bytes}
             handed_out["workspace"] = handed_out.get("workspace", 0) + tokenizer.resident_bytes()
     is_batch = all_ids is not None
     outcome = Outcome(plan, reserved, handed_out, answers, loaded - begun, begun - started, is_batch=is_batch)
@@ -222,6 +228,7 @@ def _take_saved_plan(args: argparse.Namespace) -> None:
         "chunk": config.chunk,
         "stream_layers": config.n_streamed_layers,
         "stream_head": config.stream_head,
+        "stacked": config.n_stacked,
         "threads": config.n_threads,
         "activations": config.activations,
         "layouts": format_layouts(config.layouts),

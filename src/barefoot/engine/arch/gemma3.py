@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from barefoot.core.errors import UnsupportedFormat
+import numpy as np
+
+from barefoot.core.errors import Incompatible, UnsupportedFormat
 from barefoot.core.model import LayerSpec, ModelSpec
 from barefoot.engine import decoder, rope
 
@@ -119,6 +121,23 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
         final_logit_softcapping=spec.logit_softcap or None,
         **rope.to_hf(everywhere.rope),
     )
+
+
+def to_gguf(spec: ModelSpec) -> dict[str, Any]:
+    if spec.attn_softcap:
+        raise Incompatible("GGUF files of Gemma 3 can't state a cap of attention scores")
+    everywhere = next(layer for layer in spec.layers if layer.window is None)
+    nearby = next(layer for layer in spec.layers if layer.window is not None)
+    local = [layer.window is not None for layer in spec.layers]
+    usual = [not all_ for all_ in _pattern(spec.n_layers, GLOBAL_EVERY)]
+    return decoder.gguf_metadata(
+        spec,
+        "gemma3",
+        rope.to_gguf(everywhere.rope) | {"freq_base_swa": nearby.rope.theta},
+        sliding_window=nearby.window,
+        sliding_window_pattern=None if local == usual else np.array(local),
+        scale=None if spec.attn_scale == spec.head_dim**-0.5 else spec.attn_scale,
+    ) | ({"gemma3.final_logit_softcapping": spec.logit_softcap} if spec.logit_softcap else {})
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:

@@ -49,3 +49,8 @@ def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> M
         metadata.get("llama.attention.sliding_window"),
     )
     return decoder.model("llama", sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16"))
+
+
+def to_gguf(spec: ModelSpec) -> dict[str, Any]:
+    layer = spec.layers[0]
+    return decoder.gguf_metadata(spec, "llama", rope.to_gguf(layer.rope), sliding_window=layer.window)

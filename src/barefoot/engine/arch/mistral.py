@@ -10,6 +10,7 @@ from typing import Any
 
 from barefoot.core.model import LayerSpec, ModelSpec
 from barefoot.engine import decoder, rope
+from barefoot.engine.arch import llama
 
 HF_TYPES = ("mistral",)
 GGUF_ARCHS = ()
@@ -33,3 +34,7 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
     return decoder.hf_config(
         spec, "mistral", "MistralForCausalLM", sliding_window=layer.window, **rope.to_hf(layer.rope)
     )
+
+
+def to_gguf(spec: ModelSpec) -> dict[str, Any]:
+    return llama.to_gguf(spec)

@@ -70,3 +70,8 @@ def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> M
         turned = replace(turned, scaling="longrope")
     layer = LayerSpec(turned, metadata.get("phi3.attention.sliding_window") or None)
     return decoder.model("phi3", sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16"))
+
+
+def to_gguf(spec: ModelSpec) -> dict[str, Any]:
+    layer = spec.layers[0]
+    return decoder.gguf_metadata(spec, "phi3", rope.to_gguf(layer.rope), sliding_window=layer.window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from barefoot.core.errors import Incompatible
 from barefoot.core.model import LayerSpec, ModelSpec
 from barefoot.engine import decoder, rope
 
@@ -62,6 +63,10 @@ def write_hf(spec: ModelSpec, model_type: str, class_name: str) -> dict[str, Any
     )
 
 
+def to_gguf(spec: ModelSpec) -> dict[str, Any]:
+    return write_gguf(spec, "qwen2")
+
+
 def read_gguf(
     arch: str, names: decoder.Roles, metadata: Mapping[str, Any], tensors: decoder.Tensors | None
 ) -> ModelSpec:
@@ -69,3 +74,9 @@ def read_gguf(
     sizes = decoder.gguf_sizes(metadata, tensors, names)
     layer = LayerSpec(rope.from_gguf(metadata, sizes.head_dim))
     return decoder.model(arch, sizes, [layer] * sizes.n_layers, decoder.weights(names, sizes, tensors, "f16"))
+
+
+def write_gguf(spec: ModelSpec, arch: str) -> dict[str, Any]:
+    if any(layer.window is not None for layer in spec.layers):
+        raise Incompatible(f"GGUF files of {arch} can't say which layers have a sliding window")
+    return decoder.gguf_metadata(spec, arch, rope.to_gguf(spec.layers[0].rope))

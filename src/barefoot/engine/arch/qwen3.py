@@ -28,3 +28,7 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
 
 def from_gguf(metadata: Mapping[str, Any], tensors: decoder.Tensors | None) -> ModelSpec:
     return qwen2.read_gguf("qwen3", decoder.GGUF | decoder.GGUF_QK_NORM, metadata, tensors)
+
+
+def to_gguf(spec: ModelSpec) -> dict[str, Any]:
+    return qwen2.write_gguf(spec, "qwen3")

@@ -50,8 +50,7 @@ inline void dot_tokens(const float* rows, int64_t row_stride, const float* token
 // n weights of a row from column k0 on, out of a matrix of n_cols.
 using Dequantize = void(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out);
 
-template <Dequantize* dequantize>
-void multiply_float(const uint8_t* data, int64_t row0, int64_t n_rows, const float* x,
+inline void multiply_float(Dequantize* dequantize, const uint8_t* data, int64_t row0, int64_t n_rows, const float* x,
                     int64_t n_tokens, int64_t n_cols, float* tile, float* out, int64_t out_stride, bool add) {
   const int64_t width = n_cols < kColumnBlock ? round_up(n_cols, 32) : kColumnBlock;
   for (int64_t k0 = 0; k0 < n_cols; k0 += kColumnBlock) {

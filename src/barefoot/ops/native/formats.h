@@ -11,6 +11,15 @@ inline T read(const uint8_t* p) {
   return value;
 }
 inline float half_at(const uint8_t* p) { return half_to_float(read<uint16_t>(p)); }
+// A scale of ScaleBytes bytes: an f16 number, or the exponent of a power of two.
+template <int ScaleBytes>
+inline float read_scale(const uint8_t* p) {
+  if constexpr (ScaleBytes == 2) return half_at(p);
+  const uint32_t bits = static_cast<uint32_t>(*p) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return scale;
+}
 
 // --- dense: one weight a block ---
 
@@ -38,6 +47,11 @@ struct BF16 {
     }
   }
 };
+struct Zero {  // a matrix without blocks, of which only parts are stored
+  static constexpr char name[] = "zero";
+  static constexpr int elements = 1, bytes = 0;
+  static void to_float(const uint8_t*, int64_t n, float* out) { std::memset(out, 0, n * sizeof(float)); }
+};
 
 // --- quantized ---
 
@@ -45,9 +59,12 @@ struct Quantized {
   static constexpr int elements = 32, group = 32, zero = 0;
   static constexpr int code_bits = 0;        // of formats that have panels
   static constexpr int scale_at = 0;         // byte of a block where its f16 numbers begin
-  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py describes them
+  static constexpr int scale_bytes = 2;      // of each of these numbers; 0: there are none
+  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py and bilevel.py describe them
   static constexpr bool wide = false;        // codes of 8 bits
   static constexpr bool has_offset = false;
+  static constexpr bool in_float = false;    // products are taken in float32
+  using Levels = Codes8;                     // of the codes in panels
 };
 // 8-bit codes are signed or unsigned as the multiplier wants them: `zero` moves by 128.
 struct Signed8 : Quantized {
@@ -229,28 +246,45 @@ struct TQ1_0 : Quantized {
   }
 };
 
-// Own integer groups. The scale of a group of 64 or 128 counts for each of its chunks of 32.
+// Own groups. The scale of a group of 64 or 128 counts for each of its chunks of 32.
 struct GroupName {
   char text[20] = {};
 };
-constexpr GroupName group_name(int bits, int group, bool symmetric) {
+// A digit in place of each '#', then the group.
+constexpr GroupName group_name(const char* pattern, int group, const char* last = "", int first = 0, int second = 0) {
   GroupName name;
   int n = 0;
   const auto add = [&](const char* s) {
-    while (*s) name.text[n++] = *s++;
+    for (; *s; ++s) {
+      name.text[n++] = *s == '#' ? static_cast<char>('0' + first) : *s;
+      if (*s == '#') first = second;
+    }
   };
-  add("int");
-  name.text[n++] = static_cast<char>('0' + bits);
+  add(pattern);
   add(group == 32 ? "_g32" : group == 64 ? "_g64" : "_g128");
-  add(symmetric ? "_sym" : "_asym");
+  add(last);
   return name;
 }
 
-template <int Bits, int Group, bool Symmetric>
+// 32 codes of Bits bits, as payload.py describes them.
+template <int Bits>
+inline Codes unpack_codes(const uint8_t* chunk) {
+  if constexpr (Bits == 8) return plain_bytes(chunk, 0);
+  else if constexpr (Bits == 7) return nibbles(chunk) | raise(unpack_codes<3>(chunk + 16), 4);
+  else if constexpr (Bits == 6) return nibbles(chunk) | raise(pairs(chunk + 16), 4);
+  else if constexpr (Bits == 5) return nibbles(chunk + 4) | bits(chunk, 16);
+  else if constexpr (Bits == 4) return nibbles(chunk);
+  else if constexpr (Bits == 3) return pairs(chunk) | bits(chunk + 8, 4);
+  else if constexpr (Bits == 1) return bits(chunk, 1);
+  else return pairs(chunk);
+}
+
+template <int Bits, int Group, bool Symmetric, int ScaleBytes = 2>
 struct Integer : Quantized {
-  static constexpr GroupName full_name = group_name(Bits, Group, Symmetric);
+  static constexpr GroupName full_name = group_name("int#", Group, Symmetric ? "_sym" : "_asym", Bits);
   static constexpr const char* name = full_name.text;
-  static constexpr int elements = Group, code_bits = Bits, header = Symmetric ? 2 : 4;
+  static constexpr int elements = Group, code_bits = Bits, scale_bytes = ScaleBytes;
+  static constexpr int header = ScaleBytes * (Symmetric ? 1 : 2);
   static constexpr int bytes = header + Group * Bits / 8;
   static constexpr bool wide = Bits == 8, has_offset = !Symmetric;
   static constexpr int flip = wide && !kUnsignedBytes ? 0x80 : 0;
@@ -258,14 +292,11 @@ struct Integer : Quantized {
   static Codes codes(const uint8_t* b, int c) {
     const uint8_t* chunk = b + header + 4 * Bits * c;
     if constexpr (Bits == 8) return plain_bytes(chunk, flip);
-    else if constexpr (Bits == 4) return nibbles(chunk);
-    else if constexpr (Bits == 3) return pairs(chunk) | bits(chunk + 8, 4);
-    else if constexpr (Bits == 1) return bits(chunk, 1);
-    else return pairs(chunk);
+    else return unpack_codes<Bits>(chunk);
   }
   static void scales(const uint8_t* b, float* scale, float* offset) {
     for (int i = 0; i < Group / 32; ++i) {
-      scale[i] = half_at(b);
+      scale[i] = read_scale<ScaleBytes>(b);
       if constexpr (!Symmetric) offset[i] = half_at(b + 2);
     }
   }
@@ -278,12 +309,114 @@ struct Ternary : Integer<2, Group, true> {
   static constexpr int zero = 1;
 };
 
+// Groups of 16 whose scales and zero points have few bits too. Arithmetic is exact.
+template <int Bits>
+struct Bilevel : Quantized {
+  static constexpr char name[] = {'b', 'i', 'l', 'e', 'v', 'e', 'l', static_cast<char>('0' + Bits), '\0'};
+  static constexpr int elements = 64, group = 16, code_bits = Bits, scale_bytes = 0, sub_bytes = 5;
+  static constexpr int bytes = sub_bytes + 8 * Bits;
+  static constexpr bool has_offset = true;
+  static constexpr float zero_unit = static_cast<float>(1 << Bits) / 64;
+  static float step(uint8_t code) { return half_to_float(static_cast<uint16_t>(code << 7)) * (1.0f / 256); }
+  static void sub_scales(const uint8_t* b, uint8_t* to) { std::memcpy(to, b, sub_bytes); }
+  static Codes codes(const uint8_t* b, int c) { return unpack_codes<Bits>(b + sub_bytes + 4 * Bits * c); }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    const float d = step(b[0]);
+    for (int i = 0; i < elements / group; ++i) {
+      scale[i] = d * static_cast<float>(b[1 + i] & 15);
+      offset[i] = -(scale[i] * (zero_unit * static_cast<float>(8 + 3 * (b[1 + i] >> 4))));
+    }
+  }
+};
+
+// Block floating point: the scale is a power of two, of which only the exponent is stored.
+template <int Bits, int Group>
+struct BlockFloat : Integer<Bits, Group, true, 1> {
+  static constexpr GroupName full_name = group_name("bfp#", Group, "", Bits);
+  static constexpr const char* name = full_name.text;
+};
+
+// Codes that index a table of integers.
+template <class Table, int Group>
+struct Looked : Quantized {
+  using Levels = Table;
+  static constexpr GroupName full_name = group_name(Table::name, Group, "", Table::first_digit, Table::second_digit);
+  static constexpr const char* name = full_name.text;
+  static constexpr int elements = Group, code_bits = Table::bits, bytes = 2 + Group * code_bits / 8, zero = Table::zero;
+  static constexpr bool wide = Table::wide;
+  static Codes stored(const uint8_t* b, int c) { return unpack_codes<code_bits>(b + 2 + 4 * code_bits * c); }
+  static Codes codes(const uint8_t* b, int c) {
+    uint8_t code[32];
+    store(code, stored(b, c));
+    for (uint8_t& each : code) each = static_cast<uint8_t>(Table::level(b, each) + zero);
+    return plain_bytes(code, 0);
+  }
+  static void scales(const uint8_t* b, float* scale, float*) {
+    for (int i = 0; i < Group / 32; ++i) scale[i] = half_at(b);
+  }
+};
+
+// Minifloats whose levels are no small integers: products in float32.
+template <int Exponent, int Mantissa, int Group>
+struct WideFloat : Quantized {
+  static constexpr GroupName full_name = group_name("e#m#", Group, "", Exponent, Mantissa);
+  static constexpr const char* name = full_name.text;
+  static constexpr bool in_float = true;
+  static constexpr int bits = 1 + Exponent + Mantissa, elements = Group, bytes = 2 + Group * bits / 8;
+  struct Table {
+    float of[1 << bits] = {};
+  };
+  static constexpr Table levels() {  // the largest magnitude lies between 1 and 2
+    Table table;
+    constexpr int half = 1 << (bits - 1), ones = 1 << Mantissa, top = (1 << Exponent) - 1;
+    for (int code = 0; code < half; ++code) {
+      const int exponent = code >> Mantissa, mantissa = code & (ones - 1);
+      float level = static_cast<float>(exponent ? ones + mantissa : mantissa) / ones;
+      for (int e = exponent ? exponent : 1; e < top; ++e) level /= 2;
+      table.of[code] = level;
+      table.of[half + code] = -level;
+    }
+    return table;
+  }
+  static constexpr Table table = levels();
+  static void to_float(const uint8_t* b, float* out) {
+    const float scale = half_at(b);
+    for (int c = 0; c < Group / 32; ++c) {
+      uint8_t code[32];
+      store(code, unpack_codes<bits>(b + 2 + 4 * bits * c));
+      for (int i = 0; i < 32; ++i) *out++ = scale * table.of[code[i]];
+    }
+  }
+};
+
 template <class... Format>
 struct FormatList {
   static constexpr int size = sizeof...(Format);
 };
-using Formats =
-    FormatList<F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ2_0,
+template <class... A, class... B>
+FormatList<A..., B...> operator+(FormatList<A...>, FormatList<B...>);
+template <template <int> class Format>
+using InGroups = FormatList<Format<32>, Format<64>, Format<128>>;
+template <int Exponent, int Mantissa>
+struct Wide {
+  template <int Group>
+  using In = WideFloat<Exponent, Mantissa, Group>;
+};
+template <class Table>
+struct Look {
+  template <int Group>
+  using In = Looked<Table, Group>;
+};
+template <int Bits>
+struct Shifted {
+  template <int Group>
+  using In = BlockFloat<Bits, Group>;
+};
+template <class... Family>
+using Families = decltype((InGroups<Family::template In>{} + ...));
+
+using Plain =
+    FormatList<F32, F16, BF16, Zero, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ2_0,
                TQ1_0,  //
                Integer<8, 32, true>, Integer<8, 32, false>, Integer<8, 64, true>, Integer<8, 64, false>,
                Integer<8, 128, true>, Integer<8, 128, false>,  //
@@ -295,11 +428,29 @@ using Formats =
                Integer<2, 128, true>, Integer<2, 128, false>,  //
                Integer<1, 32, false>, Integer<1, 64, false>, Integer<1, 128, false>,  //
                Ternary<32>, Ternary<64>, Ternary<128>>;
+template <int Exponent, int Mantissa>
+using Small = Look<Indexed<Minifloat<Exponent, Mantissa>>>;
+using NonUniform = Families<Look<Indexed<Nf4>>,                                                //
+                            Small<2, 0>, Small<2, 1>, Small<3, 0>, Small<2, 2>, Wide<3, 1>,    //
+                            Small<2, 3>, Wide<3, 2>, Wide<4, 1>,                               //
+                            Wide<2, 4>, Wide<3, 3>, Wide<4, 2>, Wide<5, 1>,                    //
+                            Wide<2, 5>, Wide<3, 4>, Wide<4, 3>, Wide<5, 2>, Wide<6, 1>,        //
+                            Look<Bitmod<3, 3, 6>>, Look<Bitmod<4, 10, 16>>,                    //
+                            Shifted<8>, Shifted<6>, Shifted<4>, Shifted<3>>;
+using TwoLevel = FormatList<Bilevel<2>, Bilevel<3>, Bilevel<4>>;
+using Formats = decltype(Plain{} + NonUniform{} + TwoLevel{});
 
 // --- what the kernels use ---
 
 template <class Format>
 constexpr bool is_dense = Format::elements == 1;
+template <class Format>
+constexpr bool is_in_float() {
+  if constexpr (is_dense<Format>) return true;
+  else return Format::in_float;
+}
+template <class Format>
+constexpr bool in_float = is_in_float<Format>();
 template <class Format>
 constexpr bool panels_exist() {
   if constexpr (is_dense<Format>) return false;
@@ -309,12 +460,20 @@ template <class Format>
 constexpr bool has_panels = panels_exist<Format>();
 template <class Format>
 constexpr bool lut_exists() {
-  if constexpr (has_panels<Format>)  // one scale, before the codes
-    return Format::code_bits <= 4 && Format::scale_at == 0 && Format::sub_bytes == 0;
+  if constexpr (has_panels<Format>)  // one f16 scale, before codes that stand for themselves
+    return Format::code_bits <= 4 && Format::scale_at == 0 && Format::scale_bytes == 2 && Format::sub_bytes == 0 &&
+           !Format::Levels::indexed;
   else return false;
 }
 template <class Format>
 constexpr bool has_lut = lut_exists<Format>();
+
+// 32 codes as they are stored.
+template <class Format>
+inline Codes stored_codes(const uint8_t* block, int c) {
+  if constexpr (Format::Levels::indexed) return Format::stored(block, c);
+  else return Format::codes(block, c);
+}
 
 // Scales and offsets of one block with the zero point folded in: w = scale * code + offset.
 template <class Format>
@@ -332,6 +491,8 @@ inline void dequantize_row(const uint8_t* data, int64_t n_cols, int64_t row, int
   const uint8_t* block = data + (row * n_cols + k0) / Format::elements * Format::bytes;
   if constexpr (is_dense<Format>) {
     Format::to_float(block, n, out);
+  } else if constexpr (in_float<Format>) {
+    for (; n > 0; n -= Format::elements, block += Format::bytes, out += Format::elements) Format::to_float(block, out);
   } else {
     float scale[Format::elements / Format::group], offset[Format::elements / Format::group];
     for (; n > 0; n -= Format::elements, block += Format::bytes) {

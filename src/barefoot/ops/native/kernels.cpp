@@ -3,6 +3,7 @@
 // be picked by the linker for an older one.
 #include "kernels.h"
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,6 +38,8 @@ struct Constant {
 #include "amx.h"
 #endif
 //
+#include "levels.h"
+//
 #include "formats.h"
 //
 #include "int8_matmul.h"
@@ -55,6 +58,10 @@ struct Constant {
 //
 #include "planes.h"
 //
+#include "csr.h"
+//
+#include "signs.h"
+//
 #include "fused.h"
 //
 #include "select.h"
@@ -69,6 +76,9 @@ struct Constant {
 //
 #include "attention_token.h"
 
+// The kinds of parts, in the order of parts.names().
+constexpr std::array kParts{kCsr, PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
+
 }  // namespace
 
 extern const Kernels kernels;
@@ -76,7 +86,8 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
-    &plane_matmul, &plane_scratch, &plane_bytes, &top_k,
+    &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
+    kParts.data(), kParts.size(),
 };
 
 }  // namespace barefoot::BAREFOOT_ISA

@@ -68,6 +68,38 @@ struct PlaneArgs {
 };
 constexpr int64_t kMostPlaneColumns = 32768;  // 2^15 * 255 * 255 < 2^31: products of a group fit int32
 
+// A sum of blocks of signs and low rank, as signs.py describes them.
+struct SignArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols;
+  const uint8_t* const* blocks;
+  int64_t n_blocks, n_rows, rank;
+  bool int8, add;
+  float* out;  // [n_tokens, n_rows]
+  uint8_t* scratch;
+  int n_threads;
+};
+constexpr int64_t kSignGroup = 128;  // columns whose products share a scale
+constexpr int64_t kMostSignRanks = 64;
+
+// An addend that is not rows of blocks, as parts.py describes them.
+struct PartArgs {
+  const float* x;  // [n_tokens, n_cols]
+  int64_t n_tokens, n_cols, n_rows;
+  const uint8_t* data;
+  int64_t n_bytes;
+  bool add;
+  float* out;  // [n_tokens, n_rows]
+  uint8_t* scratch;
+  int n_threads;
+};
+struct PartKernel {
+  const char* name;
+  const char* (*flaw)(const PartArgs&);  // of shape and data alone: what is wrong with them, or null
+  int64_t (*scratch)(const PartArgs&);
+  void (*matmul)(const PartArgs&);
+};
+
 enum class KvFormat { f32, f16, q8, q4 };
 
 struct KvShape {
@@ -122,6 +154,11 @@ struct Kernels {
   int64_t (*plane_scratch)(const PlaneArgs&);
   int64_t (*plane_bytes)(const PlaneArgs&);
   void (*top_k)(const float* x, int64_t n, int64_t k, float* values, int32_t* ids);
+  void (*sign_matmul)(const SignArgs&);
+  int64_t (*sign_scratch)(const SignArgs&);
+  int64_t (*sign_bytes)(const SignArgs&);
+  const PartKernel* parts;
+  int n_parts;
 };
 
 }  // namespace barefoot

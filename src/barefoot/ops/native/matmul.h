@@ -1,15 +1,10 @@
 // out_i (+)= x · W_i^T for several weights of any formats: lays out the scratch and hands rows to the threads.
 #pragma once
 
-struct LayoutKernels {
-  decltype(&multiply_float<&dequantize_row<F32>>) multiply_float;
-  Dequantize* dequantize;
-};
-
 struct FormatKernels {
-  bool dense;
+  bool in_float;
   int64_t group;  // weights that share a scale
-  LayoutKernels layouts[3];  // by Layout
+  Dequantize* dequantize[3];  // by Layout
   void (*multiply_tile)(const Tile&, const Quantized8&, int64_t, int64_t, int64_t, float*, int64_t, int, bool);
   void (*dot_rows)(const uint8_t* const*, const Quantized8&, int64_t, float*);
   void (*unpack_tile)(const uint8_t* const*, int, int64_t, int64_t, const Tile&);
@@ -25,9 +20,9 @@ struct FormatKernels {
 template <class Format>
 constexpr FormatKernels kernels_of() {
   FormatKernels k{};
-  k.dense = is_dense<Format>;
-  k.layouts[0] = {&multiply_float<&dequantize_row<Format>>, &dequantize_row<Format>};
-  if constexpr (!is_dense<Format>) {
+  k.in_float = in_float<Format>;
+  k.dequantize[0] = &dequantize_row<Format>;
+  if constexpr (!in_float<Format>) {
     k.group = Format::group;
     k.multiply_tile = &multiply_tile_all<Format::group, Format::wide && !kUnsignedBytes>;
     k.dot_rows = &dot_rows<Format>;
@@ -37,17 +32,17 @@ constexpr FormatKernels kernels_of() {
     k.chunks = Format::elements / 32;
     k.pack_panel = &pack_panel<Format>;
     if constexpr (Format::sub_bytes > 0) {
-      k.layouts[1] = {&multiply_float<&dequantize_super_lane<Format>>, &dequantize_super_lane<Format>};
-      k.dot_panels = &dot_super_panels<SuperPanel<Format>>;
-      k.unpack_panel = &unpack_super_panel<SuperPanel<Format>>;
+      k.dequantize[1] = &dequantize_super_lane<Format>;
+      k.dot_panels = &dot_super_panels<SuperPanelOf<Format>>;
+      k.unpack_panel = &unpack_super_panel<SuperPanelOf<Format>>;
     } else {
-      k.layouts[1] = {&multiply_float<&dequantize_lane<Format>>, &dequantize_lane<Format>};
+      k.dequantize[1] = &dequantize_lane<Format>;
       k.dot_panels = &dot_panels<PanelOf<Format>>;
       k.unpack_panel = &unpack_panel<PanelOf<Format>>;
     }
   }
   if constexpr (has_lut<Format>) {
-    k.layouts[2] = {&multiply_float<&dequantize_lut<Format>>, &dequantize_lut<Format>};
+    k.dequantize[2] = &dequantize_lut<Format>;
     k.look_up_panel = &look_up_panel<LutOf<Format>>;
     k.unpack_lut = &unpack_lut<LutOf<Format>>;
     k.pack_lut_panel = &pack_lut_panel<Format>;
@@ -185,11 +180,11 @@ inline void multiply_many(const MatmulArgs& m, const Quantized8& x, const Weight
 inline void multiply_rows(const MatmulArgs& m, const MatmulScratch& s, const Weight& w, int64_t begin, int64_t end,
                           uint8_t* tile) {
   const FormatKernels& k = All::kernels[w.format];
-  if (k.dense || !m.int8) {
-    const auto multiply = k.layouts[static_cast<int>(w.layout)].multiply_float;
+  if (k.in_float || !m.int8) {
+    Dequantize* const dequantize = k.dequantize[static_cast<int>(w.layout)];
     for (int64_t r = begin; r < end; r += kFloatRowTile) {
       const int64_t n = end - r < kFloatRowTile ? end - r : kFloatRowTile;
-      multiply(w.data, r, n, m.x, m.n_tokens, m.n_cols, reinterpret_cast<float*>(tile), w.out, w.rows, m.add);
+      multiply_float(dequantize, w.data, r, n, m.x, m.n_tokens, m.n_cols, reinterpret_cast<float*>(tile), w.out, w.rows, m.add);
     }
   } else if (takes_bfloat16(m)) {
     multiply_in_tiles(m, s.x16, All::info[w.format].block_elements, k.group, w.out, w.rows, begin, end, tile,
@@ -215,7 +210,7 @@ inline void matmul(const MatmulArgs& m) {
   bool rounds = false;
   for (int i = 0; i < m.n_weights; ++i) {
     const bool looked_up = m.weights[i].layout == Layout::lut && looks_up(m);
-    rounds = rounds || (m.int8 && !looked_up && !All::kernels[m.weights[i].format].dense);
+    rounds = rounds || (m.int8 && !looked_up && !All::kernels[m.weights[i].format].in_float);
   }
   if (rounds) {
     const int threads = m.n_tokens * m.n_cols < kParallel ? 1 : m.n_threads;
@@ -265,7 +260,7 @@ inline void matmul(const MatmulArgs& m) {
 }
 
 inline void embed(const int32_t* ids, int64_t n, const Weight& weight, int64_t cols, float scale, float* out) {
-  Dequantize* const dequantize = All::kernels[weight.format].layouts[static_cast<int>(weight.layout)].dequantize;
+  Dequantize* const dequantize = All::kernels[weight.format].dequantize[static_cast<int>(weight.layout)];
   const int threads = n * cols < kParallel ? 1 : n_threads();
   parallel_for(n, threads, [&](int64_t i, int) {
     float* row = out + i * cols;

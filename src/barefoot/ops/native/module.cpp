@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <functional>
 #include <string>
@@ -255,6 +256,128 @@ void plane_matmul(Matrix x, Bytes weight, MatrixOut out, int weight_bits, int64_
   if (x.size() == 0) return;
   nb::gil_scoped_release release;
   kernels().plane_matmul(args);
+}
+
+// --- parts ---
+
+class Part {
+ public:
+  Part(const std::string& kind, int64_t rows, int64_t cols, nb::object buffer) : rows_(rows), cols_(cols) {
+    const Kernels& table = portable::kernels;
+    while (kind_ < table.n_parts && kind != table.parts[kind_].name) ++kind_;
+    if (kind_ == table.n_parts) refuse("unknown part kind '" + kind + "'");
+    if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX)
+      refuse("a part needs 1 to 2^31 - 1 rows and columns, got [" + text(rows) + ", " + text(cols) + "]");
+    if (!buffer.is_none()) bind(nb::cast<Bytes>(buffer, false));
+  }
+
+  void bind(Bytes buffer) {
+    PartArgs args{};
+    args.n_rows = rows_, args.n_cols = cols_;
+    args.data = buffer.data(), args.n_bytes = static_cast<int64_t>(buffer.size());
+    if (const char* flaw = portable::kernels.parts[kind_].flaw(args))
+      refuse(name() + " [" + text(rows_) + ", " + text(cols_) + "]: " + flaw);
+    buffer_ = std::move(buffer);
+  }
+  void unbind() { buffer_ = Bytes(); }
+
+  const PartKernel& kernel() const { return kernels().parts[kind_]; }
+  std::string name() const { return portable::kernels.parts[kind_].name; }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  Bytes buffer() const { return buffer_; }
+
+ private:
+  int kind_ = 0;
+  int64_t rows_, cols_;
+  Bytes buffer_;
+};
+
+void part_matmul(Matrix x, const Part& part, MatrixOut out, bool add, BytesOut scratch) {
+  expect_size("columns of the part", dim(x, 1), part.cols());
+  expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+  expect_size("columns of the output", part.rows(), dim(out, 1));
+  const Bytes data = part.buffer();
+  if (!data.is_valid()) {  // nothing is added
+    if (!add) std::fill_n(out.data(), out.size(), 0.0f);
+    return;
+  }
+  const PartArgs args{x.data(), dim(x, 0), dim(x, 1),  part.rows(),    data.data(), static_cast<int64_t>(data.size()),
+                      add,      out.data(), scratch.data(), n_threads()};
+  if (x.size() == 0) return;
+  const int64_t needed = part.kernel().scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  nb::gil_scoped_release release;
+  part.kernel().matmul(args);
+}
+
+// --- stacks of signed blocks ---
+
+class SignStack {
+ public:
+  SignStack(int64_t rows, int64_t cols, int64_t rank, nb::sequence buffers) : rows_(rows), cols_(cols), rank_(rank) {
+    if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX || rank < 1 || rank > kMostSignRanks)
+      refuse("a stack needs 1 to 2^31 - 1 rows and columns and a rank of 1 to " + text(kMostSignRanks) + ", got [" +
+             text(rows) + ", " + text(cols) + "] of rank " + text(rank));
+    if (nb::len(buffers)) bind(std::move(buffers));
+  }
+
+  void bind(nb::sequence buffers) {
+    std::vector<Bytes> bound;
+    for (nb::handle buffer : buffers) {
+      bound.push_back(nb::cast<Bytes>(buffer, false));
+      expect_size("bytes of a block", block_bytes(), static_cast<int64_t>(bound.back().size()));
+    }
+    if (bound.empty()) refuse("a stack needs one block or more, got none");
+    buffers_ = std::move(bound);
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  int64_t rank() const { return rank_; }
+  int64_t block_bytes() const { return portable::kernels.sign_bytes(args({}, {}, true, false, {})); }
+  const std::vector<Bytes>& buffers() const { return buffers_; }
+
+  SignArgs args(const Matrix& x, const std::vector<const uint8_t*>& blocks, bool int8, bool add,
+                const MatrixOut& out) const {
+    SignArgs s{};
+    if (x.is_valid()) {
+      s.x = x.data();
+      s.n_tokens = dim(x, 0);
+      s.out = out.data();
+    }
+    s.n_cols = cols_;
+    s.n_rows = rows_;
+    s.rank = rank_;
+    s.blocks = blocks.data();
+    s.n_blocks = static_cast<int64_t>(blocks.size());
+    s.int8 = int8;
+    s.add = add;
+    s.n_threads = n_threads();
+    return s;
+  }
+
+ private:
+  int64_t rows_, cols_, rank_;
+  std::vector<Bytes> buffers_;
+};
+
+void sign_matmul(Matrix x, const SignStack& stack, MatrixOut out, const std::string& activations, bool add,
+                 BytesOut scratch) {
+  expect_size("columns of the stack", dim(x, 1), stack.cols());
+  expect_size("tokens of the output", dim(x, 0), dim(out, 0));
+  expect_size("columns of the output", stack.rows(), dim(out, 1));
+  const std::vector<Bytes> kept = stack.buffers();
+  if (kept.empty()) refuse("the stack [" + text(stack.rows()) + ", " + text(stack.cols()) + "] has no blocks");
+  std::vector<const uint8_t*> blocks;
+  for (const Bytes& buffer : kept) blocks.push_back(buffer.data());
+  SignArgs args = stack.args(x, blocks, is_int8(activations), add, out);
+  if (args.n_tokens == 0) return;
+  const int64_t needed = kernels().sign_scratch(args);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  args.scratch = scratch.data();
+  nb::gil_scoped_release release;
+  kernels().sign_matmul(args);
 }
 
 // --- fused ---
@@ -513,6 +636,24 @@ void record_matmul(Program& program, Matrix x, nb::sequence weights, nb::sequenc
   });
 }
 
+void record_part_matmul(Program& program, Matrix x, nb::object part, MatrixOut out, bool add, BytesOut scratch) {
+  const Part* view = nb::cast<const Part*>(part);
+  program.record([=, kept = part](int64_t n) -> Program::Call {
+    return [=, x = first(x, n), out = first(out, n)](const Where&) { part_matmul(x, *view, out, add, scratch); };
+  });
+}
+
+void record_sign_matmul(Program& program, Matrix x, nb::object stack, MatrixOut out, const std::string& activations,
+                        bool add, BytesOut scratch) {
+  const SignStack* view = nb::cast<const SignStack*>(stack);
+  is_int8(activations);
+  program.record([=, kept = stack](int64_t n) -> Program::Call {
+    return [=, x = first(x, n), out = first(out, n)](const Where&) {
+      sign_matmul(x, *view, out, activations, add, scratch);
+    };
+  });
+}
+
 void record_rmsnorm(Program& program, Matrix x, Vector weight, float eps, MatrixOut out, bool plus_one) {
   program.record([=](int64_t n) -> Program::Call {
     return [=, x = first(x, n), out = first(out, n)](const Where&) { rmsnorm(x, weight, eps, out, plus_one); };
@@ -614,6 +755,16 @@ NB_MODULE(_native, m) {
       .def_prop_ro("n_bytes", &PackedWeight::n_bytes)
       .def_prop_ro("buffer", &PackedWeight::buffer);
 
+  nb::class_<SignStack>(m, "SignStack")
+      .def(nb::init<int64_t, int64_t, int64_t, nb::sequence>(), "rows"_a, "cols"_a, "rank"_a,
+           "buffers"_a = nb::make_tuple())
+      .def("bind", &SignStack::bind, "buffers"_a)
+      .def_prop_ro("rows", &SignStack::rows)
+      .def_prop_ro("cols", &SignStack::cols)
+      .def_prop_ro("rank", &SignStack::rank)
+      .def_prop_ro("block_bytes", &SignStack::block_bytes)
+      .def_prop_ro("buffers", [](const SignStack& stack) { return nb::tuple(nb::cast(stack.buffers())); });
+
   m.def("matmul", &barefoot::matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
         "add"_a = false, "scratch"_a.noconvert());
   m.def("embed", &barefoot::embed, "ids"_a.noconvert(), "weight"_a, "out"_a.noconvert(), nb::kw_only(),
@@ -625,6 +776,19 @@ NB_MODULE(_native, m) {
   m.def("plane_matmul", &barefoot::plane_matmul, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(),
         nb::kw_only(), "weight_bits"_a, "group"_a, "zero"_a, "has_minimum"_a, "activation_bits"_a, "add"_a,
         "scratch"_a.noconvert());
+  m.def("sign_matmul", &barefoot::sign_matmul, "x"_a.noconvert(), "stack"_a, "out"_a.noconvert(), nb::kw_only(),
+        "activations"_a = "int8", "add"_a = false, "scratch"_a.noconvert());
+  nb::class_<Part>(m, "Part")
+      .def(nb::init<const std::string&, int64_t, int64_t, nb::object>(), "kind"_a, "rows"_a, "cols"_a,
+           "buffer"_a = nb::none())
+      .def("bind", &Part::bind, "buffer"_a.noconvert())
+      .def("unbind", &Part::unbind)
+      .def_prop_ro("kind", &Part::name)
+      .def_prop_ro("rows", &Part::rows)
+      .def_prop_ro("cols", &Part::cols)
+      .def_prop_ro("buffer", &Part::buffer);
+  m.def("part_matmul", &barefoot::part_matmul, "x"_a.noconvert(), "part"_a, "out"_a.noconvert(), nb::kw_only(),
+        "add"_a = false, "scratch"_a.noconvert());
   m.def("rmsnorm", &barefoot::rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
@@ -650,6 +814,10 @@ NB_MODULE(_native, m) {
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())
       .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",
+           "add"_a = false, "scratch"_a.noconvert())
+      .def("sign_matmul", &record_sign_matmul, "x"_a.noconvert(), "stack"_a, "out"_a.noconvert(), nb::kw_only(),
+           "activations"_a = "int8", "add"_a = false, "scratch"_a.noconvert())
+      .def("part_matmul", &record_part_matmul, "x"_a.noconvert(), "part"_a, "out"_a.noconvert(), nb::kw_only(),
            "add"_a = false, "scratch"_a.noconvert())
       .def("rmsnorm", &record_rmsnorm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
            nb::kw_only(), "plus_one"_a = false)

@@ -19,15 +19,18 @@ inline void fetch_ahead(const uint8_t* p, int64_t n) {
 
 // What the codes of several formats have in common: the kernels take the size of a group, in chunks of 32 columns, as a
 // number. SubBytes: of each row's sub-scales (super_panels.h).
-template <int Bits, bool HasOffset, int Zero, int SubBytes>
+template <int Bits, bool HasOffset, int Zero, int SubBytes, int ScaleBytes, class CodeLevels>
 struct Panel {
+  using Levels = CodeLevels;
   static constexpr bool has_offset = HasOffset;
   static constexpr int bits = Bits, zero = Zero;
   static constexpr int low = bits == 5 || bits == 6 ? 4 : bits == 3 ? 2 : bits;  // bits of the first plane
   static constexpr int high = bits - low;                                        // of the second one, if there is one
-  static constexpr int numbers = 32 * (HasOffset ? 2 : 1), header = numbers + kPanelRows * SubBytes;
+  static constexpr int numbers = ScaleBytes * kPanelRows * (HasOffset ? 2 : 1);
+  static constexpr int header = numbers + kPanelRows * SubBytes;
   static constexpr int chunk_bytes = 64 * bits;
   static constexpr bool flip = bits == 8 && !kUnsignedBytes;  // stored unsigned, multiplied signed
+  static constexpr bool is_signed = flip || (Levels::indexed && Zero == 0);
   static constexpr int stored_zero = Zero + (flip ? 128 : 0);
   static constexpr int64_t group_bytes(int64_t chunks) { return header + chunks * chunk_bytes; }
 
@@ -49,7 +52,7 @@ struct Panel {
 
   // Odd quads of 2 and 4 bits are multiplied where they stand, as 4 or 16 times their codes, which saves their shifts.
   // Products that are added in pairs in 16 bits have room for codes of 12, not of 240.
-  static constexpr int raised = bits == 2 || (bits == 4 && kUnsignedBytes) ? bits : 0;
+  static constexpr int raised = !Levels::indexed && (bits == 2 || (bits == 4 && kUnsignedBytes)) ? bits : 0;
   template <int Q>
   static Quads raised_quad(const uint8_t* chunk, int row) {
     constexpr int per_vector = 8 / low;
@@ -57,7 +60,12 @@ struct Panel {
                                                   ((1 << low) - 1) << raised);
   }
 
-  static F scales(const uint8_t* group, int row) { return load_half(group + 2 * row); }
+  static F scales(const uint8_t* group, int row) {
+    if constexpr (ScaleBytes == 2) return load_half(group + 2 * row);
+    uint32_t exponents[kLanes];
+    for (int i = 0; i < kLanes; ++i) exponents[i] = static_cast<uint32_t>(group[row + i]) << 23;
+    return load(exponents);
+  }
   // Offsets with the zero point folded in, for formats whose zero point is not applied in integers.
   static F offsets(const uint8_t* group, int row) {
     if constexpr (HasOffset && Zero == 0) return load_half(group + 32 + 2 * row);
@@ -76,7 +84,8 @@ struct Panel {
 };
 
 template <class Format>
-using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero, Format::sub_bytes>;
+using PanelOf = Panel<Format::code_bits, Format::has_offset, Format::zero, Format::sub_bytes, Format::scale_bytes,
+                      typename Format::Levels>;
 
 template <class Body>
 inline void for_quads(Body body) {
@@ -108,6 +117,7 @@ void dot_panel(const uint8_t* panel, int64_t chunks, const Quantized8& x, int64_
       F part[Tokens];  // of this group, without its scale
       float inputs[Tokens] = {};
       for (int t = 0; t < Tokens; ++t) part[t] = set1(0.0f);
+      const auto levels = P::Levels::of(group, row);
       const uint8_t* chunk = group + P::header;
       for (int64_t g32 = g; g32 < g + chunks; ++g32, chunk += P::chunk_bytes) {
         I sum[Tokens], above[Tokens];  // of odd quads that are raised
@@ -121,10 +131,10 @@ void dot_panel(const uint8_t* panel, int64_t chunks, const Quantized8& x, int64_
           constexpr bool is_raised = P::raised > 0 && q.value % 2 != 0;
           Quads w;
           if constexpr (is_raised) w = P::template raised_quad<q.value>(chunk, row);
-          else w = P::template quad<q.value>(chunk, row);
+          else w = levels(P::template quad<q.value>(chunk, row));
           I* const to = is_raised ? above : sum;
           for (int t = 0; t < Tokens; ++t)
-            to[t] = dot_quads<P::flip>(to[t], w, repeat_quad(code[t] + g32 * kGroup + 4 * q.value));
+            to[t] = dot_quads<P::is_signed>(to[t], w, repeat_quad(code[t] + g32 * kGroup + 4 * q.value));
         });
         for (int t = 0; t < Tokens; ++t) {
           if constexpr (P::raised > 0) sum[t] = shift_left<P::raised>(sum[t]) + above[t];
@@ -173,10 +183,11 @@ void unpack_panel(const uint8_t* panel, int64_t chunks, int row0, int64_t k0, in
     const uint8_t* chunk = group + P::header;
     for (int64_t c = 0; c < chunks; ++c, chunk += P::chunk_bytes) {
       for (int row = 0; row < kPanelRows; row += kLanes) {
+        const auto levels = P::Levels::of(group, row);
         store(scale_to + row, P::scales(group, row));
         store(offset_to + row, P::offsets(group, row));
         for_quads([&](auto q) {
-          store_quads(code_to + 4 * (q.value * kRowTile + row), P::template quad<q.value>(chunk, row));
+          store_quads(code_to + 4 * (q.value * kRowTile + row), levels(P::template quad<q.value>(chunk, row)));
         });
       }
       code_to += 32 * kRowTile;
@@ -193,11 +204,15 @@ void dequantize_lane(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k
   const int lane = static_cast<int>(row % kPanelRows);
   const uint8_t* group = data + (row / kPanelRows * n_cols + k0) / Format::elements * kPanelRows * Format::bytes;
   for (; n > 0; n -= Format::elements, group += kPanelRows * Format::bytes) {
-    const float scale = half_at(group + 2 * lane);
+    const uint8_t* const number = group + Format::scale_bytes * lane;
+    const float scale = read_scale<Format::scale_bytes>(number);
     const uint8_t* chunk = group + P::header;
     for (int c = 0; c < Format::elements / 32; ++c, chunk += P::chunk_bytes, out += 32) {
       for (int i = 0; i < 32; ++i) {
-        const float product = scale * static_cast<float>(P::code(chunk, lane, i) - P::stored_zero);
+        int level = P::code(chunk, lane, i);
+        if constexpr (P::Levels::indexed) level = P::Levels::level(number, level);
+        else level -= P::stored_zero;
+        const float product = scale * static_cast<float>(level);
         if constexpr (Format::has_offset) out[i] = product + half_at(group + 32 + 2 * lane);
         else out[i] = product;
       }
@@ -212,8 +227,9 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
   static_assert(P::group_bytes(Format::elements / 32) == kPanelRows * Format::bytes);
   for (int r = 0; r < kPanelRows; ++r) {
     const uint8_t* from = block + r * row_bytes;
-    std::memcpy(group + 2 * r, from + Format::scale_at, 2);
-    if constexpr (Format::has_offset) std::memcpy(group + 32 + 2 * r, from + Format::scale_at + 2, 2);
+    std::memcpy(group + Format::scale_bytes * r, from + Format::scale_at, Format::scale_bytes);
+    if constexpr (Format::has_offset && Format::scale_bytes == 2)
+      std::memcpy(group + 32 + 2 * r, from + Format::scale_at + 2, 2);
     if constexpr (Format::sub_bytes > 0) {
       uint8_t sub[Format::sub_bytes];
       Format::sub_scales(from, sub);
@@ -225,7 +241,7 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
     uint8_t quads[8][64];
     for (int r = 0; r < kPanelRows; ++r) {
       uint8_t code[32];
-      store(code, Format::codes(block + r * row_bytes, c));
+      store(code, stored_codes<Format>(block + r * row_bytes, c));
       for (int q = 0; q < 8; ++q) std::memcpy(quads[q] + 4 * r, code + 4 * q, 4);
     }
     constexpr int per_vector = 8 / P::low;

@@ -115,29 +115,20 @@ template <int TokenTiles>
 }
 
 // Rows [begin, end) of a weight and all tokens, of which a block at a time stays in the second-level cache.
-// `fill(r0, n, k0, columns, tile)` unpacks codes and scales of whole blocks of the format, `elements` columns each.
-template <class Fill>
-void multiply_in_tiles(const MatmulArgs& m, const uint16_t* x, int64_t elements, int64_t group, float* out,
-                       int64_t out_stride, int64_t begin, int64_t end, uint8_t* scratch, Fill fill) {
-  const int64_t pieces = (m.n_cols + kBfloat16Columns - 1) / kBfloat16Columns;
-  const int64_t width = round_up((m.n_cols + pieces - 1) / pieces, elements);
-  Tile tile{scratch, reinterpret_cast<float*>(scratch + kRowTile * width), nullptr};
-  tile.offset = tile.scale + kRowTile * (width / 16);
-  uint16_t* const woven = reinterpret_cast<uint16_t*>(tile.offset + kRowTile * (width / 16));
-  float* const sums = reinterpret_cast<float*>(woven + kRowTile * width);  // [tokens][32 rows]
+// `weave(r0, n_rows, k0, n)` puts n <= width columns of 32 rows into `woven`; `sums` are [tokens of a block][32 rows].
+template <class Weave>
+void multiply_woven(const uint16_t* x, int64_t all_tokens, int64_t n_cols, float* out, int64_t out_stride, int64_t begin,
+                    int64_t end, bool add, int64_t width, const uint16_t* woven, float* sums, Weave weave) {
   const Tiles tiles;
-  for (int64_t t0 = 0; t0 < m.n_tokens; t0 += kBfloat16Block) {
-    const int64_t n_tokens = m.n_tokens - t0 < kBfloat16Block ? m.n_tokens - t0 : kBfloat16Block;
+  for (int64_t t0 = 0; t0 < all_tokens; t0 += kBfloat16Block) {
+    const int64_t n_tokens = all_tokens - t0 < kBfloat16Block ? all_tokens - t0 : kBfloat16Block;
     for (int64_t r0 = begin; r0 < end; r0 += kRowTile) {
       const int64_t n_rows = end - r0 < kRowTile ? end - r0 : kRowTile;
-      for (int64_t k0 = 0; k0 < m.n_cols; k0 += width) {
-        const int64_t n = m.n_cols - k0 < width ? m.n_cols - k0 : width;
-        for (int64_t k = 0; k < n; k += elements) {  // codes of one block of columns stay in the first-level cache
-          fill(r0, n_rows, k0 + k, elements, tile);
-          weave(tile, group, elements, woven + k * kRowTile);
-        }
+      for (int64_t k0 = 0; k0 < n_cols; k0 += width) {
+        const int64_t n = n_cols - k0 < width ? n_cols - k0 : width;
+        weave(r0, n_rows, k0, n);
         for (int64_t t = 0; t < n_tokens; t += kTokenPanel) {
-          const uint16_t* panel = x + (t0 + t) * m.n_cols;
+          const uint16_t* panel = x + (t0 + t) * n_cols;
           float* to = sums + t * kRowTile;
           if (n_tokens - t > kTileSide) multiply_tile_block<2>(panel + k0 * kTokenPanel, woven, n, to, k0 > 0);
           else multiply_tile_block<1>(panel + k0 * kTileSide, woven, n, to, k0 > 0);
@@ -148,18 +139,41 @@ void multiply_in_tiles(const MatmulArgs& m, const uint16_t* x, int64_t elements,
         const float* sum = sums + t * kRowTile;
         if (n_rows == kRowTile) {
           for (int64_t i = 0; i < kRowTile; i += kLanes)
-            store(to + i, m.add ? load(to + i) + load(sum + i) : load(sum + i));
+            store(to + i, add ? load(to + i) + load(sum + i) : load(sum + i));
         } else {
-          for (int64_t i = 0; i < n_rows; ++i) to[i] = m.add ? to[i] + sum[i] : sum[i];
+          for (int64_t i = 0; i < n_rows; ++i) to[i] = add ? to[i] + sum[i] : sum[i];
         }
       }
     }
   }
 }
 
+// The same of blocks with codes and scales. `fill(r0, n, k0, columns, tile)` unpacks whole blocks of the format,
+// `elements` columns each.
+template <class Fill>
+void multiply_in_tiles(const MatmulArgs& m, const uint16_t* x, int64_t elements, int64_t group, float* out,
+                       int64_t out_stride, int64_t begin, int64_t end, uint8_t* scratch, Fill fill) {
+  const int64_t pieces = (m.n_cols + kBfloat16Columns - 1) / kBfloat16Columns;
+  const int64_t width = round_up((m.n_cols + pieces - 1) / pieces, elements);
+  Tile tile{scratch, reinterpret_cast<float*>(scratch + kRowTile * width), nullptr};
+  tile.offset = tile.scale + kRowTile * (width / 16);
+  uint16_t* const woven = reinterpret_cast<uint16_t*>(tile.offset + kRowTile * (width / 16));
+  float* const sums = reinterpret_cast<float*>(woven + kRowTile * width);
+  multiply_woven(x, m.n_tokens, m.n_cols, out, out_stride, begin, end, m.add, width, woven, sums,
+                 [&](int64_t r0, int64_t n_rows, int64_t k0, int64_t n) {
+                   for (int64_t k = 0; k < n; k += elements) {  // codes of a block stay in the first-level cache
+                     fill(r0, n_rows, k0 + k, elements, tile);
+                     weave(tile, group, elements, woven + k * kRowTile);
+                   }
+                 });
+}
+
 #else
 constexpr bool kHasTiles = false;
 inline void round_token(const float*, int64_t, int64_t, int64_t, uint16_t*) {}
+template <class Weave>
+void multiply_woven(const uint16_t*, int64_t, int64_t, float*, int64_t, int64_t, int64_t, bool, int64_t,
+                    const uint16_t*, float*, Weave) {}
 template <class Fill>
 void multiply_in_tiles(const MatmulArgs&, const uint16_t*, int64_t, int64_t, float*, int64_t, int64_t, int64_t,
                        uint8_t*, Fill) {}

@@ -79,6 +79,12 @@ inline I widen_bytes(const uint8_t* p) {
   return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store_quads(uint8_t* p, Quads a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline Quads spread_bits(const uint8_t* p) { return bits(p, 1).v; }
+template <int Column>
+inline F negate_where(Quads bits, F a) {
+  const __m256i moved = _mm256_slli_epi32(bits, 31 - 8 * Column), sign = _mm256_set1_epi32(INT32_MIN);
+  return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_and_si256(moved, sign)))};
+}
 inline I set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
 inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 template <int Count>
@@ -92,6 +98,18 @@ inline Quads field(Quads a, int mask) {
   return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask)));
 }
 inline Quads merge(Quads a, Quads b) { return _mm256_or_si256(a, b); }
+// Entry code % 16 of a table of 16 bytes, for each byte; codes are below 128.
+inline Quads shuffle(const uint8_t* table, Quads code) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), code);
+}
+template <int Bit>
+inline Quads where_bit(Quads code, Quads yes, Quads no) {
+  return _mm256_blendv_epi8(no, yes, _mm256_slli_epi16(code, 7 - Bit));
+}
+inline Quads where_equal(Quads code, int value, Quads yes, Quads no) {
+  return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(code, _mm256_set1_epi8(static_cast<char>(value))));
+}
 inline Quads flip_signs(Quads a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
 template <bool Wide>
 inline I dot_quads(I sum, Quads w, Quads x) {

@@ -82,6 +82,16 @@ inline I widen_bytes(const uint8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store_quads(uint8_t* p, Quads a) { _mm512_storeu_si512(p, a); }
+inline Quads spread_bits(const uint8_t* p) {
+  uint64_t bits;
+  std::memcpy(&bits, p, 8);
+  return _mm512_maskz_set1_epi8(bits, 1);
+}
+template <int Column>
+inline F negate_where(Quads bits, F a) {
+  const __m512i moved = _mm512_slli_epi32(bits, 31 - 8 * Column), sign = _mm512_set1_epi32(INT32_MIN);
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), moved, sign, 0x78))};  // a ^ (b & c)
+}
 inline I set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int Count>
@@ -95,6 +105,18 @@ inline Quads field(Quads a, int mask) {
   return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 inline Quads merge(Quads a, Quads b) { return _mm512_or_si512(a, b); }
+// Entry code % 16 of a table of 16 bytes, for each byte; codes are below 128.
+inline Quads shuffle(const uint8_t* table, Quads code) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), code);
+}
+template <int Bit>
+inline Quads where_bit(Quads code, Quads yes, Quads no) {
+  return _mm512_mask_blend_epi8(_mm512_test_epi8_mask(code, _mm512_set1_epi8(1 << Bit)), no, yes);
+}
+inline Quads where_equal(Quads code, int value, Quads yes, Quads no) {
+  return _mm512_mask_blend_epi8(_mm512_cmpeq_epi8_mask(code, _mm512_set1_epi8(static_cast<char>(value))), no, yes);
+}
 inline Quads flip_signs(Quads a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }
 template <bool Wide>
 inline I dot_quads(I sum, Quads w, Quads x) {

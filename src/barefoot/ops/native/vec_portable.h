@@ -179,6 +179,23 @@ inline I widen_bytes(const uint8_t* p) {  // signed ones
   return r;
 }
 inline void store_quads(uint8_t* p, Quads a) { std::memcpy(p, a.v, sizeof a.v); }
+// Byte i becomes bit i of the 4 * kLanes bits at p: 0 or 1.
+inline Quads spread_bits(const uint8_t* p) {
+  Quads r;
+  for (int i = 0; i < 4 * kLanes; ++i) r.v[i] = static_cast<int8_t>(p[i / 8] >> (i % 8) & 1);
+  return r;
+}
+// Lanes whose byte of that column is 1 change their sign.
+template <int Column>
+inline F negate_where(Quads bits, F a) {
+  BAREFOOT_EACH {
+    uint32_t value;
+    std::memcpy(&value, &a.v[i], 4);
+    value ^= static_cast<uint32_t>(bits.v[4 * i + Column]) << 31;
+    std::memcpy(&a.v[i], &value, 4);
+  }
+  return a;
+}
 inline I set1(int32_t a) {
   I r;
   BAREFOOT_EACH r.v[i] = a;
@@ -206,6 +223,27 @@ inline Quads field(Quads a, int mask) {
 inline Quads merge(Quads a, Quads b) {
   for (int i = 0; i < 4 * kLanes; ++i) a.v[i] |= b.v[i];
   return a;
+}
+// Entry code % 16 of a table of 16 bytes, for each byte; codes are below 128.
+inline Quads shuffle(const uint8_t* table, Quads code) {
+#if defined(__ARM_NEON) && defined(__aarch64__)
+  for (int h = 0; h < 2; ++h) {
+    const uint8x16_t index = vandq_u8(vreinterpretq_u8_s8(vld1q_s8(code.v + 16 * h)), vdupq_n_u8(15));
+    vst1q_s8(code.v + 16 * h, vreinterpretq_s8_u8(vqtbl1q_u8(vld1q_u8(table), index)));
+  }
+#else
+  for (int i = 0; i < 4 * kLanes; ++i) code.v[i] = static_cast<int8_t>(table[code.v[i] & 15]);
+#endif
+  return code;
+}
+template <int Bit>
+inline Quads where_bit(Quads code, Quads yes, Quads no) {
+  for (int i = 0; i < 4 * kLanes; ++i) no.v[i] = code.v[i] >> Bit & 1 ? yes.v[i] : no.v[i];
+  return no;
+}
+inline Quads where_equal(Quads code, int value, Quads yes, Quads no) {
+  for (int i = 0; i < 4 * kLanes; ++i) no.v[i] = code.v[i] == value ? yes.v[i] : no.v[i];
+  return no;
 }
 inline Quads flip_signs(Quads a) {  // unsigned bytes to signed ones 128 below
   for (int i = 0; i < 4 * kLanes; ++i) a.v[i] = static_cast<int8_t>(a.v[i] ^ -128);

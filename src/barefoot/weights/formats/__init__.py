@@ -7,9 +7,13 @@ layout directly.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
+from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Term
 from barefoot.core.technique import Technique
+
+GROUPS = (32, 64, 128)  # weights that share a scale
 
 
 class WeightFormat(Technique):
@@ -37,3 +41,9 @@ class WeightFormat(Technique):
 
 
 ROLE = WeightFormat
+
+
+def check_knob(technique: str, knob: str, got: int, allowed: Sequence[int]) -> None:
+    """InvalidInput unless ``got`` is one of ``allowed``."""
+    if got not in allowed:
+        raise InvalidInput(f"{technique}: {knob} must be one of {', '.join(map(str, allowed))}, got {got}")

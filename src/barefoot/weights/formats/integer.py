@@ -18,9 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from barefoot.core.errors import InvalidInput
-from barefoot.weights.formats import WeightFormat
+from barefoot.weights.formats import GROUPS, WeightFormat, check_knob
 
-BITS, GROUPS = (1, 2, 3, 4, 8), (32, 64, 128)
+BITS = (1, 2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class IntegerGroups(WeightFormat, name="int", papers=(14,), status="stable"):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        for knob, got, known in (("bits", self.bits, BITS), ("group", self.group, GROUPS)):
-            if got not in known:
-                raise InvalidInput(f"int: {knob} must be one of {', '.join(map(str, known))}, got {got}")
+        check_knob("int", "bits", self.bits, BITS)
+        check_knob("int", "group", self.group, GROUPS)
         if self.bits == 1 and self.symmetric:
             raise InvalidInput(
                 "int: one bit is asymmetric, two values a group, got symmetric", cure="use 2 bits or more"

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from barefoot.core.errors import InvalidInput
-from barefoot.weights.formats import WeightFormat
-
-GROUPS = (32, 64, 128)
+from barefoot.weights.formats import GROUPS, WeightFormat, check_knob
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,7 @@ class TernaryGroups(WeightFormat, name="ternary", papers=(14,), status="experime
     group: int = 128
 
     def __post_init__(self) -> None:
-        if self.group not in GROUPS:
-            raise InvalidInput(f"ternary: group must be one of {', '.join(map(str, GROUPS))}, got {self.group}")
+        check_knob("ternary", "group", self.group, GROUPS)
 
     def layout(self, stored: str) -> str:
         return f"ternary_g{self.group}"

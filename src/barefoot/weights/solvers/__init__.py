@@ -1,18 +1,23 @@
 """Solvers: which codes and parameters a matrix gets on the grid of its format.
 
 A solver sees one matrix at a time, with what calibration knows about its inputs, and works on plain arrays. Formats
-don't know solvers, and solvers know formats only through :class:`barefoot.ops.grids.Grid`.
+don't know solvers, and solvers know formats only through :class:`barefoot.ops.grids.Grid`. A *layer solver* solves
+matrices as another solver does, and then refines all of a layer's together, by what the layer makes of the text.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from barefoot.core.errors import InvalidInput, unknown_name
+from barefoot.core.model import ModelSpec
+from barefoot.core.registry import techniques
 from barefoot.core.technique import Technique
 from barefoot.ops.grids import F32, U8, Grid
 
@@ -58,6 +63,79 @@ class Solver(Technique):
 
 
 ROLE = Solver
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """A layer that is to be stored, and what it should do.
+
+    Attributes
+    ----------
+    spec, layer : the model, and the layer's number in it.
+    weights : by role, float32: matrices (rows, cols), biases (n,), and norms (n,) as the factors that they multiply by;
+        of full precision where they have a grid, and else as they are stored.
+    grids : of the matrices that are to be chosen, by role.
+    starts : how they would be stored if each were solved by itself.
+    inputs : hidden states before the layer, with all that lies before as it is stored, (n_windows, n, d_model).
+    targets : hidden states behind the layer if nothing were rounded, neither here nor before; of the same shape.
+    rotations : cosines and sines of positions, (n, rot_dim / 2) each.
+    """
+
+    spec: ModelSpec
+    layer: int
+    weights: Mapping[str, F32]
+    grids: Mapping[str, Grid]
+    starts: Mapping[str, Solution]
+    inputs: F32
+    targets: F32
+    rotations: tuple[F32, F32]
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """``matrices``: of every grid of the problem. ``vectors``: norms and biases that changed, as in ``weights``.
+    ``errors``: relative to the targets, on text that was not learned from, at the start and at the end."""
+
+    matrices: Mapping[str, Solution]
+    vectors: Mapping[str, F32]
+    errors: tuple[float, float]
+
+
+Precision = Literal["bfloat16", "float32"]  # in which products are computed while a layer is learned
+Steps = Callable[[int, int], None]  # done, in all
+
+
+class LayerSolver(Solver):
+    """A solver that starts from what the solver named ``start`` finds."""
+
+    start: str
+    precision: Precision
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise unknown_name(f"precision of {self.name}", self.precision, get_args(Precision))
+        known = [name for name, cls in techniques("weights.solvers").items() if not issubclass(cls, LayerSolver)]
+        if self.start not in known:
+            raise InvalidInput(f"{self.name}: start must be one of {', '.join(known)}, got {self.start!r}")
+
+    @property
+    def first(self) -> Solver:
+        """What each matrix is solved by at first, and those outside layers for good."""
+        solver = techniques("weights.solvers")[self.start]()
+        assert isinstance(solver, Solver)
+        return solver
+
+    @property
+    def wants(self) -> Knowledge:  # type: ignore[override]
+        """Never nothing: the text is needed in any case."""
+        return "squares" if self.first.wants == "nothing" else self.first.wants
+
+    def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
+        return self.first.solve(weight, grid, inputs)
+
+    @abstractmethod
+    def refine(self, problem: LayerProblem, steps: Steps | None = None) -> LayerSolution:
+        """The layer's matrices on their grids. Needs PyTorch."""
 
 
 def solve_groups(weight: F32, grid: Grid, params: F32) -> Solution:

@@ -43,16 +43,16 @@ def least_error(grid: Grid, x: F32, importance: F32 | None = None) -> F32:
     """
     weighting = np.ones_like(x) if importance is None else importance
     low, high = x.min(axis=1), x.max(axis=1)
-    best = grid.spanning(low, high)
-    least = _errors(grid, x, best, weighting)
+    best, least = grid.spanning(low, high), np.full(len(x), np.inf, np.float32)
 
     def offer(params: F32) -> None:
         errors = _errors(grid, x, params, weighting)
         better = errors < least
         best[better], least[better] = params[better], errors[better]
 
-    for shrink in SHRINKS[1:]:
-        offer(grid.spanning(low * shrink, high * shrink))
+    for shrink in SHRINKS:
+        for params in grid.kinds(low * shrink, high * shrink):
+            offer(params)
     for _ in range(REFITS):
         offer(grid.refit(x, grid.round(x, best), weighting))
     return best

@@ -1,0 +1,94 @@
+"""``barefoot export``: write a model for other programs, weights bit for bit the same."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from barefoot.cli import arguments, console, models, progress
+from barefoot.core.units import format_bytes
+
+if TYPE_CHECKING:
+    from barefoot.core.model import ModelSpec
+    from barefoot.io.inventory import Checkpoint
+
+HELP = "write a model for other programs, its weights bit for bit the same"
+EXAMPLES = (
+    "barefoot export fitted/ -o model.gguf",
+    "barefoot export fitted/ -o deployed/ --to compressed-tensors",
+    "barefoot export gptq-checkpoint/ -o folder/ --to barefoot --json export.json",
+)
+JSON_KEYS = {
+    "model": "what was exported",
+    "path": "the file or folder that was written",
+    "to": "its kind",
+    "formats": "format → number of tensors that have it now",
+    "bytes": "of what was written",
+    "peak_bytes": "the process's high-water mark",
+    "seconds": "of writing",
+}
+KINDS = {
+    "gguf": "one file that llama.cpp runs",
+    "compressed-tensors": "a folder that transformers and vLLM load",
+    "barefoot": "a folder that barefoot runs and fits",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    arguments.add_model(parser)
+    parser.add_argument("-o", "--output", metavar="PATH", required=True, help="the file or folder to write")
+    meanings = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
+    parser.add_argument("--to", choices=tuple(KINDS), default="gguf", help=f"default gguf ({meanings})")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from barefoot.core.measure import peak_resident
+    from barefoot.engine.specs import model_spec
+    from barefoot.io.inventory import Checkpoint
+
+    path = Path(args.output)
+    started = time.perf_counter()
+    with Checkpoint(models.fetch(args.model)) as checkpoint, progress.line() as report:
+        formats = _write(checkpoint, model_spec(checkpoint), path, args.to, report)
+    n_bytes = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    result = {
+        "model": args.model,
+        "path": str(path),
+        "to": args.to,
+        "formats": dict(Counter(formats.values())),
+        "bytes": n_bytes,
+        "peak_bytes": peak_resident(),
+        "seconds": time.perf_counter() - started,
+    }
+    if args.json:
+        console.write_json(result, args.json)
+    if args.json != console.STDOUT:
+        print(f"{path}  {format_bytes(n_bytes)}")
+        print(console.table([(name, f"{n:,} tensors") for name, n in Counter(formats.values()).items()], right=(1,)))
+    return 0
+
+
+def _write(checkpoint: Checkpoint, spec: ModelSpec, path: Path, kind: str, report: progress.Report) -> dict[str, str]:
+    """Write it, and return tensor → format."""
+    from barefoot.core.errors import InvalidInput
+
+    if path.is_dir() if kind == "gguf" else path.is_file():
+        raise InvalidInput(f"{path} must be a {'file' if kind == 'gguf' else 'folder'} for --to {kind}")
+    if kind == "gguf":
+        from barefoot.engine.gguf_export import export_gguf
+
+        return export_gguf(checkpoint, spec, path, report)
+    if kind == "compressed-tensors":
+        from barefoot.engine.compressed_export import export_compressed
+
+        return export_compressed(checkpoint, spec, path, report)
+    import numpy as np
+
+    from barefoot.engine.fitting import Fit, fit
+    from barefoot.weights.solvers.range import Range
+
+    fit(checkpoint, spec, Fit({}, Range(), np.empty((0, 0), np.int32)), path, report).finish({"exported": spec.name})
+    return {weight.source: weight.format for weight in spec.weights}

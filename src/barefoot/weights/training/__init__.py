@@ -1,0 +1,19 @@
+"""Training one decoder layer at a time, in PyTorch: the driver of the solvers that learn.
+
+``layer`` is the layer's function, ``grids`` the differentiable side of the grids, ``blockwise`` the loop. They import
+torch; the solvers that use them do so inside their functions.
+"""
+
+import importlib.util
+
+from barefoot.core.errors import BackendMissing
+
+
+def require_torch(what: str) -> None:
+    """
+    Raises
+    ------
+    BackendMissing : PyTorch is not installed, which ``what`` learns with.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise BackendMissing(f"{what} learns with PyTorch, which is not installed", cure="pip install torch")
