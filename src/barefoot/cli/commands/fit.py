@@ -41,7 +41,7 @@ JSON_KEYS = {
     "formats": "format → bytes of the matrices that have it",
     "solver": "what chose the codes",
     "predicted_cost": "nats a token that rounding should cost, when formats were chosen here; null if they were stated",
-    "run_bytes": "what `barefoot run` takes with everything resident and a context of run_context tokens",
+    "run_bytes": "what a run takes with everything resident and a context of run_context tokens",
     "least_run_bytes": "of a stack: with the first block of each matrix alone; else the same",
     "run_context": "tokens",
     "predicted_peak_bytes": "of the fit, predicted",
