@@ -357,7 +357,6 @@ class Table(Grid):
         return Levels(levels, bounds, codes, False, False, self.group, "range")
 
     @cached_property
-    @cached_property
     def ascending(self) -> tuple[F32, U8]:
         """The levels from the lowest to the highest, and their codes; of codes with the same level the first one."""
         levels, codes = np.unique(np.asarray(self.table, np.float32), return_index=True)
