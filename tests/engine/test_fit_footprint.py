@@ -15,13 +15,14 @@ from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.solvers.range import Range
 
 WIDE = LLAMA | {"hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 2, "vocab_size": 300}
+TWO_OF_GEMMA = GEMMA | {"intermediate_size": 512, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 CASES = {
     "hessian, wide": (WIDE, Gptq(), "int4_g64_asym", (4, 64)),
     "hessian, much text": (LLAMA | {"num_hidden_layers": 2}, Gptq(), "int3_g32_asym", (24, 128)),
     "squares": (WIDE, Mse(weighted=True), "int4_g32_sym", (8, 64)),
-    "no text, large vocabulary": (LLAMA | {"num_hidden_layers": 1, "vocab_size": 20_000}, Range(), "int8_g32_sym", (0, 0)),
-    "gemma": (GEMMA | {"intermediate_size": 512, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, Gptq(), "int4_g32_asym", (4, 64)),
-}  # fmt: skip
+    "no text": (LLAMA | {"num_hidden_layers": 1, "vocab_size": 20_000}, Range(), "int8_g32_sym", (0, 0)),
+    "gemma": (TWO_OF_GEMMA, Gptq(), "int4_g32_asym", (4, 64)),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

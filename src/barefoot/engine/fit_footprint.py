@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
-from barefoot.engine.fitting import CHUNK_WEIGHTS, Fit
+from barefoot.engine.fitting import CHUNK_WEIGHTS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
 from barefoot.ops import blocks, kv_row_bytes
 from barefoot.weights.structures import Structure
+
+PACK_BYTES_PER_WEIGHT = 9  # of passing arrays while codes become blocks; a test measures it
 
 
 def footprint(spec: ModelSpec, job: Fit) -> Footprint:
@@ -33,10 +35,16 @@ def footprint(spec: ModelSpec, job: Fit) -> Footprint:
 
 
 def _outer(job: Fit, weight: WeightSpec) -> int:
-    """The embedding or the head: its packed rows, and some of them at a time as they were and as floats."""
+    """The embedding or the head: its packed rows, and some of them at a time as they are solved."""
     some = max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols)) * weight.cols
-    stored = stored_bytes(weight) * some // weight.n_elements
-    return packed_bytes(job, weight) + some * (4 + 1 + 4) + stored
+    return packed_bytes(job, weight) + _solving(job, weight, some)
+
+
+def _solving(job: Fit, weight: WeightSpec, n: int) -> int:
+    """``n`` weights of a matrix: as floats, beside the file's bytes, or codes and what choosing or packing takes."""
+    stored = stored_bytes(weight) * n // weight.n_elements
+    choosing, packing = n + _solve_bytes(job, weight, n // weight.cols), (1 + PACK_BYTES_PER_WEIGHT) * n
+    return 4 * n + max(stored, choosing, packing)
 
 
 def packed_bytes(job: Fit, weight: WeightSpec) -> int:
@@ -45,44 +53,41 @@ def packed_bytes(job: Fit, weight: WeightSpec) -> int:
     return weight.n_elements if isinstance(how, Structure) else weight.rows * blocks.row_bytes(how, weight.cols)
 
 
-def _solve_bytes(job: Fit, weight: WeightSpec) -> int:
+def _solve_bytes(job: Fit, weight: WeightSpec, n_rows: int) -> int:
     how = job.formats.get(weight.name)
     if isinstance(how, Structure) or how is None:
         return 0
     grid = blocks.lookup(how).grid
-    return 0 if grid is None else job.solver.workspace_bytes(weight.rows, weight.cols, grid)
+    solver = WITHOUT_TEXT if weight.layer is None else job.solver
+    return 0 if grid is None else solver.workspace_bytes(n_rows, weight.cols, grid)
 
 
 def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: int) -> int:
-    """The most that a layer takes in any of its stages."""
-    tokens = job.texts.size if job.reads else 0
-    window = job.texts.shape[1] if tokens else 0
+    """The most that a layer takes in any of its stages: while inputs are measured, a matrix is solved, or the text
+    passes on through what is stored."""
+    tokens, window = (job.texts.size, job.texts.shape[1]) if job.reads else (0, 0)
     d, ff = spec.d_model, spec.d_ff
     q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    kept = 0  # matrices of the layer that are packed already
-    most = 0
-    between = 0  # decoded matrices that a stage leaves for the next one
     attended = 4 * tokens * q
+    passing = {  # float32 numbers of a token, beside the store of keys and values
+        "attn_in": 2 * d + 3 * q + 4 * kv,
+        "attn_out": q + 2 * d,
+        "ffn_in": 3 * d,
+        "ffn_out": 2 * d + 3 * ff,
+    }
+    store = 2 * window * spec.n_kv_heads * kv_row_bytes("f32", spec.head_dim)
+    kept = between = most = 0
     for stage, roles in STAGES.items():
         of_stage = [weights[f"layers.{layer}.{role}"] for role in roles]
         width = of_stage[0].cols
-        measured = 2 * 4 * width**2 if any(job.wants(w.name) == "hessian" for w in of_stage) else 4 * width
-        passing = 4 * window * _widest(stage, d, q, kv, ff) if tokens else 0
-        passing += 2 * window * spec.n_kv_heads * kv_row_bytes("f32", spec.head_dim) if stage == "attn_out" else 0
-        held = kept + between + (attended if stage in ("attn_out",) and tokens else 0)
-        solving = max(
-            4 * w.n_elements + stored_bytes(w) + w.n_elements + packed_bytes(job, w) + _solve_bytes(job, w)
-            for w in of_stage
-        )
+        hessian = 4 * width**2 if any(job.wants(w.name) == "hessian" for w in of_stage) else 4 * width
+        going = 4 * window * passing[stage] + (store if stage == "attn_in" else 0)
+        held = kept + between + (attended if stage == "attn_out" else 0)
+        solving = max(_solving(job, w, w.n_elements) for w in of_stage)
+        packed = sum(packed_bytes(job, w) for w in of_stage)
         decoded = sum(4 * w.n_elements for w in of_stage) if tokens else 0
-        kept += sum(packed_bytes(job, w) for w in of_stage)
-        most = max(most, held + measured + max(passing, solving), held + decoded + passing)
-        between = decoded if stage in ("attn_in", "ffn_in") else 0
-    return most + (attended if tokens else 0)
-
-
-def _widest(stage: str, d: int, q: int, kv: int, ff: int) -> int:
-    """Float32 numbers of a token that are alive at once while a window passes through a stage."""
-    return {"attn_in": 2 * d + 2 * q + 2 * kv, "attn_out": 3 * q + 4 * kv + 2 * d, "ffn_in": 3 * d}.get(
-        stage, 2 * d + 3 * ff
-    )
+        leaving = decoded + going + (attended if stage == "attn_in" else 0)
+        most = max(most, held + 2 * hessian + going, held + hessian + packed + solving, held + packed + leaving)
+        kept += packed
+        between = decoded if stage == "ffn_in" else 0
+    return most
