@@ -34,6 +34,7 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import load_tokenizer
 from barefoot.ops.grids import F32, Grid, Table, Uniform
 from barefoot.ops.planes import quantize_activations, values
+from barefoot.weights.solvers import solve_groups
 from barefoot.weights.solvers.mse import least_error
 from benchmarks import harness
 
@@ -59,9 +60,7 @@ def grids(bits: int) -> dict[str, Grid]:
 
 def to_grid(grid: Grid) -> Rounding:
     def rounded(weight: F32) -> F32:
-        x = weight.reshape(-1, grid.group)
-        params = least_error(grid, x)
-        return grid.values(grid.round(x, params), params).reshape(weight.shape)
+        return solve_groups(weight, grid, least_error(weight, grid)).weights(grid)
 
     return rounded
 

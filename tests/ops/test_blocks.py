@@ -96,7 +96,7 @@ def test_columns_must_fill_whole_blocks():
 
 def test_refusals_name_the_reason():
     with pytest.raises(Incompatible, match="carried"):
-        blocks.encode("q4_k", np.zeros((1, 256), np.float32))
+        blocks.encode("tq1_0", np.zeros((1, 256), np.float32))
     with pytest.raises(InvalidInput, match="NaN"):
         blocks.encode("int4_g32_sym", np.full((1, 32), np.nan, np.float32))
     with pytest.raises(InvalidInput, match="q4_0"):

@@ -53,7 +53,7 @@ def test_each_solver_lowers_the_error_it_looks_at(name, problem):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("solver", [Mse(), Gptq(), Gptq(order=True)], ids=str)
+@pytest.mark.parametrize("solver", [Mse(), Gptq(), Gptq(sweeps=0)], ids=str)
 def test_what_is_solved_is_what_is_stored(name, solver, problem):
     weight, inputs = problem
     solution = solver.solve(weight, blocks.lookup(name).grid, inputs)

@@ -15,7 +15,7 @@ from barefoot.engine.sensitivity import Sensitivity, probe_of, rounded, sensitiv
 from barefoot.io.files import atomic_writer
 from barefoot.ops import blocks
 from barefoot.weights.allocate import Option, allocate
-from barefoot.weights.solvers import repeated
+from barefoot.weights.solvers import solve_groups
 from barefoot.weights.solvers.mse import least_error
 
 F32 = npt.NDArray[np.float32]
@@ -99,10 +99,8 @@ def _sample(source: Source, weight: WeightSpec) -> F32:
 def _error(sample: F32, format_id: str, importance: F32) -> float:
     grid = blocks.lookup(format_id).grid
     assert grid is not None
-    x = sample.reshape(-1, grid.group)
-    params = least_error(grid, x, repeated(importance, len(sample), grid.group))
-    stored = grid.values(grid.round(x, params), params).reshape(sample.shape)
-    return _squared(stored - sample, importance)
+    solution = solve_groups(sample, grid, least_error(sample, grid, importance))
+    return _squared(solution.weights(grid) - sample, importance)
 
 
 def _squared(error: F32, importance: F32) -> float:

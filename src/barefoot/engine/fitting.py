@@ -40,7 +40,7 @@ Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
 STATE = "fit-state.npz"
-ROWS = 4096  # of a matrix that are solved at a time where rows don't depend on each other
+CHUNK_WEIGHTS = 1 << 20  # that are solved at a time where rows don't depend on each other
 WITHOUT_TEXT = Mse()  # solves what meets no inputs: the embedding
 KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian")  # each contains the ones before
 
@@ -280,7 +280,8 @@ class _Fitting:
         if inputs is None and solver.wants != "nothing":
             solver = WITHOUT_TEXT
         # Rows are independent; without a Hessian to factor they may as well be solved a few at a time.
-        step = weight.rows if order is not None or (inputs is not None and inputs.hessian is not None) else ROWS
+        whole = order is not None or (inputs is not None and inputs.hessian is not None)
+        step = weight.rows if whole else max(1, CHUNK_WEIGHTS // weight.cols)
         packed = np.empty((weight.rows, blocks.row_bytes(how, weight.cols)), np.uint8)
         for start in range(0, weight.rows, step):
             some = self.source.floats(name, start, min(step, weight.rows - start), order=order)

@@ -30,7 +30,7 @@ CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing 
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
 PASSING = ("encoder", "repacker")
-ENCODE_BYTES_PER_WEIGHT = 17
+ENCODE_BYTES_PER_WEIGHT = 5
 REPACK_BYTES_PER_WEIGHT = 10  # where groups are scattered; less than half elsewhere
 
 

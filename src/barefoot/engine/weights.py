@@ -161,14 +161,14 @@ class _Loader:
         packed = target.reshape(weight.rows, -1)
         for first, rows in self._packed_tiles(weight, step) if weight.packed_bytes else self._tiles(weight, step):
             n_rows, n_bytes = min(step, weight.rows - first), rows.nbytes
-            if resident.converted:
-                rows = self._convert(resident, rows, n_rows)
             to = packed[first : first + n_rows]
+            if resident.converted:
+                rows = self._convert(resident, rows, to if resident.layout == "rows" else np.empty_like(to))
             if resident.layout == "panels":
                 ops.pack_panels(resident.format, rows, n_rows, weight.cols, to)
             elif resident.layout == "lut":
                 ops.pack_lut(resident.format, rows, n_rows, weight.cols, to)
-            else:
+            elif not resident.converted:
                 to[:] = rows.reshape(to.shape)
             yield n_bytes
 
@@ -191,9 +191,11 @@ class _Loader:
             n_rows = min(step, weight.rows - first)
             yield first, repacked(linear, raw, weight.row_start + first, n_rows).reshape(-1)
 
-    def _convert(self, resident: Resident, raw: U8, n_rows: int) -> U8:
-        weight = resident.weight
+    def _convert(self, resident: Resident, raw: U8, out: U8) -> U8:
+        """``out`` (rows, row_bytes), filled with what the stored rows ``raw`` hold."""
+        weight, n_rows = resident.weight, len(out)
         tile = self._decoded[: n_rows * weight.cols].reshape(n_rows, weight.cols)
         ids = np.arange(n_rows, dtype=np.int32)
         ops.embed(ids, PackedWeight(weight.format, n_rows, weight.cols, raw), tile)
-        return blocks.encode(resident.format, tile)
+        ops.encode(resident.format, tile, out)
+        return out

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
+from barefoot.ops import blocks, lut, panels, parts, planes, reference, rounding
 from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
-from barefoot.ops import lut, panels, parts, planes, reference
+from barefoot.ops.grids import LANES, Grid, Levels
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
 from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes
 from barefoot.ops.threads import get as n_threads
@@ -45,7 +46,11 @@ __all__ = [
     "available_isas",
     "backend",
     "embed",
+    "encode",
+    "feedback_round",
+    "fit_groups",
     "glu",
+    "group_errors",
     "head_rmsnorm",
     "isa",
     "kv_append",
@@ -67,6 +72,7 @@ __all__ = [
     "read_at",
     "rmsnorm",
     "rope",
+    "round_groups",
     "set_isa",
     "set_threads",
     "sign_matmul",
@@ -411,6 +417,95 @@ def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:
     logits : float32 [n]; values : float32 [k]; ids : int32 [k]; 1 ≤ k ≤ n
     """
     _impl.top_k(logits, values, ids)
+
+
+def encode(format: str, weights: F32, out: U8) -> None:
+    """Round to the nearest codes, with parameters that span the range of each group: ``blocks.encode`` into ``out``.
+
+    weights : float32 [n_rows, cols]; out : uint8 [n_rows, row_bytes]
+
+    Raises
+    ------
+    InvalidInput, Incompatible : as ``blocks.encode``.
+    """
+    fmt = blocks.lookup(format)
+    levels = None if fmt.grid is None else _levels(fmt.grid)
+    if levels is None or levels.rule is None or fmt.group is None:
+        rounding.encode(format, weights, out)
+        return
+    blocks.row_bytes(format, weights.shape[1])
+    if not _native.encode_groups(weights, levels, fmt.group.bits, fmt.group.signed, out):
+        raise blocks.not_finite(format)
+
+
+def fit_groups(x: F32, grid: Grid, params: F32, *, importance: F32 | None = None) -> None:
+    """Parameters of least squared error for each group of ``x``, on its own.
+
+    Tries shrunken ranges, then alternates rounding and least squares from the best of them; a step that doesn't help
+    (parameters are rounded to f16) is not taken, so the result is never worse than the whole range.
+
+    x : float32 [rows, cols], finite; params : float32 [rows, cols / group, p], is filled
+    importance : how much each element's squared error counts, float32 [cols] or [rows, cols], ≥ 0
+    """
+    levels = _levels(grid)
+    if levels is None or levels.rule is None:
+        rounding.fit_groups(x, grid, params, importance)
+    else:
+        _native.fit_groups(x, levels, importance, rounding.SHRINKS, rounding.REFITS, params)
+
+
+def group_errors(x: F32, grid: Grid, params: F32, errors: F32, *, importance: F32 | None = None) -> None:
+    """The squared error of each group, rounded with ``params``.
+
+    x : float32 [rows, cols]; params : float32 [rows, cols / group, p]; errors : float32 [rows, cols / group], is filled
+    importance : as in ``fit_groups``
+    """
+    levels = _levels(grid)
+    if levels is None:
+        rounding.group_errors(x, grid, params, errors, importance)
+    else:
+        _native.group_errors(x, levels, params, importance, errors)
+
+
+def round_groups(x: F32, grid: Grid, params: F32, codes: U8) -> None:
+    """The code of the nearest level of each element. x : float32 [rows, cols]; codes : uint8 [rows, cols], is filled"""
+    levels = _levels(grid)
+    if levels is None:
+        rounding.round_groups(x, grid, params, codes)
+    else:
+        _native.round_groups(x, levels, params, codes)
+
+
+def feedback_round(
+    weights: F32,
+    targets: F32,
+    grid: Grid,
+    params: F32,
+    groups: npt.NDArray[np.int32],
+    mixing: F32,
+    codes: U8,
+) -> None:
+    """Round columns one after the other, passing each error on: target k += error j × mixing[j, k] for all j < k.
+
+    Parameters
+    ----------
+    weights : float32 [rows, n], n ≤ 512; a column's error is its weight less what is stored
+    targets : float32 [rows, n], what the codes shall come close to; replaced by the errors
+    params : float32 [rows, n_groups, p]; groups : int32 [n], the group whose parameters a column has
+    mixing : float32 [n, n]; what is on and below the diagonal is not read
+    codes : uint8 [rows, n], is filled
+    """
+    levels = _levels(grid)
+    if levels is None:
+        rounding.feedback_round(weights, targets, grid, params, groups, mixing, codes)
+    else:
+        _native.feedback_round(weights, targets, levels, params, groups, mixing, codes)
+
+
+def _levels(grid: Grid) -> Levels | None:
+    """The grid as compiled kernels take it; None where numpy must do."""
+    levels = grid.levels
+    return levels if _native is not None and levels is not None and levels.group % LANES == 0 else None
 
 
 def read_at(fd: int, offset: int, array: U8) -> None:

@@ -109,6 +109,15 @@ class Group:
             return (np.ascontiguousarray(numbers, np.float32).view(np.uint32) >> 23).astype(np.uint8)
         return np.ascontiguousarray(numbers.astype(np.float16)).view(np.uint8)
 
+    def read_params(self, numbers: U8, scales: U8) -> F32:
+        """What a grid stores, float32 (n, k), from what ``split`` returns."""
+        return self.read_numbers(numbers)
+
+    def write_params(self, stored: F32) -> tuple[U8, U8]:
+        """The inverse of ``read_params``."""
+        numbers = self.write_numbers(stored)
+        return numbers, numbers[:, :0]
+
     def split(self, blocks: U8) -> tuple[U8, U8, U8]:
         """``blocks`` uint8 (n, bytes) as the bytes of their numbers, of no sub-scales, and codes (n, elements).
 
@@ -219,33 +228,46 @@ def parts(format_id: str) -> tuple[tuple[str, int], ...]:
 def encode(format_id: str, weights: F32) -> U8:
     """Round ``weights`` (rows, cols) float32 to the nearest codes: uint8 (rows, row_bytes).
 
-    Scales and minimums are rounded to f16 before the codes are chosen, so the codes fit the stored scale. They span the
+    Scales and minimums are rounded to what is stored before the codes are chosen, so the codes fit them. They span the
     range of each group (``Grid.plain``); solvers (``barefoot.weights.solvers``) choose better ones.
 
     Raises
     ------
-    Incompatible : the format is a super-block of GGUF files (carried, never made), or columns don't fill whole blocks.
+    Incompatible : the format is carried from GGUF files, never made, or columns don't fill whole blocks.
     InvalidInput : NaN or infinite weights in a quantized format.
     """
     fmt = lookup(format_id)
     n_rows, n_cols = weights.shape
     n_bytes = row_bytes(format_id, n_cols)
-    blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, fmt.block_elements)
-    if fmt.encode_blocks is None and fmt.grid is None:
-        raise Incompatible(
-            f"{format_id} blocks are carried from GGUF files, not made from weights", cure="use an int*_g* format"
-        )
-    if fmt.block_elements > 1 and not np.isfinite(blocks).all():
-        raise InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    grid = None if fmt.encode_blocks is not None else _chosen_on(fmt)
+    if fmt.block_elements > 1 and not np.isfinite(weights).all():
+        raise not_finite(format_id)
     if fmt.encode_blocks is not None:
-        return fmt.encode_blocks(blocks).reshape(n_rows, n_bytes)
-    assert fmt.grid is not None
-    params = fmt.grid.plain(blocks)
-    return pack(format_id, fmt.grid.round(blocks, params).reshape(n_rows, n_cols), params)
+        return fmt.encode_blocks(weights.reshape(-1, fmt.block_elements)).reshape(n_rows, n_bytes)
+    assert grid is not None
+    groups = weights.reshape(-1, grid.group)
+    params = grid.plain(groups)
+    stored = grid.store(params.reshape(-1, grid.block // grid.group, params.shape[1]))
+    codes = grid.round(groups, grid.expand(stored).reshape(params.shape))
+    return pack(format_id, codes.reshape(n_rows, n_cols), stored)
+
+
+def _chosen_on(fmt: BlockFormat) -> Grid:
+    if fmt.grid is None:
+        raise Incompatible(
+            f"{fmt.name} blocks are carried from GGUF files, not made from weights", cure="use an int*_g* format"
+        )
+    return fmt.grid
+
+
+def not_finite(format_id: str) -> InvalidInput:
+    """What is raised where weights can't be quantized."""
+    return InvalidInput(f"weights hold NaN or infinity, which {format_id} can't store", cure="use f32, f16 or bf16")
 
 
 def pack(format_id: str, codes: U8, params: F32) -> U8:
-    """Codes (rows, cols) and the parameters of their groups, float32 (rows × groups, p), as uint8 (rows, row_bytes).
+    """Codes (rows, cols) and what their grid stores of their parameters, as many rows of k, as uint8 (rows, row_bytes).
 
     Parameters must be numbers that the format stores, as its grid returns them: they are what codes were chosen for.
 
@@ -254,24 +276,28 @@ def pack(format_id: str, codes: U8, params: F32) -> U8:
     Incompatible : the format has no grid.
     """
     fmt = lookup(format_id)
-    if fmt.grid is None or fmt.group is None:
-        raise Incompatible(f"{format_id} has no grid to choose codes on", cure="use an int*_g* format")
-    numbers = fmt.group.write_numbers(params.reshape(len(codes) * codes.shape[1] // fmt.grid.group, -1))
-    return fmt.group.join(numbers, numbers[:, :0], codes.reshape(-1, fmt.grid.group)).reshape(len(codes), -1)
+    anatomy, grid = fmt.group or fmt.super_block, _chosen_on(fmt)
+    assert anatomy is not None
+    assert not isinstance(anatomy, Bilevel)  # which has no grid
+    of_blocks = codes.reshape(-1, grid.block)
+    numbers, scales = anatomy.write_params(params.reshape(len(of_blocks), -1))
+    return anatomy.join(numbers, scales, of_blocks).reshape(len(codes), -1)
 
 
 def unpack(format_id: str, rows: U8) -> tuple[U8, F32]:
-    """Codes (rows, cols) and parameters (rows, groups, p) of uint8 (rows, row_bytes): the inverse of ``pack``.
+    """Codes (rows, cols) and stored parameters (rows, blocks, k) of uint8 (rows, row_bytes): the inverse of ``pack``.
 
     Raises
     ------
     Incompatible : the format has no grid.
     """
     fmt = lookup(format_id)
-    if fmt.grid is None or fmt.group is None:
-        raise Incompatible(f"{format_id} has no grid that codes were chosen on", cure="use an int*_g* format")
-    numbers, _, codes = fmt.group.split(np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes))
-    params = np.ascontiguousarray(numbers).view(np.float16).astype(np.float32)
+    _chosen_on(fmt)
+    anatomy = fmt.group or fmt.super_block
+    assert anatomy is not None
+    assert not isinstance(anatomy, Bilevel)  # which has no grid
+    numbers, scales, codes = anatomy.split(np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes))
+    params = anatomy.read_params(numbers, scales)
     return codes.reshape(len(rows), -1), params.reshape(len(rows), -1, params.shape[1])
 
 
@@ -298,10 +324,14 @@ def _add(fmt: BlockFormat) -> None:
 
 
 def _bf16_encode(weights: F32) -> U8:
-    bits = weights.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    quiet_nan = (bits >> 16) | 0x40
-    return np.where(np.isnan(weights), quiet_nan, rounded).astype(np.uint16).view(np.uint8)
+    halves = weights.view(np.uint16)
+    lower, rounded = halves[:, 0::2], halves[:, 1::2].copy()
+    half_way = rounded & 1  # ties to even: an odd number is rounded up from half a unit on, an even one beyond it
+    rounded += lower > np.subtract(0x8000, half_way, out=half_way)
+    nan = np.isnan(weights)
+    if nan.any():
+        rounded[nan] = halves[:, 1::2][nan] | 0x40
+    return rounded.view(np.uint8)
 
 
 def _f16_encode(weights: F32) -> U8:
@@ -344,7 +374,8 @@ _add(_of_group("q8_0", Group(8, signed=True), Uniform(8, 32, symmetric=True)))  
 
 
 for _each in (*superblocks.K_QUANTS, superblocks.TQ2_0):
-    _add(BlockFormat(_each.name, superblocks.ELEMENTS, _each.n_bytes, _each.decode, super_block=_each))
+    _nested = superblocks.GRIDS.get(_each.name)
+    _add(BlockFormat(_each.name, superblocks.ELEMENTS, _each.n_bytes, _each.decode, super_block=_each, grid=_nested))
 _add(BlockFormat("tq1_0", superblocks.ELEMENTS, superblocks.TQ1_0_BYTES, superblocks.decode_tq1_0))
 
 

@@ -27,8 +27,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from barefoot.ops.grids import Nested
 from barefoot.ops.payload import F32, U8, f16_at, nibbles, pack_fields, scaled, unpack_fields
+
+I16 = npt.NDArray[np.int16]
 
 ELEMENTS = 256
 
@@ -56,6 +60,7 @@ class SuperBlock:
     scales_at, scales_bytes : the sub-scales; no bytes for one scale per block.
     planes : the bits of the codes, low ones first.
     sub_scales : their bytes, as ``split`` returns them, to sub-scales (and sub-minimums) float32 (n, 8 or 16).
+    write_sub_scales : the inverse, of int16 (n, 1 or 2, 8 or 16).
     zero : the code that stands for 0.
     pairs : the sub-scales are stored as in q4_k.
     """
@@ -68,6 +73,7 @@ class SuperBlock:
     scales_bytes: int
     planes: tuple[Plane, ...]
     sub_scales: Callable[[U8], tuple[F32, ...]] | None = None
+    write_sub_scales: Callable[[I16], U8] | None = None
     zero: int = 0
     pairs: bool = False
 
@@ -105,6 +111,20 @@ class SuperBlock:
             blocks[:, plane.where] = pack_fields(codes >> np.uint8(low), plane.n_shared, plane.width)
             low += plane.width
         return blocks
+
+    def read_params(self, numbers: U8, scales: U8) -> F32:
+        """What a grid stores, float32 (n, k), from what ``split`` returns: see ``grids.Nested``."""
+        assert self.sub_scales is not None
+        shared = np.ascontiguousarray(numbers).view(np.float16).astype(np.float32)[:, :, None]
+        integers = np.stack(self.sub_scales(scales), axis=1)
+        return np.concatenate([shared, integers], axis=2).reshape(len(numbers), -1)
+
+    def write_params(self, stored: F32) -> tuple[U8, U8]:
+        """The inverse of ``read_params``."""
+        assert self.write_sub_scales is not None
+        parts = stored.reshape(len(stored), self.numbers_bytes // 2, -1)
+        numbers = np.ascontiguousarray(parts[:, :, 0].astype(np.float16)).view(np.uint8)
+        return numbers, self.write_sub_scales(parts[:, :, 1:].astype(np.int16))
 
     def decode(self, blocks: U8) -> F32:
         """The weights of ``blocks``, float32 (n, 256)."""
@@ -157,13 +177,38 @@ def _signed(packed: U8) -> tuple[F32, ...]:
     return (packed.view(np.int8).astype(np.float32),)
 
 
+def _write_halves(values: I16) -> U8:
+    return (values[:, 0] | values[:, 1] << 4).astype(np.uint8)
+
+
+def _write_six_less_32(values: I16) -> U8:
+    return pack_six((values[:, 0] + 32).astype(np.uint8))
+
+
+def _write_six(values: I16) -> U8:
+    return pack_six(values.reshape(len(values), 16).astype(np.uint8))
+
+
+def _write_signed(values: I16) -> U8:
+    return values[:, 0].astype(np.int8).view(np.uint8)
+
+
+_FOURS, _THREES = (_halves, _write_halves), (_six_less_32, _write_six_less_32)
+_SIXES, _EIGHTS = (_six_and_minimums, _write_six), (_signed, _write_signed)
 K_QUANTS = (
-    SuperBlock("q2_k", 84, 80, 4, 0, 16, (Plane(16, 2),), _halves),
-    SuperBlock("q3_k", 110, 108, 2, 96, 12, (Plane(32, 2), Plane(0, 1)), _six_less_32, zero=4),
-    SuperBlock("q4_k", 144, 0, 4, 4, 12, (Plane(16, 4),), _six_and_minimums, pairs=True),
-    SuperBlock("q5_k", 176, 0, 4, 4, 12, (Plane(48, 4), Plane(16, 1)), _six_and_minimums, pairs=True),
-    SuperBlock("q6_k", 210, 208, 2, 192, 16, (Plane(0, 4, 64), Plane(128, 2)), _signed, zero=32),
+    SuperBlock("q2_k", 84, 80, 4, 0, 16, (Plane(16, 2),), *_FOURS),
+    SuperBlock("q3_k", 110, 108, 2, 96, 12, (Plane(32, 2), Plane(0, 1)), *_THREES, zero=4),
+    SuperBlock("q4_k", 144, 0, 4, 4, 12, (Plane(16, 4),), *_SIXES, pairs=True),
+    SuperBlock("q5_k", 176, 0, 4, 4, 12, (Plane(48, 4), Plane(16, 1)), *_SIXES, pairs=True),
+    SuperBlock("q6_k", 210, 208, 2, 192, 16, (Plane(0, 4, 64), Plane(128, 2)), *_EIGHTS, zero=32),
 )
+GRIDS = {
+    "q2_k": Nested(2, 16, symmetric=False, elements=ELEMENTS, least=0, most=15),
+    "q3_k": Nested(3, 16, symmetric=True, elements=ELEMENTS, least=-32, most=31),
+    "q4_k": Nested(4, 32, symmetric=False, elements=ELEMENTS, least=0, most=63),
+    "q5_k": Nested(5, 32, symmetric=False, elements=ELEMENTS, least=0, most=63),
+    "q6_k": Nested(6, 16, symmetric=True, elements=ELEMENTS, least=-128, most=127),
+}
 TQ2_0 = SuperBlock("tq2_0", 66, 64, 2, 66, 0, (Plane(0, 2),), zero=1)
 
 TQ1_0_BYTES = 54

@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -66,6 +67,10 @@ struct Constant {
 //
 #include "select.h"
 //
+#include "groups.h"
+//
+#include "feedback.h"
+//
 #include "kvrows.h"
 //
 #include "attention.h"
@@ -87,6 +92,7 @@ const Kernels kernels = {
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
     &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
+    &fit_groups, &group_errors, &round_groups, &encode_groups, &feedback_round,
     kParts.data(), kParts.size(),
 };
 

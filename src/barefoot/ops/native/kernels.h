@@ -131,6 +131,39 @@ struct AttentionArgs {
   const Spot* spots = nullptr;  // of each token, one for a sequence; null: all are of one sequence, from n_past on
 };
 
+enum class RangeRule { range, two_means, ternary };
+
+struct Levels {  // of a grid: w = scale * values[rank], plus a minimum in some (barefoot/ops/grids.py)
+  const float *values, *bounds;  // [n], [n - 1]
+  const uint8_t* codes;          // [n]: of each rank
+  int64_t n;
+  bool even, has_minimum;
+  int64_t group;  // a multiple of 16
+  RangeRule rule;
+  int64_t n_params() const { return has_minimum ? 2 : 1; }
+};
+
+struct RoundingArgs {
+  Levels levels;
+  const float* x;  // [n_rows, n_cols], whole groups
+  int64_t n_rows, n_cols;
+  int64_t n_groups() const { return n_rows * (n_cols / levels.group); }
+};
+
+struct FeedbackArgs {
+  Levels levels;
+  const float* weights;   // [n_rows, n_cols]
+  float* targets;         // [n_rows, n_cols]; errors in the end
+  const float* params;    // [n_rows, n_groups, n_params]
+  const int32_t* groups;  // [n_cols]
+  const float* mixing;    // [n_cols, n_cols], what is above its diagonal
+  uint8_t* codes;         // [n_rows, n_cols]
+  int64_t n_rows, n_cols, n_groups;
+};
+constexpr int64_t kMostLevels = 256;
+constexpr int64_t kMostEncoded = 256;   // elements of a group whose codes are held at a time
+constexpr int64_t kMostFeedback = 512;  // columns whose targets are
+
 enum class Activation { silu, gelu_tanh };
 
 struct Kernels {
@@ -157,6 +190,13 @@ struct Kernels {
   void (*sign_matmul)(const SignArgs&);
   int64_t (*sign_scratch)(const SignArgs&);
   int64_t (*sign_bytes)(const SignArgs&);
+  void (*fit_groups)(const RoundingArgs&, const float* importance, bool importance_of_row, const float* shrinks,
+                     int64_t n_shrinks, int n_refits, float* params);
+  void (*group_errors)(const RoundingArgs&, const float* params, const float* importance, bool importance_of_row,
+                       float* errors);
+  void (*round_groups)(const RoundingArgs&, const float* params, uint8_t* codes);
+  bool (*encode_groups)(const RoundingArgs&, int bits, bool is_signed, uint8_t* out);
+  void (*feedback_round)(const FeedbackArgs&);
   const PartKernel* parts;
   int n_parts;
 };

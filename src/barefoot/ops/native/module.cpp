@@ -1,12 +1,14 @@
 // Python bindings: every shape, dtype and size is checked here, so the kernels can trust their arguments.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -440,6 +442,132 @@ void top_k(Vector logits, Array<float, nb::ndim<1>> values, Array<int32_t, nb::n
   kernels().top_k(logits.data(), n, k, values.data(), ids.data());
 }
 
+// --- rounding ---
+
+struct LevelArrays {  // a grid as barefoot.ops.grids.Levels has it
+  Vector values, bounds;
+  Array<const uint8_t, nb::ndim<1>> codes;
+  Levels view;
+};
+
+LevelArrays levels_of(nb::tuple given) {
+  if (nb::len(given) != 7) refuse("a grid has 7 fields");
+  const auto array = [&](size_t i, auto& to) {
+    if (!nb::try_cast(given[i], to, false)) throw nb::type_error("values, bounds and codes of a grid must be arrays");
+  };
+  LevelArrays levels;
+  array(0, levels.values);
+  array(1, levels.bounds);
+  array(2, levels.codes);
+  const int64_t n = dim(levels.values, 0), group = nb::cast<int64_t>(given[5]);
+  if (n < 2 || n > kMostLevels) refuse("a grid has 2 to " + text(kMostLevels) + " levels, got " + text(n));
+  expect_size("bounds between the levels", n - 1, dim(levels.bounds, 0));
+  expect_size("codes of the levels", n, dim(levels.codes, 0));
+  const bool even = nb::cast<bool>(given[3]);
+  if (even && levels.values.data()[n - 1] - levels.values.data()[0] != static_cast<float>(n - 1))
+    refuse("values of an even grid must be consecutive integers");
+  if (group < 16 || group % 16) refuse("groups must be whole runs of 16 elements, got " + text(group));
+  const std::string rule = given[6].is_none() ? "" : nb::cast<std::string>(given[6]);
+  levels.view = {levels.values.data(), levels.bounds.data(), levels.codes.data(), n, even, nb::cast<bool>(given[4]),
+                 group, rule == "two means" ? RangeRule::two_means
+                        : rule == "ternary" ? RangeRule::ternary
+                                            : RangeRule::range};
+  return levels;
+}
+
+RoundingArgs rounding(const Levels& levels, const Matrix& x) {
+  expect(dim(x, 1) % levels.group == 0, "columns, a multiple of", levels.group, dim(x, 1));
+  return {levels, x.data(), dim(x, 0), dim(x, 1)};
+}
+
+template <class A>
+void expect_params(const Levels& levels, int64_t n_rows, const A& params) {
+  expect_size("rows of params", n_rows, dim(params, 0));
+  expect_size("params of a group", levels.n_params(), dim(params, 2));
+}
+
+using Importance = std::optional<Array<const float>>;  // of each column, or of each element
+
+bool is_of_row(const RoundingArgs& args, const Importance& importance) {
+  if (!importance) return false;
+  const bool of_row = importance->ndim() == 2;
+  expect_size("elements of importance", of_row ? args.n_rows * args.n_cols : args.n_cols,
+              static_cast<int64_t>(importance->size()));
+  return of_row;
+}
+
+void fit_groups(Matrix x, nb::tuple grid, Importance importance, Vector shrinks, int n_refits,
+                Array<float, nb::ndim<3>> params) {
+  const LevelArrays arrays = levels_of(grid);
+  const Levels& levels = arrays.view;
+  const RoundingArgs args = rounding(levels, x);
+  expect_params(levels, args.n_rows, params);
+  expect_size("groups of params", args.n_cols / levels.group, dim(params, 1));
+  if (dim(shrinks, 0) < 1) refuse("no shrinks");
+  const bool of_row = is_of_row(args, importance);
+  nb::gil_scoped_release release;
+  kernels().fit_groups(args, importance ? importance->data() : nullptr, of_row, shrinks.data(), dim(shrinks, 0),
+                       n_refits, params.data());
+}
+
+void group_errors(Matrix x, nb::tuple grid, Array<const float, nb::ndim<3>> params, Importance importance,
+                  MatrixOut errors) {
+  const LevelArrays arrays = levels_of(grid);
+  const Levels& levels = arrays.view;
+  const RoundingArgs args = rounding(levels, x);
+  expect_params(levels, args.n_rows, params);
+  expect_size("groups of params", args.n_cols / levels.group, dim(params, 1));
+  expect_size("rows of errors", args.n_rows, dim(errors, 0));
+  expect_size("groups of errors", args.n_cols / levels.group, dim(errors, 1));
+  const bool of_row = is_of_row(args, importance);
+  nb::gil_scoped_release release;
+  kernels().group_errors(args, params.data(), importance ? importance->data() : nullptr, of_row, errors.data());
+}
+
+void round_groups(Matrix x, nb::tuple grid, Array<const float, nb::ndim<3>> params,
+                  Array<uint8_t, nb::ndim<2>> codes) {
+  const LevelArrays arrays = levels_of(grid);
+  const Levels& levels = arrays.view;
+  const RoundingArgs args = rounding(levels, x);
+  expect_params(levels, args.n_rows, params);
+  expect_size("groups of params", args.n_cols / levels.group, dim(params, 1));
+  expect_same_shape("x and codes", x, codes);
+  nb::gil_scoped_release release;
+  kernels().round_groups(args, params.data(), codes.data());
+}
+
+bool encode_groups(Matrix x, nb::tuple grid, int bits, bool is_signed, BytesOut out) {
+  const LevelArrays arrays = levels_of(grid);
+  const RoundingArgs args = rounding(arrays.view, x);
+  const int64_t group = args.levels.group;
+  if (group % 32 || group > kMostEncoded)
+    refuse("blocks have whole chunks of 32 elements, at most " + text(kMostEncoded) + ", got " + text(group));
+  const int64_t block = 2 * args.levels.n_params() + group * bits / 8;
+  expect_size("bytes of out", args.n_rows * (args.n_cols / group) * block, static_cast<int64_t>(out.size()));
+  nb::gil_scoped_release release;
+  return kernels().encode_groups(args, bits, is_signed, out.data());
+}
+
+void feedback_round(Matrix weights, MatrixOut targets, nb::tuple grid, Array<const float, nb::ndim<3>> params,
+                    Array<const int32_t, nb::ndim<1>> groups, Matrix mixing, Array<uint8_t, nb::ndim<2>> codes) {
+  const LevelArrays arrays = levels_of(grid);
+  const Levels& levels = arrays.view;
+  const int64_t n_cols = dim(weights, 1), n_groups = dim(params, 1);
+  expect_same_shape("weights and targets", weights, targets);
+  expect_same_shape("weights and codes", weights, codes);
+  expect_params(levels, dim(weights, 0), params);
+  expect(n_cols <= kMostFeedback, "columns, at most", kMostFeedback, n_cols);
+  expect_size("rows of mixing", n_cols, dim(mixing, 0));
+  expect_size("columns of mixing", n_cols, dim(mixing, 1));
+  expect_size("number of groups", n_cols, dim(groups, 0));
+  for (int64_t k = 0; k < n_cols; ++k)
+    if (groups.data()[k] < 0 || groups.data()[k] >= n_groups)
+      refuse("groups must be 0 to " + text(n_groups - 1) + ", got " + text(groups.data()[k]));
+  nb::gil_scoped_release release;
+  kernels().feedback_round({levels, weights.data(), targets.data(), params.data(), groups.data(), mixing.data(),
+                            codes.data(), dim(weights, 0), n_cols, n_groups});
+}
+
 // --- KV ---
 
 KvFormat kv_format(const std::string& name) {
@@ -800,6 +928,16 @@ NB_MODULE(_native, m) {
   m.def("add_", &barefoot::add_, "x"_a.noconvert(), "y"_a.noconvert());
   m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
   m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
+  m.def("fit_groups", &barefoot::fit_groups, "x"_a.noconvert(), "grid"_a, "importance"_a.noconvert().none(),
+        "shrinks"_a.noconvert(), "n_refits"_a, "params"_a.noconvert());
+  m.def("group_errors", &barefoot::group_errors, "x"_a.noconvert(), "grid"_a, "params"_a.noconvert(),
+        "importance"_a.noconvert().none(), "errors"_a.noconvert());
+  m.def("round_groups", &barefoot::round_groups, "x"_a.noconvert(), "grid"_a, "params"_a.noconvert(),
+        "codes"_a.noconvert());
+  m.def("encode_groups", &barefoot::encode_groups, "x"_a.noconvert(), "grid"_a, "bits"_a, "is_signed"_a,
+        "out"_a.noconvert());
+  m.def("feedback_round", &barefoot::feedback_round, "weights"_a.noconvert(), "targets"_a.noconvert(), "grid"_a,
+        "params"_a.noconvert(), "groups"_a.noconvert(), "mixing"_a.noconvert(), "codes"_a.noconvert());
   m.def("kv_append", &barefoot::kv_append, "k"_a.noconvert(), "v"_a.noconvert(), "k_buf"_a.noconvert(),
         "v_buf"_a.noconvert(), "fmt"_a, "capacity"_a, "start"_a);
   m.def("attention", &barefoot::attention, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(), "fmt"_a,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from barefoot import ops
 from barefoot.core.errors import InvalidInput, unknown_name
 from barefoot.core.model import ModelSpec
 from barefoot.core.registry import techniques
@@ -37,15 +37,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Solution:
-    """``codes`` uint8 (rows, cols), and ``params`` float32 (rows, groups, p) as they will be stored."""
+    """``codes`` uint8 (rows, cols), and ``params`` float32 (rows, blocks, k): what the grid stores for each block."""
 
     codes: U8
     params: F32
 
     def weights(self, grid: Grid) -> F32:
         """What is stored, float32 (rows, cols)."""
-        n, groups, p = self.params.shape
-        values = grid.values(self.codes.reshape(n * groups, -1), self.params.reshape(-1, p))
+        params = expanded(grid, self.params)
+        values = grid.values(self.codes.reshape(-1, grid.group), params.reshape(-1, params.shape[2]))
         return values.reshape(self.codes.shape)
 
 
@@ -60,6 +60,10 @@ class Solver(Technique):
 
         ``inputs`` is what ``wants`` asks for; it may be None only for ``"nothing"``.
         """
+
+    def workspace_bytes(self, rows: int, cols: int, grid: Grid) -> int:
+        """The most that ``solve`` takes at a time beside the weight, what was measured, and the codes."""
+        return 8 * rows * (cols // grid.group) * grid.n_params
 
 
 ROLE = Solver
@@ -139,13 +143,25 @@ class LayerSolver(Solver):
 
 
 def solve_groups(weight: F32, grid: Grid, params: F32) -> Solution:
-    """Every weight to its nearest level, for parameters (rows × groups, p)."""
-    rows, cols = weight.shape
-    codes = grid.round(weight.reshape(-1, grid.group), params)
-    return Solution(codes.reshape(rows, cols), params.reshape(rows, cols // grid.group, -1))
+    """Every weight to its nearest level, for what is stored of the parameters, (rows, blocks, k)."""
+    codes = np.empty(weight.shape, np.uint8)
+    ops.round_groups(weight, grid, expanded(grid, params), codes)
+    return Solution(codes, params)
 
 
-def repeated(per_column: npt.NDArray[np.float32], rows: int, group: int) -> F32:
-    """One number for each column, as (rows × groups, group) beside the groups of a matrix."""
-    spread = np.broadcast_to(per_column.reshape(1, -1, group), (rows, per_column.size // group, group))
-    return spread.reshape(-1, group)
+def expanded(grid: Grid, params: F32) -> F32:
+    """Parameters of groups, (rows, groups, p), that ``params`` (rows, blocks, k) store."""
+    found = grid.expand(params.reshape(-1, params.shape[2]))
+    return np.ascontiguousarray(found.reshape(len(params), -1, found.shape[2]))
+
+
+def stored(grid: Grid, params: F32) -> F32:
+    """What to store, (rows, blocks, k), for groups that should have the parameters (rows, groups, p)."""
+    found = grid.store(params.reshape(-1, grid.block // grid.group, params.shape[2]))
+    return found.reshape(len(params), -1, found.shape[1])
+
+
+def plain(weight: F32, grid: Grid) -> F32:
+    """What to store, (rows, blocks, k), for levels that span the range of each group."""
+    params = grid.plain(weight.reshape(-1, grid.group))
+    return stored(grid, params.reshape(len(weight), -1, params.shape[1]))

@@ -35,9 +35,9 @@ class Hqq(Solver, name="hqq", papers=(), status="stable"):
             raise InvalidInput(f"hqq: expected 0 < p <= 1, beta > 0, kappa >= 1 and steps >= 1, got {self}")
 
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
-        x = weight.reshape(-1, grid.group)
         if not isinstance(grid, Uniform) or grid.symmetric:
-            return solve_groups(weight, grid, least_error(grid, x))
+            return solve_groups(weight, grid, least_error(weight, grid))
+        x = weight.reshape(-1, grid.group)
         best = grid.plain(x)
         params, beta = best.copy(), self.beta
         least = np.full(len(x), np.inf, np.float32)
@@ -52,7 +52,7 @@ class Hqq(Solver, name="hqq", papers=(), status="stable"):
             rest = x - shrink(error, beta, self.p) - params[:, :1] * codes
             params[:, 1] = to_f16(rest.mean(axis=1))
             beta *= self.kappa
-        return solve_groups(weight, grid, best)
+        return solve_groups(weight, grid, best.reshape(len(weight), -1, 2))
 
 
 def shrink(x: F32, beta: float, p: float) -> F32:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from barefoot import ops
 from barefoot.ops.grids import F32, Grid
-from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, repeated, solve_groups
-
-SHRINKS = np.linspace(1.0, 0.45, 12, dtype=np.float32)  # of the range
-REFITS = 2  # least-squares steps behind the search
+from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, solve_groups, stored
 
 
 @dataclass(frozen=True)
@@ -27,37 +25,42 @@ class Mse(Solver, name="mse", papers=(14,), status="stable"):
         return "squares" if self.weighted else "nothing"
 
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
-        x = weight.reshape(-1, grid.group)
-        importance = None
-        if self.weighted:
-            assert inputs is not None
-            importance = repeated(inputs.squares, len(weight), grid.group)
-        return solve_groups(weight, grid, least_error(grid, x, importance))
+        if not self.weighted:
+            return solve_groups(weight, grid, least_error(weight, grid))
+        assert inputs is not None
+        return solve_groups(weight, grid, least_error(weight, grid, inputs.squares))
 
 
-def least_error(grid: Grid, x: F32, importance: F32 | None = None) -> F32:
-    """Parameters of least squared error for groups ``x`` (n, group), elements counting as ``importance`` says.
+def least_error(weight: F32, grid: Grid, importance: F32 | None = None) -> F32:
+    """What to store of parameters, (rows, blocks, k), for the least squared error of each group, or nearly so.
 
-    Tries shrunken ranges, then alternates rounding and least squares from the best of them. A step that doesn't help
-    (parameters are rounded to f16) is not taken, so the result is never worse than the whole range.
+    ``importance``: how much a column (cols,) or an element (rows, cols) counts. Never worse than the whole range:
+    :func:`barefoot.ops.fit_groups`. Where a block's groups share numbers, these are chosen for what the groups want,
+    and then the groups look for better parameters around those that they got.
     """
-    weighting = np.ones_like(x) if importance is None else importance
-    low, high = x.min(axis=1), x.max(axis=1)
-    best, least = grid.spanning(low, high), np.full(len(x), np.inf, np.float32)
-
-    def offer(params: F32) -> None:
-        errors = _errors(grid, x, params, weighting)
-        better = errors < least
-        best[better], least[better] = params[better], errors[better]
-
-    for shrink in SHRINKS:
-        for params in grid.kinds(low * shrink, high * shrink):
-            offer(params)
-    for _ in range(REFITS):
-        offer(grid.refit(x, grid.round(x, best), weighting))
-    return best
+    rows, cols = weight.shape
+    wanted = np.empty((rows, cols // grid.group, grid.n_params), np.float32)
+    ops.fit_groups(weight, grid, wanted, importance=importance)
+    params = stored(grid, wanted)
+    if grid.block > grid.group:
+        for first in range(0, cols, grid.group):
+            here = slice(first, first + grid.group)
+            of_block = params[:, first // grid.block]
+            counts = None if importance is None else np.ascontiguousarray(importance[..., here])
+            settle(np.ascontiguousarray(weight[:, here]), grid, of_block, first % grid.block // grid.group, counts)
+    return params
 
 
-def _errors(grid: Grid, x: F32, params: F32, importance: F32) -> F32:
-    errors: F32 = (importance * (x - grid.values(grid.round(x, params), params)) ** 2).sum(axis=1)
-    return errors
+def settle(x: F32, grid: Grid, params: F32, at: int, importance: F32 | None = None) -> None:
+    """Replace ``params`` (rows, k) by neighbours that serve group ``at`` of a block, ``x`` (rows, group), better."""
+    errors, least = np.empty((2, len(x), 1), np.float32)
+
+    def measure(candidate: F32, into: F32) -> None:
+        own = np.ascontiguousarray(grid.expand(candidate)[:, at, None])
+        ops.group_errors(x, grid, own, into, importance=importance)
+
+    measure(params, least)
+    for candidate in grid.neighbours(params.copy(), at):
+        measure(candidate, errors)
+        better = errors[:, 0] < least[:, 0]
+        params[better], least[better] = candidate[better], errors[better]

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from barefoot.ops.grids import F32, Grid
-from barefoot.weights.solvers import Inputs, Solution, Solver, solve_groups
+from barefoot.weights.solvers import Inputs, Solution, Solver, plain, solve_groups
 
 
 @dataclass(frozen=True)
 class Range(Solver, name="range", papers=(14,), status="stable"):
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
-        x = weight.reshape(-1, grid.group)
-        return solve_groups(weight, grid, grid.plain(x))
+        return solve_groups(weight, grid, plain(weight, grid))

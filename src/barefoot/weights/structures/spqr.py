@@ -38,7 +38,7 @@ from barefoot.ops import blocks, csr
 from barefoot.ops.bilevel import BITS, ELEMENTS, GROUP, MOST, Bilevel, nearest_step, step_of
 from barefoot.ops.grids import to_f16
 from barefoot.weights.solvers import Inputs, Knowledge
-from barefoot.weights.solvers.gptq import feedback
+from barefoot.weights.solvers.hessian import feedback
 from barefoot.weights.structures import Matrix, Structure
 
 F32 = npt.NDArray[np.float32]

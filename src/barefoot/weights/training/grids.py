@@ -44,7 +44,7 @@ class Levels:
         Incompatible : a grid that is neither uniform nor a table.
         """
         if isinstance(grid, Uniform):
-            codes = range(grid.levels + 1)
+            codes = range(grid.most + 1)
             return cls(tuple(float(code - grid.zero) for code in codes), tuple(codes), True, not grid.symmetric)
         if isinstance(grid, Table):
             levels, of_levels = grid.ascending
