@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import InvalidInput
+from barefoot.ops.levels import minifloat
 from barefoot.weights import bitstream
 from barefoot.weights.affine import SCALE_BYTES, stored_scale
 from barefoot.weights.arrays import Array, namespace
@@ -115,11 +116,9 @@ class Minifloat:
 
     def table(self) -> F32:
         """The value of every code (2^bits,), ascending by magnitude, then the same with a minus."""
-        code = np.arange(1 << (self.bits - (not self.unsigned)))
-        exponent, mantissa = code >> self.mantissa_bits, code & ((1 << self.mantissa_bits) - 1)
-        whole = np.where(exponent > 0, 1 << self.mantissa_bits, 0) + mantissa
-        positive = np.ldexp(whole, np.maximum(exponent, 1) - self.offset - self.mantissa_bits).astype(np.float32)
-        return positive if self.unsigned else np.concatenate([positive, -positive])
+        values = np.array(minifloat(self.exponent_bits, self.mantissa_bits), np.float32)
+        shifted: F32 = np.ldexp(values, (1 << (self.exponent_bits - 1)) - 1 - self.offset)
+        return shifted[: 1 << self.bits]  # without a sign, the positive half
 
     def n_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a stored matrix (rows, cols)."""
