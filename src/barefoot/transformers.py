@@ -13,6 +13,7 @@ is transformers' own. ``save_pretrained`` writes a folder that barefoot reads to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from barefoot.core.errors import CorruptFile, Incompatible
+from barefoot.core.errors import CorruptFile, Incompatible, UnsupportedFormat
 from barefoot.io.packed import VERSION, describe, interpret
 from barefoot.io.safetensors import read_safetensors
-from barefoot.io.types import FILE_TYPES
+from barefoot.io.types import TensorInfo
 from barefoot.ops import blocks
 from barefoot.weights.module import PackedEmbedding, PackedLinear
 
@@ -57,12 +58,11 @@ class BarefootQuantizer(HfQuantizer):
 
         Raises
         ------
-        Incompatible : a matrix that is a sum of parts, or one that stands where there is no linear layer or embedding.
+        Incompatible : a matrix that stands where there is no linear layer or embedding.
         CorruptFile : a description that contradicts the files, or a matrix of another shape than the model's.
         """
-        packed = packed_matrices(checkpoint_files)
-        for name, (format_id, shape) in packed.items():
-            replace(model, name, format_id, shape, dtype or torch.float32)
+        for name, found in packed_matrices(checkpoint_files).items():
+            replace(model, name, found, dtype or torch.float32)
         embedding = model.get_input_embeddings()
         if isinstance(embedding, PackedEmbedding) and model.config.tie_word_embeddings:
             model.set_output_embeddings(TiedLinear(embedding))
@@ -72,13 +72,19 @@ class BarefootQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors to save, and their description: the metadata of one file that holds them all."""
-        formats = {
-            f"{name}.weight": (module.format, module.cols)
+        packed = {
+            name: module
             for name, module in model.named_modules()
             if isinstance(module, PackedLinear | PackedEmbedding) and not isinstance(module, TiedLinear)
         }
+        formats = {f"{name}.weight": (module.format, module.cols) for name, module in packed.items()}
         sizes = {f: (blocks.block_elements(f), blocks.block_bytes(f)) for f, _ in formats.values()}
-        return dict(model.state_dict()), describe(formats, sizes)
+        parts = {
+            f"{name}.{part}": (kind, module.rows, module.cols)
+            for name, module in packed.items()
+            for part, kind in module.kinds.items()
+        }
+        return dict(model.state_dict()), describe(formats, sizes, parts)
 
     def is_serializable(self) -> bool:
         return True
@@ -90,7 +96,7 @@ class BarefootQuantizer(HfQuantizer):
 
 
 class TiedLinear(PackedLinear):
-    """A head that multiplies by the embedding's matrix, and holds none."""
+    """A head that multiplies by the embedding's matrix, whose rows it leaves as they lie, and holds none."""
 
     def __init__(self, embedding: PackedEmbedding) -> None:
         nn.Module.__init__(self)
@@ -102,25 +108,45 @@ class TiedLinear(PackedLinear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         return self._embedding[0].weight
 
+    def arrange(self) -> bool:
+        """The embedding reads single rows, so they stay rows."""
+        return False
 
-def packed_matrices(files: Sequence[str]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-    """(format, shape) of the matrices that safetensors files hold in blocks, by name."""
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: the embedding saves it."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the files hold of a matrix: its blocks, and kind and bytes of each part by its label."""
+
+    format: str
+    shape: tuple[int, ...]
+    added: Mapping[str, tuple[str, int]]
+
+
+def packed_matrices(files: Sequence[str]) -> dict[str, Packed]:
+    """The matrices that safetensors files hold in blocks, by name."""
+    matrices: dict[str, TensorInfo] = {}
+    added: dict[str, dict[str, tuple[str, int]]] = {}
     for path in files:
         file = read_safetensors(path)
-        for tensor in interpret(file.path.name, file.metadata, file.tensors):
-            if "+" in tensor.name:
-                raise Incompatible(
-                    f"{tensor.name} is a part of a sum, which runs in barefoot's engine only",
-                    cure="run it with: barefoot run, or fit the model again without a structure",
-                )
-            if tensor.type in blocks.names() and tensor.type not in FILE_TYPES:
-                found[tensor.name] = tensor.type, tensor.shape
-    return found
+        for stored, tensor in zip(file.tensors, interpret(file.path.name, file.metadata, file.tensors), strict=True):
+            whole, _, label = tensor.name.partition("+")
+            if label:
+                added.setdefault(whole, {})[label] = tensor.type, tensor.n_bytes
+            elif tensor.type != stored.type:
+                matrices[tensor.name] = tensor
+    orphans = sorted(set(added) - set(matrices))
+    if orphans:
+        raise CorruptFile(f"the files hold parts of {', '.join(orphans[:3])}, and no blocks")
+    return {name: Packed(t.type, t.shape, added.get(name, {})) for name, t in matrices.items()}
 
 
-def replace(model: nn.Module, name: str, format_id: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def replace(model: nn.Module, name: str, packed: Packed, dtype: torch.dtype) -> None:
     """Put a packed module, without memory yet, in the place of the one whose ``weight`` is called ``name``."""
+    if packed.format not in blocks.names():
+        raise UnsupportedFormat(f"tensor {name!r} is stored as {packed.format}; known: {', '.join(blocks.names())}")
     path = name.removesuffix(".weight")
     try:
         module = model.get_submodule(path)
@@ -129,17 +155,18 @@ def replace(model: nn.Module, name: str, format_id: str, shape: tuple[int, ...],
     made: PackedLinear | PackedEmbedding
     if isinstance(module, nn.Linear):
         expected = (module.out_features, module.in_features)
-        made = PackedLinear(format_id, *reversed(expected), bias=module.bias is not None, device="meta")
+        bias = module.bias is not None
+        made = PackedLinear(packed.format, *reversed(expected), bias=bias, added=packed.added, device="meta")
     elif isinstance(module, nn.Embedding):
         expected = (module.num_embeddings, module.embedding_dim)
         # Gemma's embedding multiplies by a number of its own.
         scale = float(getattr(module, "scalar_embed_scale", 1.0))
-        made = PackedEmbedding(format_id, *expected, scale=scale, dtype=dtype, device="meta")
+        made = PackedEmbedding(packed.format, *expected, scale=scale, dtype=dtype, device="meta")
     else:
         raise Incompatible(
             f"{name!r} belongs to a {type(module).__name__}; packed matrices replace Linear and Embedding"
         )
-    if expected != shape:
-        raise CorruptFile(f"{name!r} has shape {shape} in the files, {expected} in the model")
+    if expected != packed.shape:
+        raise CorruptFile(f"{name!r} has shape {packed.shape} in the files, {expected} in the model")
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, made)

@@ -1,5 +1,6 @@
 """barefoot run, in processes of its own, on a tiny model with random weights."""
 
+import contextlib
 import json
 import os
 import signal
@@ -225,15 +226,15 @@ def wait_for(read, text, seconds=30):
     return seen
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pty")
-def test_a_chat_at_a_terminal(tiny_gguf):
+@contextlib.contextmanager
+def chat_at_a_terminal(*arguments):
+    """Begin a chat; (the process, what reads its screen, what types a line)."""
     import pty
     import select
 
     terminal, other_end = pty.openpty()
-    command = [*COMMAND, str(tiny_gguf.path), "--memory", "128MiB", "--context", "96", "--max-tokens", "4"]
     process = subprocess.Popen(
-        command,
+        [*COMMAND, *map(str, arguments)],
         stdin=other_end,
         stdout=other_end,
         stderr=other_end,
@@ -249,6 +250,17 @@ def test_a_chat_at_a_terminal(tiny_gguf):
         os.write(terminal, text.encode() + b"\n")
 
     try:
+        yield process, read, say
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pty")
+def test_a_chat_at_a_terminal(tiny_gguf):
+    job = ("--memory", "128MiB", "--context", "96", "--max-tokens", "4")
+    with chat_at_a_terminal(tiny_gguf.path, *job) as (process, read, say):
         assert "/reset begins anew" in wait_for(read, "> ")
         say("hi")
         wait_for(read, "\n> ")
@@ -260,6 +272,8 @@ def test_a_chat_at_a_terminal(tiny_gguf):
         assert "the context holds 96" in wait_for(read, "\n> ")
         say("/what")
         assert "unknown command /what" in wait_for(read, "\n> ")
+        say("/memory 100MiB")
+        assert "unknown command /memory" in wait_for(read, "\n> ")
         say("/reset")
         wait_for(read, "begun anew")
         say("once more")
@@ -267,7 +281,34 @@ def test_a_chat_at_a_terminal(tiny_gguf):
         say("/exit")
         assert "peak " in wait_for(read, "answer 4 tokens")
         assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pty")
+def test_a_stack_in_a_chat_that_allows_less_and_more(barefoot, tiny_gguf, tmp_path):
+    """14 matrices of 3 blocks: the first ones stay, 28 come and go."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i * i}" for i in range(600)))
+    command = ["fit", tiny_gguf.path, "--weights", "bitstack(blocks=3)", "-o", tmp_path / "stack", "--text", text]
+    done = barefoot(*command, "--window", 64, "--tokens", 256, "--json", tmp_path / "fit.json")
+    assert done.returncode == 0, done.stderr
+    fitted = json.loads((tmp_path / "fit.json").read_text())
+    record = json.loads((tmp_path / "stack" / "barefoot.json").read_text())
+    assert [name[-2:] for name in record["stack"]] == ["02"] * 14 + ["03"] * 14
+    assert fitted["formats"]["signs"] < fitted["weight_bytes"]
+    assert 0 <= fitted["run_bytes"] - fitted["least_run_bytes"] <= fitted["formats"]["signs"]
+    job = ("--memory", "128MiB", "--context", "96", "--max-tokens", "4")
+    with chat_at_a_terminal(tmp_path / "stack", *job) as (process, read, say):
+        assert "/memory SIZE allows more or less" in wait_for(read, "> ")
+        say("hi")
+        wait_for(read, "\n> ")
+        say("/memory 1MiB")
+        assert "without any of its 28 further blocks" in wait_for(read, "\n> ")
+        say("/memory lots")
+        assert "lots" in wait_for(read, "\n> ")
+        say("/memory 127MiB")
+        assert "28 of 28 blocks in memory, +0" in wait_for(read, "\n> ")
+        say("ho")
+        wait_for(read, "\n> ")
+        say("/exit")
+        wait_for(read, "answer 4 tokens")
+        assert process.wait(timeout=30) == 0

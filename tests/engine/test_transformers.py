@@ -65,10 +65,14 @@ def test_saving_gives_a_folder_that_both_read(folder, tmp_path):
     assert np.array_equal(tiny.expected(again, IDS), tiny.expected(model, IDS))
 
 
+def packed(shape):
+    return barefoot.transformers.Packed("int4_g32_sym", shape, {})
+
+
 def test_a_matrix_of_another_shape_is_refused(tmp_path):
     with torch.device("meta"):
         model = torch.nn.ModuleDict({"proj": torch.nn.Linear(32, 8)})
     with pytest.raises(CorruptFile, match=r"shape \(8, 64\) in the files, \(8, 32\) in the model"):
-        barefoot.transformers.replace(model, "proj.weight", "int4_g32_sym", (8, 64), torch.float32)
+        barefoot.transformers.replace(model, "proj.weight", packed((8, 64)), torch.float32)
     with pytest.raises(CorruptFile, match="no module"):
-        barefoot.transformers.replace(model, "other.weight", "int4_g32_sym", (8, 32), torch.float32)
+        barefoot.transformers.replace(model, "other.weight", packed((8, 32)), torch.float32)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from folders import logits, values
 
+from barefoot.core.registry import techniques
 from barefoot.io.files import BinaryFile
 from barefoot.io.packed import VERSION, interpret
 from barefoot.io.safetensors import read_safetensors
 from barefoot.io.types import FILE_TYPES
-from barefoot.ops import blocks
+from barefoot.ops import blocks, parts
 
 HERE = Path(__file__).parent / str(VERSION)
 EXPECTED = json.loads((HERE / "expected.json").read_text())
@@ -28,21 +29,43 @@ def assert_states(expected, numbers):
     assert hashlib.sha256(flat.tobytes()).hexdigest() == expected["sha256"]
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_a_matrix_decodes_to_what_is_stated(name):
+STRUCTURES = [name for name in EXPECTED if "about" in EXPECTED[name]]
+
+
+def held(name):
+    """The tensors of a golden file by name, and their bytes."""
     path = HERE / f"{name}.safetensors"
     file = read_safetensors(path)
-    (tensor,) = interpret(path.name, file.metadata, file.tensors)
+    tensors = {t.name: t for t in interpret(path.name, file.metadata, file.tensors)}
+    with BinaryFile(path) as raw:
+        return tensors, {t.name: np.frombuffer(raw.read_at(t.offset, t.n_bytes), np.uint8) for t in file.tensors}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_sum_decodes_to_what_is_stated(name):
+    tensors, data = held(name)
+    found = blocks.decode(tensors["w"].type, data["w"].reshape(16, -1), 64)
+    for label, part in tensors.items():
+        if label != "w":
+            found = found + parts.lookup(part.type).decode(*part.shape, data[label])
+    assert (
+        np.abs(found.reshape(-1)[:8] - EXPECTED[name]["about"]).max() < 1e-5
+    )  # products of f16 numbers, added up in float32
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in STRUCTURES])
+def test_a_matrix_decodes_to_what_is_stated(name):
+    tensors, data = held(name)
+    (tensor,) = tensors.values()
     assert (tensor.type, tensor.shape) == (name, (3, 256))
     assert tensor.n_bytes == 3 * 256 // blocks.block_elements(name) * blocks.block_bytes(name)
-    with BinaryFile(path) as raw:
-        rows = np.frombuffer(raw.read_at(tensor.offset, tensor.n_bytes), np.uint8).reshape(3, -1)
-    assert_states(EXPECTED[name], blocks.decode(name, rows, 256))
+    assert_states(EXPECTED[name], blocks.decode(name, data["w"].reshape(3, -1), 256))
 
 
-def test_every_format_of_barefoot_has_a_golden_file():
+def test_every_format_and_structure_has_a_golden_file():
     """A new one: python tests/golden/make.py."""
     own = {name for name in blocks.names() if name not in FILE_TYPES and name != "zero"}
+    own |= set(techniques("weights.structures"))
     assert own == set(EXPECTED) == {path.stem for path in HERE.glob("*.safetensors")}
 
 

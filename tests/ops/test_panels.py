@@ -33,6 +33,7 @@ def product(x, weight, **options):
 
 def test_which_formats_and_shapes_have_panels():
     own = 4 * 3 * 2 + 3 + 3 + 3 * (1 + 5 + 2 + 4)  # 8 to 2 bits, 1 bit, ternary; NF4, minifloats, BitMoD, block float
+    own += 3  # bilevel
     assert len(FORMATS) == 5 + 5 + 1 + own
     assert panels.supports("q4_0", 16, 32)
     assert not panels.supports("q4_0", 24, 32)  # half a panel
@@ -121,6 +122,8 @@ def test_packing_is_exact_and_keeps_every_byte(isa, name, rng, threads):
         ("q5_k", 5),
         ("q6_k", 6),
         ("tq2_0", 2),
+        ("bilevel2", 2),
+        ("bilevel3", 3),
         ("e2m3_g64", 6),
         ("bitmod3_g128", 3),
         ("bfp4_g32", 4),
@@ -197,7 +200,7 @@ def test_add_and_mixed_layouts_in_one_call(isa, n_tokens, rng):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 13, 30])
-@pytest.mark.parametrize("name", ["q5_0", "q3_k"])
+@pytest.mark.parametrize("name", ["q5_0", "q3_k", "bilevel3"])
 def test_results_do_not_depend_on_threads_runs_or_alignment(isa, name, n_tokens, threads, rng):
     _, weight = both_layouts(name, 208, 768, rng)
     backing = np.zeros(weight.n_bytes + 3, np.uint8)
@@ -213,7 +216,7 @@ def test_results_do_not_depend_on_threads_runs_or_alignment(isa, name, n_tokens,
 
 @pytest.mark.parametrize("n_tokens", [1, 6, 11])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["int4_g32_sym", "q4_k", "q6_k"])
+@pytest.mark.parametrize("name", ["int4_g32_sym", "q4_k", "q6_k", "bilevel4"])
 def test_a_token_with_nan_or_infinity(isa, name, n_tokens, bad, rng):
     _, weight = both_layouts(name, 48, 256, rng)
     x = rng.standard_normal((n_tokens, 256)).astype(np.float32)

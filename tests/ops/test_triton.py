@@ -17,6 +17,7 @@ from barefoot.ops import PackedWeight, blocks, cases, panels, planes  # noqa: E4
 from barefoot.ops.triton import panel_matmul as w_a16  # noqa: E402
 from barefoot.ops.triton import plane_matmul as w_a  # noqa: E402
 from barefoot.ops.triton import tiles  # noqa: E402
+from barefoot.weights.module import PackedLinear  # noqa: E402
 
 DEVICE = "cpu" if tiles.interpreted() else "cuda"  # tests/conftest.py looks which
 GROUPED = [name for name in blocks.names() if w_a16.supports(name, 16, blocks.block_elements(name))]
@@ -222,6 +223,41 @@ def test_many_tokens_and_runs_of_groups(rng):
     for n_tokens in (3, 17):
         x = odd_integers(n_tokens, weight.cols, 3, 32, rng)
         assert np.array_equal(plane_product(x, weight, 3), x.astype(np.int64) @ planes.values(codes, 2).T)
+
+
+# --- in a model ---
+
+
+@pytest.mark.parametrize("name", ["int4_g64_asym", "int2_g64_sym"])
+def test_a_linear_layer_multiplies_by_the_kernels(name, rng, monkeypatch):
+    layer = PackedLinear(name, 128, 48, device=DEVICE)
+    layer.pack(torch.from_numpy(rng.standard_normal((48, 128)).astype(np.float32)))
+    rows, dense = layer.weight.clone(), layer.dense()
+    x = numbers((2, 3, 128), torch.float32, rng).requires_grad_()
+    assert layer.arrange()
+    assert layer.weight.shape == rows.shape
+    assert not torch.equal(layer.weight, rows)
+    assert torch.equal(layer.dense(5, 37), dense[5:37])
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "dense", None)  # nothing is decoded
+        y = layer(x)
+    bound = 128 * EPS * (x.abs() @ dense.abs().T) * 2**4  # whole numbers of up to 4 bits, before their scale
+    assert ((y - x @ dense.T).abs() <= bound).all()
+    y.backward(torch.ones_like(y))
+    assert torch.allclose(x.grad, dense.sum(0).expand_as(x), atol=48 * EPS * dense.abs().sum(0).max().item())
+    kept = layer.state_dict()
+    assert torch.equal(kept["weight"], rows)
+    again = PackedLinear(name, 128, 48, device=DEVICE)
+    again.arrange()
+    again.load_state_dict(kept)
+    assert torch.equal(again.weight, rows)
+    assert torch.equal(again(x.detach().double()), x.detach().double() @ dense.double().T)  # not the kernels'
+
+
+def test_layers_that_the_kernels_do_not_take(rng):
+    for name, rows in (("q4_k", 16), ("int4_g64_sym", 18)):
+        layer = PackedLinear(name, 256, rows, device=DEVICE)
+        assert not layer.arrange()
 
 
 # --- memory and arguments ---

@@ -13,7 +13,7 @@ from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
 from barefoot.engine.layer_pass import LayerPass, rotations
 from barefoot.ops import blocks
-from barefoot.ops.grids import Grid, Table, Ternary, Uniform
+from barefoot.ops.grids import Grid, Shifted, Table, Ternary, Uniform
 from barefoot.weights.folds import Heads
 from barefoot.weights.solvers import LayerProblem
 from barefoot.weights.solvers.omniquant import Clipped, OmniQuant, first_factors
@@ -31,6 +31,7 @@ GRIDS = {
     "uniform": Uniform(2, 16),
     "symmetric": Uniform(3, 16, symmetric=True),
     "table": Table((-1.0, -0.4, 0.0, 0.3, 1.0), 16),
+    "codes not in order": Table((0.0, 0.5, 1.5, 0.0, -0.5, -1.5), 16),
     "ternary": Ternary(16),
 }
 
@@ -95,6 +96,8 @@ def test_rounded_weights_and_their_gradients(grid):
 def test_a_grid_without_levels_is_refused():
     with pytest.raises(Incompatible, match="no levels to learn on"):
         Levels.of(object())
+    with pytest.raises(Incompatible, match="Shifted has no levels to learn on"):
+        Levels.of(Shifted(4, 32))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -118,8 +121,9 @@ def test_a_refined_layer_is_nearer_to_its_targets(name):
     p = problem(name)
     at_first = error(p, p.starts)
     qat = Qat(start="range", epochs=8, rate=0.01, scale_rate=0.005, precision="float32").refine(p)
-    assert qat.vectors == {}
-    assert error(p, qat.matrices) < 0.75 * at_first
+    assert qat.vectors.keys() == {role for role in p.weights if role.endswith("norm")}
+    assert error(p, qat.matrices, qat.vectors) < 0.75 * at_first
+    assert qat.errors[1] < qat.errors[0]
     settings = {"epochs": 8, "rate": 0.05, "transform_rate": 0.02, "batch": 4, "precision": "float32"}
     clipped = OmniQuant(**settings).refine(p)
     assert clipped.vectors == {}
@@ -147,6 +151,8 @@ def test_matrices_without_a_grid_stay_and_no_fold_passes_through_them():
 def test_what_is_worse_on_the_windows_held_out_is_not_kept():
     p = problem()
     wild = Qat(start="range", epochs=1, rate=50.0, scale_rate=5.0).refine(p)
+    assert wild.errors[1] > wild.errors[0]
+    assert all(np.array_equal(vector, p.weights[role]) for role, vector in wild.vectors.items())
     assert all(np.array_equal(wild.matrices[r].codes, p.starts[r].codes) for r in MATRICES)
 
 
@@ -195,7 +201,7 @@ def test_training_without_the_quantized_stream_undoes_less():
     np.testing.assert_allclose(np.stack([there(x, p.weights) for x in exact]), p.targets, atol=1e-6)
     solver = Qat(start="range", epochs=8, rate=0.01, scale_rate=0.005)
     with_stream, without = solver.refine(p), solver.refine(replace(p, inputs=exact))
-    assert error(p, with_stream.matrices) < 0.95 * error(p, without.matrices)
+    assert error(p, with_stream.matrices, with_stream.vectors) < 0.95 * error(p, without.matrices, without.vectors)
 
 
 def test_the_schedule_holds_out_every_eighth_window():

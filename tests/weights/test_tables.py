@@ -7,7 +7,8 @@ import pytest
 
 from barefoot.core.errors import InvalidInput
 from barefoot.ops import blocks
-from barefoot.weights.formats.bfp import BlockFloat
+from barefoot.weights import folds
+from barefoot.weights.formats.bfp import BlockFloat, by_size
 from barefoot.weights.formats.bitmod import BitMod
 from barefoot.weights.formats.minifloat import MinifloatGroups
 from barefoot.weights.formats.nf4 import NormalFloat
@@ -77,6 +78,38 @@ def test_refit_finds_the_scale_that_codes_were_made_with(name):
             assert np.array_equal(refitted[special], params[special])
         else:
             assert np.array_equal(refitted, params)
+
+
+def test_sorted_channels_share_blocks_and_leave_the_function_as_it_is():
+    """K-sort of a feed-forward layer: the same function before rounding, and less error of its last matrix after."""
+    rng = np.random.default_rng(11)
+    sizes = np.exp(0.3 * rng.standard_normal(256)) * np.where(rng.permutation(256) < 16, 8, 1)
+    layer = {
+        "gate": rng.standard_normal((256, 32)),
+        "up": rng.standard_normal((256, 32)),
+        "down": rng.standard_normal((32, 256)) * sizes,
+    }
+
+    def ffn(there, x):
+        return (np.maximum(x @ there["gate"].T, 0) * (x @ there["up"].T)) @ there["down"].T
+
+    order = by_size(np.linalg.norm(layer["down"], axis=0))
+    there, x = folds.permute_ffn(layer, order), rng.standard_normal((50, 32))
+    np.testing.assert_allclose(ffn(there, x), ffn(layer, x), rtol=1e-10, atol=1e-10)
+    assert (np.diff(np.linalg.norm(there["down"], axis=0)) <= 0).all()
+
+    def error(name, down):
+        down = down.astype(np.float32)
+        return np.square(down - blocks.decode(name, blocks.encode(name, down), 256)).mean()
+
+    assert error("bfp4_g32", layer["down"]) > 1.25 * error("bfp4_g32", there["down"])
+    first = layer["down"][:, :128], layer["down"][:, by_size(np.linalg.norm(layer["down"][:, :128], axis=0))]
+    values = [np.sort(blocks.decode("bfp4_g128", blocks.encode("bfp4_g128", f.astype(np.float32)), 128)) for f in first]
+    assert np.array_equal(*values)  # a block of all channels: their order is of no matter
+
+
+def test_channels_of_one_size_keep_their_order():
+    assert by_size(np.array([[1.0, 3, 3, 2], [5, 5, 5, 5]])).tolist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
 
 
 def test_knobs_are_checked_and_name_layouts():

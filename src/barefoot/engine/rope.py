@@ -76,7 +76,7 @@ def to_hf(rope: Rope) -> dict[str, Any]:
     if rope.scaling == "none":
         return {"rope_theta": rope.theta}
     scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling != "linear" and rope.original_context:
+    if rope.scaling != "linear" and rope.original_context:  # GGUF files of Llama 3 give factors and no context
         scaling["original_max_position_embeddings"] = rope.original_context
     if rope.scaling == "llama3":
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}

@@ -11,9 +11,11 @@ keep theirs: each makes up for what the ones before it left.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,7 @@ from barefoot.engine.arena import Arena
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
 from barefoot.engine.placement import PAGE
+from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.strict_json import read_object
 from barefoot.io.types import TensorInfo
@@ -87,6 +90,13 @@ def loaded(spec: ModelSpec, n: int) -> ModelSpec:
     gone = set(spec.stack[n:])
     left = (replace(w, parts=tuple(p for p in w.parts if p not in gone)) for w in spec.weights)
     return replace(spec, weights=tuple(left), stack=spec.stack[:n])
+
+
+def write_order(folder: Path, names: Sequence[str]) -> None:
+    """Let the record of a folder state the order of its stack."""
+    record = read_object(folder / RECORD) | {OWNER: list(names)}
+    with atomic_writer(folder / RECORD) as file:
+        file.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------

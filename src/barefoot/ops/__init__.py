@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
 from barefoot.ops import blocks, lut, panels, parts, planes, reference, rounding
+from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
 from barefoot.ops.grids import LANES, Grid, Levels
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
 from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes

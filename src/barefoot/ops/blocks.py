@@ -37,6 +37,8 @@ Block floating point, ``bfp{3,4,6,8}_g{32,64,128}``: byte 0 is the exponent e, t
 float32 number whose exponent field is e, 2^(e - 127) (0: the scale is 0; 255, infinity, is never made), and
 w = scale * (q - 2^(b-1)), q in 0..2^b - 1.
 
+``bilevel{2,3,4}``: 64 weights whose four scales and zero points have few bits too: ``barefoot.ops.bilevel``.
+
 ``zero`` stores nothing and means zeros: the format of a matrix that is only the sum of its parts
 (``barefoot.ops.parts``).
 
@@ -53,7 +55,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
-from barefoot.ops import levels, superblocks
+from barefoot.ops import bilevel, levels, superblocks
+from barefoot.ops.bilevel import Bilevel, BilevelGrid
 from barefoot.ops.grids import Grid, Shifted, Special, Table, Ternary, Uniform
 from barefoot.ops.payload import F32, U8, f16_at, pack_chunks, unpack_chunks
 
@@ -134,9 +137,9 @@ class Group:
 class BlockFormat:
     """One way of storing a row. ``decode_blocks``: uint8 (n, block_bytes) → float32 (n, block_elements).
 
-    ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those of 256 weights;
-    both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose codes on.
-    ``in_float``: products are taken in float32, as with dense weights, whatever the activations.
+    ``group`` describes the blocks that have a single scale before their codes, ``super_block`` those whose scales have
+    scales; both None for dense weights and where codes can't be told apart (tq1_0). ``grid`` is what solvers choose
+    codes on. ``in_float``: products are taken in float32, as with dense weights, whatever the activations.
     """
 
     name: str
@@ -145,12 +148,12 @@ class BlockFormat:
     decode_blocks: Callable[[U8], F32]
     encode_blocks: Callable[[F32], U8] | None = None
     group: Group | None = None
-    super_block: superblocks.SuperBlock | None = None
+    super_block: superblocks.SuperBlock | Bilevel | None = None
     grid: Grid | None = None
     in_float: bool = False
 
     @property
-    def anatomy(self) -> Group | superblocks.SuperBlock | None:
+    def anatomy(self) -> Group | superblocks.SuperBlock | Bilevel | None:
         """What takes blocks apart, into scales and codes, and puts them together again; None without integer codes."""
         return None if self.in_float else self.group or self.super_block
 
@@ -237,11 +240,12 @@ def encode(format_id: str, weights: F32) -> U8:
     n_rows, n_cols = weights.shape
     n_bytes = row_bytes(format_id, n_cols)
     weights = np.ascontiguousarray(weights, dtype=np.float32)
+    grid = None if fmt.encode_blocks else _chosen_on(fmt)
+    if fmt.block_elements > 1 and not np.isfinite(weights).all():
+        raise not_finite(format_id)
     if fmt.encode_blocks is not None:
         return fmt.encode_blocks(weights.reshape(-1, fmt.block_elements)).reshape(n_rows, n_bytes)
-    grid = _chosen_on(fmt)
-    if not np.isfinite(weights).all():
-        raise not_finite(format_id)
+    assert grid is not None
     groups = weights.reshape(-1, grid.group)
     params = grid.plain(groups)
     stored = grid.store(params.reshape(-1, grid.block // grid.group, params.shape[1]))
@@ -405,3 +409,20 @@ for _bits in MANTISSA_BITS:
     for _size in GROUP_SIZES:
         _group = Group(_bits, zero=1 << (_bits - 1), shifted=True)
         _add(_of_group(f"bfp{_bits}_g{_size}", _group, Shifted(_bits, _size)))
+
+
+# --- groups whose scales have scales --------------------------------------------------------------------------------
+
+
+for _two in bilevel.FORMATS:
+    _add(
+        BlockFormat(
+            _two.name,
+            bilevel.ELEMENTS,
+            _two.n_bytes,
+            _two.decode,
+            _two.encode,
+            super_block=_two,
+            grid=BilevelGrid(_two),
+        )
+    )

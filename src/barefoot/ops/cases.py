@@ -79,6 +79,10 @@ _F16_AT = {
 
 def random_packed(format_id: str, rows: int, cols: int, rng: np.random.Generator) -> U8:
     """Rows uint8 (rows, row_bytes): all codes random, the f16 scales of GGUF blocks of either sign and finite."""
+    if format_id.startswith("bilevel"):
+        raw = rng.integers(0, 256, (rows, blocks.row_bytes(format_id, cols)), dtype=np.uint8)
+        raw.reshape(-1, blocks.block_bytes(format_id))[:, 0] %= 128  # of d: up to 1 / 128
+        return raw
     if format_id not in _F16_AT:
         return blocks.encode(format_id, rng.standard_normal((rows, cols)).astype(np.float32))
     n_blocks = rows * cols // blocks.block_elements(format_id)

@@ -11,10 +11,10 @@ after group along the columns, each a block of every row:
 ======= ============================================================================================================
 bytes   content
 ======= ============================================================================================================
-32      the scales of rows 0..15, f16 (16 bytes: their exponents, where the format stores these)
+32      the scales of rows 0..15, f16 (16 bytes: their exponents, where the format stores these); not in bilevel formats
 32      their minimums (K-quants: the scales of the minimums), f16; only where the format has them
-192/256 the sub-scales of the K-quants, 12 bytes a row in q3_k, q4_k and q5_k, 16 bytes in q2_k and q6_k: byte i of
-        row r is byte 16 i + r
+80-256  the sub-scales of the K-quants, 12 bytes a row in q3_k, q4_k and q5_k, 16 bytes in q2_k and q6_k, and of the
+        bilevel formats, 5 bytes: byte i of row r is byte 16 i + r
 rest    one chunk of 32 columns after the other, ``64 * bits`` bytes each: the planes of the codes' bits, low bits first
 ======= ============================================================================================================
 
@@ -38,6 +38,7 @@ import numpy as np
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops import blocks
+from barefoot.ops.bilevel import Bilevel
 from barefoot.ops.payload import U8
 from barefoot.ops.superblocks import SuperBlock
 
@@ -101,7 +102,7 @@ def unpack(format_id: str, packed: U8, n_cols: int) -> U8:
     return joined.reshape(ROWS * n_panels, -1)
 
 
-def _number_bytes(anatomy: blocks.Group | SuperBlock) -> int:
+def _number_bytes(anatomy: blocks.Group | SuperBlock | Bilevel) -> int:
     return anatomy.scale_bytes if isinstance(anatomy, blocks.Group) else 2
 
 
@@ -121,7 +122,7 @@ def _shifts(width: int) -> U8:
     return np.arange(0, 8, width, dtype=np.uint8).reshape(-1, 1, 1)
 
 
-def _anatomy(format_id: str, n_rows: int, n_cols: int) -> tuple[blocks.Group | SuperBlock, int]:
+def _anatomy(format_id: str, n_rows: int, n_cols: int) -> tuple[blocks.Group | SuperBlock | Bilevel, int]:
     fmt = blocks.lookup(format_id)
     if fmt.anatomy is None or not supports(format_id, n_rows, n_cols):
         raise Incompatible(

@@ -19,7 +19,7 @@ import numpy as np
 from barefoot.core.errors import Incompatible
 from barefoot.ops import blocks
 from barefoot.ops.blocks import Group
-from barefoot.ops.grids import Ternary, Uniform
+from barefoot.ops.grids import Ternary
 from barefoot.ops.payload import U8
 
 
@@ -73,8 +73,8 @@ def recode(target: str, source: str, rows: U8) -> U8:
 
 def _group(format_id: str) -> Group | None:
     """The group of a format whose codes count equal steps; None for all others."""
-    fmt = blocks.lookup(format_id)
-    return fmt.group if isinstance(fmt.grid, Uniform | Ternary) else None
+    group = blocks.lookup(format_id).group
+    return group if group is not None and group.is_affine else None
 
 
 def _shift(to: Group, of: Group) -> int:

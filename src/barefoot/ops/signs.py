@@ -193,7 +193,7 @@ def round_products(x: F32, v: F16) -> npt.NDArray[np.float64]:
     used = largest >= SMALLEST
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=used)
     scale = np.where(finite, np.where(used, largest / np.float32(127), np.float32(0)), np.float32(np.nan))
-    rounded = np.rint(grouped * inverse).astype(np.float64) * scale
+    rounded: npt.NDArray[np.float64] = np.rint(grouped * inverse).astype(np.float64) * scale
     return rounded.reshape(padded.shape)[..., :cols]
 
 

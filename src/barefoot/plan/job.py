@@ -12,6 +12,7 @@ from barefoot.core.ledger import Place
 from barefoot.core.model import MATRIX_GROUPS, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
+from barefoot.core.technique import Technique
 from barefoot.engine.config import Activations
 from barefoot.kv.stores import KVStore
 from barefoot.ops.dispatch import Layout
@@ -102,12 +103,16 @@ def parse_weights(text: str) -> dict[WeightGroup, WeightFormat]:
     ------
     InvalidInput : unreadable, an unknown group or format, or a group given twice.
     """
-    known = techniques("weights.formats")
+    return cast("dict[WeightGroup, WeightFormat]", parse_groups(text, techniques("weights.formats")))
+
+
+def parse_groups(text: str, known: Mapping[str, type[Technique]]) -> dict[WeightGroup, Technique]:
+    """The same with any techniques."""
     if re.fullmatch(rf"\s*{_PART}(?:[\s,]+{_PART})*\s*", text) is None:
         raise InvalidInput(
             f"can't read the weights {text!r}", cure='write "int(bits=4)" or "ffn=int(bits=3) attn=stored"'
         )
-    formats: dict[WeightGroup, WeightFormat] = {}
+    formats: dict[WeightGroup, Technique] = {}
     for group, spec in re.findall(_PART, text):
         if group and group not in MATRIX_GROUPS:
             raise InvalidInput(f"unknown group {group!r} of weights; known: {', '.join(MATRIX_GROUPS)}")
@@ -115,7 +120,7 @@ def parse_weights(text: str) -> dict[WeightGroup, WeightFormat]:
         for name in (group,) if group else MATRIX_GROUPS:
             if name in formats:
                 raise InvalidInput(f"the format of {name} is given twice in {text!r}")
-            formats[cast(WeightGroup, name)] = cast(WeightFormat, technique)
+            formats[cast(WeightGroup, name)] = technique
     return formats
 
 

@@ -5,6 +5,9 @@
 tensors of a barefoot folder. Rows are decoded a tile at a time, in the forward pass and again in the backward one,
 which reaches the inputs but never the weights: beside the stored bytes, one tile of at most ``TILE_BYTES`` is in
 memory. Of a matrix that is a sum, each part is a buffer of its own, ``weight+label``, and a tile is the whole matrix.
+
+On a CUDA device with Triton, products of integer groups read the stored bytes themselves (``barefoot.ops.triton``). For
+that ``PackedLinear`` rearranges its bytes as panels at the first product there, in place; state dicts keep the rows.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
-from barefoot.ops import PackedWeight, blocks, parts
+from barefoot.ops import PackedWeight, blocks, panels, parts
 from barefoot.weights.structures import Matrix
 
 TILE_BYTES = 4 << 20  # of decoded weights, float32; at least one row
@@ -32,6 +35,7 @@ class _Packed(nn.Module):
     """
 
     weight: Tensor
+    in_panels = False  # else in rows
     kinds: Mapping[str, str] = MappingProxyType({})  # of the parts, by the names of their buffers
 
     def __init__(
@@ -69,7 +73,7 @@ class _Packed(nn.Module):
         if mine != theirs:
             raise InvalidInput(f"expected a matrix of format, shape and parts {mine}, got {theirs}")
         device = self.weight.device
-        self.weight = torch.from_numpy(matrix.rows.copy()).to(device)
+        self.weight, self.in_panels = torch.from_numpy(matrix.rows.copy()).to(device), False
         for name, (_, each) in data.items():
             setattr(self, name, torch.from_numpy(each.copy()).to(device))
 
@@ -86,9 +90,13 @@ class _Packed(nn.Module):
         stored = blocks.encode(self.format, weight.detach().float().cpu().numpy())
         self.hold(Matrix(self.format, stored.reshape(self.rows, -1)))
 
+    def stored_rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows ``start`` to ``stop`` as the file has them, uint8 (n, bytes of a row)."""
+        return self.weight[start:stop]
+
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` as they are stored, float32 (n, cols), on the module's device."""
-        rows = decode(self.format, self.weight[start:stop], self.cols)
+        rows = decode(self.format, self.stored_rows(start, stop), self.cols)
         for name, kind in self.kinds.items():
             data = self.get_buffer(name)
             part = parts.lookup(kind).decode(self.rows, self.cols, data.cpu().numpy())
@@ -127,8 +135,49 @@ class PackedLinear(_Packed):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _TiledProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        if x.is_cuda:
+            self.arrange()
+        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def arrange(self) -> bool:
+        """Rearrange the bytes as panels where the Triton kernels take them; whether they lie so now."""
+        gpu = None if self.in_panels or self.kinds else _gpu_products()
+        if gpu is not None and gpu.supports(self.format, self.rows, self.cols):
+            arranged = panels.pack(self.format, self.weight.cpu().numpy(), self.cols)
+            self.weight = torch.from_numpy(arranged.reshape(self.weight.shape)).to(self.weight.device)
+            self.in_panels = True
+        return self.in_panels
+
+    def stored_rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        if not self.in_panels:
+            return super().stored_rows(start, stop)
+        start, stop, _ = slice(start, stop).indices(self.rows)
+        first, last = start // panels.ROWS, -(-stop // panels.ROWS)
+        some = self.weight.view(self.rows // panels.ROWS, -1)[first:last].cpu().numpy()
+        rows = panels.unpack(self.format, some, self.cols)[start - first * panels.ROWS : stop - first * panels.ROWS]
+        return torch.from_numpy(rows).to(self.weight.device)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ, from panels where the kernels compute, else by tiles of decoded rows."""
+        gpu = _gpu_products() if self.in_panels else None
+        y: Tensor
+        if gpu is not None and gpu.computes(x):
+            weight = gpu.PanelWeight(self.format, self.rows, self.cols, self.weight.view(-1))
+            y = gpu.panel_matmul(x.reshape(-1, self.cols).contiguous(), weight)
+            return y.view(*x.shape[:-1], self.rows)
+        y = x.new_empty(*x.shape[:-1], self.rows)
+        for start, stop in self.tiles():
+            y[..., start:stop] = x @ self.dense(start, stop).to(x.dtype).T
+        return y
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.stored_rows()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.in_panels = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         added = "".join(f", {name.removeprefix('weight')}: {kind}" for name, kind in self.kinds.items())
@@ -166,16 +215,13 @@ class PackedEmbedding(_Packed):
         )
 
 
-class _TiledProduct(torch.autograd.Function):
-    """x Wᵀ by tiles of rows; the backward pass decodes again instead of keeping what the forward pass decoded."""
+class _Product(torch.autograd.Function):
+    """x Wᵀ; the backward pass decodes again by tiles of rows instead of keeping what the forward pass decoded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: PackedLinear) -> Tensor:
         ctx.module, ctx.kind = module, x.dtype
-        y = x.new_empty(*x.shape[:-1], module.rows)
-        for start, stop in module.tiles():
-            y[..., start:stop] = x @ module.dense(start, stop).to(x.dtype).T
-        return y
+        return module.product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
@@ -186,6 +232,15 @@ class _TiledProduct(torch.autograd.Function):
         for start, stop in ctx.module.tiles():
             into += grad[..., start:stop] @ ctx.module.dense(start, stop).to(grad.dtype)
         return into.to(ctx.kind), None
+
+
+def _gpu_products() -> Any:
+    """The kernels' module, or None where Triton is not installed."""
+    try:
+        from barefoot.ops.triton import panel_matmul
+    except ImportError:
+        return None
+    return panel_matmul
 
 
 def decode(format: str, rows: Tensor, cols: int) -> Tensor:

@@ -14,12 +14,13 @@ from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
 if TYPE_CHECKING:
     from barefoot.core.model import ModelSpec
-    from barefoot.engine.fitting import Fit
+    from barefoot.engine.fitting import Fit, Ids
     from barefoot.io.inventory import Checkpoint
     from barefoot.weights.solvers import Solver
     from barefoot.weights.structures import Structure
 
 WINDOW, TOKENS = 512, 16384
+SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVER = "gptq"
 CONTEXT = 1024
 SENSITIVITY = "fit-sensitivity.json"
@@ -29,6 +30,7 @@ EXAMPLES = (
     "barefoot fit smollm2 --memory 80MiB -o small",
     "barefoot fit smollm2 --bits 3.2 -o small --text wiki.train.raw",
     'barefoot fit smollm2 --weights "int(bits=4,group=64)" --solver hqq -o small',
+    'barefoot fit smollm2 --weights "ffn=bitstack attn=bitstack embed=int(bits=8)" -o stack',
 )
 JSON_KEYS = {
     "model": "what was fitted",
@@ -39,6 +41,7 @@ JSON_KEYS = {
     "solver": "what chose the codes",
     "predicted_cost": "nats a token that rounding should cost, when formats were chosen here; null if they were stated",
     "run_bytes": "what `barefoot run` takes with everything resident and a context of run_context tokens",
+    "least_run_bytes": "of a stack: with the first block of each matrix alone; else the same",
     "run_context": "tokens",
     "predicted_peak_bytes": "of the fit, predicted",
     "measured_peak_bytes": "of the fit: the process's high-water mark",
@@ -57,7 +60,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--weights",
         metavar="SPEC",
-        help='formats instead of a size: of all matrices, as in "int(bits=4)", or by group, as in run',
+        help='formats instead of a size: of all matrices, as in "int(bits=4)", or by group, as in run; or structures '
+        "of the layers' matrices, as in bitstack(blocks=8)",
     )
     parser.add_argument(
         "--fit-memory", metavar="SIZE", type=parse_bytes, help="bytes of the fit itself, where they are not --memory"
@@ -99,6 +103,7 @@ def execute(args: argparse.Namespace) -> int:
             "predicted_cost": cost,
         }
         folder.finish(record)
+        _sort(output, job.texts, report)
         (output / SENSITIVITY).unlink(missing_ok=True)
     result = {
         "model": args.model,
@@ -148,15 +153,47 @@ def _budget(args: argparse.Namespace, spec: ModelSpec) -> int:
 
 def _stated(text: str, spec: ModelSpec) -> dict[str, str | Structure]:
     """The format or structure of each matrix that ``text`` says something about."""
-    from barefoot.plan.job import parse_weights
+    from barefoot.core.registry import techniques
+    from barefoot.plan.job import parse_groups
+    from barefoot.weights.formats import WeightFormat
 
-    by_group = parse_weights(text)
-    return {w.name: by_group[w.group].layout(w.format) for w in spec.weights if w.group in by_group}
+    by_group = parse_groups(text, {**techniques("weights.formats"), **techniques("weights.structures")})
+    found: dict[str, str | Structure] = {}
+    for weight in spec.weights:
+        how = by_group.get(weight.group)
+        if isinstance(how, WeightFormat):
+            found[weight.name] = how.layout(weight.format)
+        elif how is not None and weight.layer is not None:  # sums are there for the matrices of layers
+            found[weight.name] = cast("Structure", how)
+    return found
+
+
+def _sort(output: Path, texts: Ids, report: progress.Report) -> None:
+    """Put the residual blocks of a stack, if it is one, into the order in which to load them."""
+    from barefoot.engine.config import EngineConfig
+    from barefoot.engine.runner import Engine
+    from barefoot.engine.specs import model_spec
+    from barefoot.engine.stacks import write_order
+    from barefoot.evals.sorting import sort_stack
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.kv.stores.f16 import HalfStore
+    from barefoot.ops import n_threads
+
+    with Checkpoint(output) as checkpoint:
+        spec = model_spec(checkpoint)
+        if not spec.stack:
+            return
+        windows = texts[:SORT_WINDOWS].tolist()
+        context = len(windows[0])
+        chunk = max(1, context // 2)
+        config = EngineConfig(context, HalfStore(), chunk=chunk, n_logits=min(16, chunk), n_threads=n_threads())
+        with Engine(checkpoint, spec, config) as engine:
+            write_order(output, sort_stack(engine, windows, progress=report))
 
 
 def _sizes(output: Path) -> dict[str, Any]:
     """What the folder takes, by format."""
-    from barefoot.engine.placement import stored_bytes
+    from barefoot.engine.placement import piece_bytes
     from barefoot.engine.specs import model_spec
     from barefoot.io.inventory import Checkpoint
 
@@ -164,13 +201,16 @@ def _sizes(output: Path) -> dict[str, Any]:
         spec = model_spec(checkpoint)
     formats: dict[str, int] = {}
     for weight in spec.weights:
-        formats[weight.format] = formats.get(weight.format, 0) + stored_bytes(weight)
+        names = weight.format, *(part.kind for part in weight.parts)
+        for name, n_bytes in zip(names, piece_bytes(weight, weight.parts), strict=True):
+            formats[name] = formats.get(name, 0) + n_bytes
+    formats.pop("zero", None)
     total = sum(formats.values())
     return {"weight_bytes": total, "bits_per_weight": 8 * total / spec.n_parameters, "formats": formats}
 
 
 def _run_needs(output: Path) -> dict[str, int]:
-    """The memory in which the fitted model runs with all of its weights resident."""
+    """The memory in which the fitted model runs with all of its weights resident, and without any of its stack."""
     from barefoot.engine.specs import model_spec
     from barefoot.io.inventory import Checkpoint
     from barefoot.plan.job import RunJob, Stated
@@ -182,10 +222,14 @@ def _run_needs(output: Path) -> dict[str, int]:
         tokenizer = models.tokenizer_footprint(checkpoint, models.TYPICAL_PROMPT_BYTES)
     context = min(CONTEXT, spec.context_length)
     stored = dict.fromkeys(MATRIX_GROUPS, Stored())
-    stated = Stated(weights=stored, streamed_layers=0, stream_head=False)
-    needed = smallest_budget(spec, RunJob(context, context // 2), stated=stated, extra=tokenizer)
-    assert needed is not None
-    return {"run_bytes": needed, "run_context": context}
+
+    def needed(n_stacked: int | None) -> int:
+        stated = Stated(weights=stored, streamed_layers=0, stream_head=False, n_stacked=n_stacked)
+        found = smallest_budget(spec, RunJob(context, context // 2), stated=stated, extra=tokenizer)
+        assert found is not None
+        return found
+
+    return {"run_bytes": needed(len(spec.stack) or None), "least_run_bytes": needed(None), "run_context": context}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -195,6 +239,8 @@ def _show(result: dict[str, Any]) -> None:
         ("formats", ", ".join(f"{name} {format_bytes(n)}" for name, n in largest[:6])),
         ("runs in", f"{format_bytes(result['run_bytes'])} with a context of {result['run_context']:,} tokens"),
     ]
+    if result["least_run_bytes"] < result["run_bytes"]:
+        rows.append(("as a stack", f"in any memory from {format_bytes(result['least_run_bytes'])} on"))
     if result["predicted_cost"] is not None:
         rows.append(("rounding", f"expected to cost {result['predicted_cost']:.4f} nats a token"))
     print(console.table(rows))

@@ -59,8 +59,8 @@ struct Quantized {
   static constexpr int elements = 32, group = 32, zero = 0;
   static constexpr int code_bits = 0;        // of formats that have panels
   static constexpr int scale_at = 0;         // byte of a block where its f16 numbers begin
-  static constexpr int scale_bytes = 2;      // of each of these numbers
-  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py describes them
+  static constexpr int scale_bytes = 2;      // of each of these numbers; 0: there are none
+  static constexpr int sub_bytes = 0;        // of sub-scales, as superblocks.py and bilevel.py describe them
   static constexpr bool wide = false;        // codes of 8 bits
   static constexpr bool has_offset = false;
   static constexpr bool in_float = false;    // products are taken in float32
@@ -309,6 +309,26 @@ struct Ternary : Integer<2, Group, true> {
   static constexpr int zero = 1;
 };
 
+// Groups of 16 whose scales and zero points have few bits too. Arithmetic is exact.
+template <int Bits>
+struct Bilevel : Quantized {
+  static constexpr char name[] = {'b', 'i', 'l', 'e', 'v', 'e', 'l', static_cast<char>('0' + Bits), '\0'};
+  static constexpr int elements = 64, group = 16, code_bits = Bits, scale_bytes = 0, sub_bytes = 5;
+  static constexpr int bytes = sub_bytes + 8 * Bits;
+  static constexpr bool has_offset = true;
+  static constexpr float zero_unit = static_cast<float>(1 << Bits) / 64;
+  static float step(uint8_t code) { return half_to_float(static_cast<uint16_t>(code << 7)) * (1.0f / 256); }
+  static void sub_scales(const uint8_t* b, uint8_t* to) { std::memcpy(to, b, sub_bytes); }
+  static Codes codes(const uint8_t* b, int c) { return unpack_codes<Bits>(b + sub_bytes + 4 * Bits * c); }
+  static void scales(const uint8_t* b, float* scale, float* offset) {
+    const float d = step(b[0]);
+    for (int i = 0; i < elements / group; ++i) {
+      scale[i] = d * static_cast<float>(b[1 + i] & 15);
+      offset[i] = -(scale[i] * (zero_unit * static_cast<float>(8 + 3 * (b[1 + i] >> 4))));
+    }
+  }
+};
+
 // Block floating point: the scale is a power of two, of which only the exponent is stored.
 template <int Bits, int Group>
 struct BlockFloat : Integer<Bits, Group, true, 1> {
@@ -417,7 +437,8 @@ using NonUniform = Families<Look<Indexed<Nf4>>,                                 
                             Wide<2, 5>, Wide<3, 4>, Wide<4, 3>, Wide<5, 2>, Wide<6, 1>,        //
                             Look<Bitmod<3, 3, 6>>, Look<Bitmod<4, 10, 16>>,                    //
                             Shifted<8>, Shifted<6>, Shifted<4>, Shifted<3>>;
-using Formats = decltype(Plain{} + NonUniform{});
+using TwoLevel = FormatList<Bilevel<2>, Bilevel<3>, Bilevel<4>>;
+using Formats = decltype(Plain{} + NonUniform{} + TwoLevel{});
 
 // --- what the kernels use ---
 

@@ -59,6 +59,8 @@ struct Constant {
 //
 #include "planes.h"
 //
+#include "csr.h"
+//
 #include "signs.h"
 //
 #include "fused.h"
@@ -80,7 +82,7 @@ struct Constant {
 #include "attention_token.h"
 
 // The kinds of parts, in the order of parts.names().
-constexpr std::array kParts{PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
+constexpr std::array kParts{kCsr, PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
 
 }  // namespace
 

@@ -33,8 +33,8 @@ constexpr FormatKernels kernels_of() {
     k.pack_panel = &pack_panel<Format>;
     if constexpr (Format::sub_bytes > 0) {
       k.dequantize[1] = &dequantize_super_lane<Format>;
-      k.dot_panels = &dot_super_panels<SuperPanel<Format>>;
-      k.unpack_panel = &unpack_super_panel<SuperPanel<Format>>;
+      k.dot_panels = &dot_super_panels<SuperPanelOf<Format>>;
+      k.unpack_panel = &unpack_super_panel<SuperPanelOf<Format>>;
     } else {
       k.dequantize[1] = &dequantize_lane<Format>;
       k.dot_panels = &dot_panels<PanelOf<Format>>;

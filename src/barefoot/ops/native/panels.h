@@ -228,7 +228,8 @@ void pack_group(const uint8_t* block, int64_t row_bytes, uint8_t* group) {
   for (int r = 0; r < kPanelRows; ++r) {
     const uint8_t* from = block + r * row_bytes;
     std::memcpy(group + Format::scale_bytes * r, from + Format::scale_at, Format::scale_bytes);
-    if constexpr (Format::has_offset) std::memcpy(group + 32 + 2 * r, from + Format::scale_at + 2, 2);
+    if constexpr (Format::has_offset && Format::scale_bytes == 2)
+      std::memcpy(group + 32 + 2 * r, from + Format::scale_at + 2, 2);
     if constexpr (Format::sub_bytes > 0) {
       uint8_t sub[Format::sub_bytes];
       Format::sub_scales(from, sub);

@@ -1,4 +1,5 @@
-// Panels of the K-quants, whose scales have scales: w = d * sub_scale * (code - zero), or less dmin * sub_minimum.
+// Panels of the formats whose scales have scales. K-quants: w = d * sub_scale * (code - zero), or less dmin *
+// sub_minimum. Bilevel groups: w = d * sub_scale * (code - sub_zero).
 #pragma once
 
 template <class Format>
@@ -51,7 +52,62 @@ struct SuperPanel : PanelOf<Format> {
     if constexpr (Base::has_offset) return set1(0.0f) - load_half(group + 32 + 2 * row);
     else return set1(-static_cast<float>(Base::zero)) * Base::scales(group, row);
   }
+
+  // Of one row: the scale of sub-block j, and what its offset is.
+  static float lane_scale(const uint8_t* group, const uint8_t* sub_scales, int lane, int j) {
+    return half_at(group + 2 * lane) * lane_number(sub_scales, lane, j);
+  }
+  static float lane_offset(const uint8_t* group, const uint8_t* sub_scales, int lane, int j) {
+    return -(half_at(group + 32 + 2 * lane) * lane_number(sub_scales, lane, parts * chunks + j));
+  }
+
+ private:
+  static float lane_number(const uint8_t* sub_scales, int lane, int j) {
+    return static_cast<float>(static_cast<int8_t>(sub_scales[kPanelRows * j + lane]) - Format::sub_zero);
+  }
 };
+
+// Sub-scales are 5 bytes a row: the code of d, then the scale (low half) and zero point (high half) of each group.
+template <class Format>
+struct BilevelPanel : PanelOf<Format> {
+  using Base = PanelOf<Format>;
+  static constexpr int chunks = Format::elements / 32, parts = 32 / Format::group;
+  static constexpr int64_t group_bytes = Base::group_bytes(chunks);
+  static constexpr int n_groups = chunks * parts, kUnpacked = 2 * n_groups * kPanelRows;
+
+  static const uint8_t* sub_scales(const uint8_t* group, uint8_t* room) {
+    constexpr int half = n_groups * kPanelRows;
+    for (int i = 0; i < half; i += 4 * kLanes) {
+      const Quads both = load_quads(group + kPanelRows + i);
+      store_quads(room + i, field<0>(both, 15));
+      store_quads(room + half + i, field<4>(both, 15));
+    }
+    return room;
+  }
+  static F sub_scale(const uint8_t* sub_scales, int j, int row) {
+    return to_float(widen_bytes(sub_scales + kPanelRows * j + row));
+  }
+  static F sub_offset(const uint8_t* sub_scales, int j, int row) {
+    return sub_scale(sub_scales, j, row) * fma(set1(3.0f), sub_scale(sub_scales, n_groups + j, row), set1(8.0f));
+  }
+  static F scales(const uint8_t* group, int row) {
+    uint16_t half[kLanes];
+    for (int i = 0; i < kLanes; ++i) half[i] = static_cast<uint16_t>(group[row + i] << 7);
+    return load_half(half) * set1(1.0f / 256);
+  }
+  static F offset_scales(const uint8_t* group, int row) { return scales(group, row) * set1(-Format::zero_unit); }
+
+  static float lane_scale(const uint8_t* group, const uint8_t* sub_scales, int lane, int j) {
+    return Format::step(group[lane]) * static_cast<float>(sub_scales[kPanelRows * j + lane]);
+  }
+  static float lane_offset(const uint8_t* group, const uint8_t* sub_scales, int lane, int j) {
+    const float zero = static_cast<float>(8 + 3 * sub_scales[kPanelRows * (n_groups + j) + lane]);
+    return -(lane_scale(group, sub_scales, lane, j) * (Format::zero_unit * zero));
+  }
+};
+
+template <class Format>
+using SuperPanelOf = std::conditional_t<Format::scale_bytes != 0, SuperPanel<Format>, BilevelPanel<Format>>;
 
 // Calls body(Q) for the quads of part `Part` of a chunk.
 template <int Parts, int Part, class Body>
@@ -162,23 +218,19 @@ void unpack_super_panel(const uint8_t* panel, int64_t, int row0, int64_t k0, int
 // As dequantize_row, bit for bit.
 template <class Format>
 void dequantize_super_lane(const uint8_t* data, int64_t n_cols, int64_t row, int64_t k0, int64_t n, float* out) {
-  using P = SuperPanel<Format>;
-  constexpr int n_scales = P::parts * P::chunks;
+  using P = SuperPanelOf<Format>;
   const int lane = static_cast<int>(row % kPanelRows);
   const uint8_t* group = data + (row / kPanelRows * n_cols + k0) / Format::elements * P::group_bytes;
   for (; n > 0; n -= Format::elements, group += P::group_bytes) {
     alignas(64) uint8_t room[P::kUnpacked];
-    const uint8_t* sub = P::sub_scales(group, room) + lane;
-    const auto number = [&](int j) {
-      return static_cast<float>(static_cast<int8_t>(sub[kPanelRows * j]) - Format::sub_zero);
-    };
-    for (int j = 0; j < n_scales; ++j) {
-      const float scale = half_at(group + 2 * lane) * number(j);
+    const uint8_t* sub_scales = P::sub_scales(group, room);
+    for (int j = 0; j < P::parts * P::chunks; ++j) {
+      const float scale = P::lane_scale(group, sub_scales, lane, j);
       const uint8_t* chunk = group + P::header + j / P::parts * P::chunk_bytes;
       for (int i = 0; i < Format::group; ++i) {
         const int code = P::code(chunk, lane, j % P::parts * Format::group + i);
         const float product = scale * static_cast<float>(code - Format::zero);
-        if constexpr (Format::has_offset) *out++ = product - half_at(group + 32 + 2 * lane) * number(n_scales + j);
+        if constexpr (Format::has_offset) *out++ = product + P::lane_offset(group, sub_scales, lane, j);
         else *out++ = product;
       }
     }

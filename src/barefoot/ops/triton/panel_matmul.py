@@ -28,8 +28,9 @@ import triton.language as tl
 
 from barefoot.core.errors import Incompatible
 from barefoot.ops import PackedWeight, blocks, panels
-from barefoot.ops.grids import Ternary, Uniform
-from barefoot.ops.triton.tiles import FEW_TOKENS, check_input, half, multiplied, n_splits, tuned
+from barefoot.ops.triton.tiles import FEW_TOKENS, check_input, computes, half, multiplied, n_splits, tuned
+
+__all__ = ["PanelWeight", "computes", "panel_matmul", "supports"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +73,8 @@ class PanelWeight:
 
 def supports(format_id: str, n_rows: int, n_cols: int) -> bool:
     """Whether a matrix of that format and shape can be multiplied here: integers around a zero or above a minimum."""
-    fmt = blocks.lookup(format_id)
-    return type(fmt.grid) in (Uniform, Ternary) and panels.supports(format_id, n_rows, n_cols)
+    group = blocks.lookup(format_id).group
+    return group is not None and group.is_affine and panels.supports(format_id, n_rows, n_cols)
 
 
 def panel_matmul(x: torch.Tensor, weight: PanelWeight) -> torch.Tensor:

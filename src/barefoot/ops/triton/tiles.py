@@ -25,6 +25,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def computes(x: torch.Tensor) -> bool:
+    """Whether kernels take a tensor of this type on this device."""
+    return x.dtype in FLOATS and (x.is_cuda or interpreted()) and x.numel() > 0
+
+
 def check_input(x: torch.Tensor, cols: int, weight: torch.Tensor) -> None:
     """Raise TypeError, ValueError or BackendMissing unless ``x`` is (n, cols) floats, contiguous, beside the weight."""
     if x.dtype not in FLOATS:

@@ -7,6 +7,10 @@ arXiv:2403.20137), there called BFP(mantissa + 8):
 
 Values in the top half step saturate; solvers that look for better scales try the next exponent too.
 
+*K-sort*: one outlier takes the bits of all that share its exponent, so channels are put in the order of their sizes
+(``by_size``) and outliers come to share blocks with each other. Where the function does not depend on the order of the
+channels, :mod:`barefoot.weights.folds` moves it into the weights, and at run time nothing is left of it.
+
 Bytes a block: 1 (exponent) + block × mantissa / 8. The layout is documented bit by bit in :mod:`barefoot.ops.blocks`;
 products are those of integers.
 
@@ -16,6 +20,9 @@ Differs from the paper: there blocks hold keys, here weights, and two's compleme
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from barefoot.weights.formats import GROUPS, WeightFormat, check_knob
 
@@ -33,3 +40,11 @@ class BlockFloat(WeightFormat, name="bfp", papers=(41,), status="stable"):
 
     def layout(self, stored: str) -> str:
         return f"bfp{self.mantissa}_g{self.block}"
+
+
+def by_size(sizes: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
+    """The channels from the largest to the smallest, equal ones as they are; of each row where ``sizes`` has rows.
+
+    sizes : (..., channels), such as the norms of a matrix's columns, or the standard deviations of keys.
+    """
+    return np.argsort(-sizes, axis=-1, kind="stable")

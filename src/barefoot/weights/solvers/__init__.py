@@ -93,10 +93,12 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """``matrices``: of every grid of the problem. ``vectors``: norms and biases that changed, as in ``weights``."""
+    """``matrices``: of every grid of the problem. ``vectors``: norms and biases that changed, as in ``weights``.
+    ``errors``: relative to the targets, on text that was not learned from, at the start and at the end."""
 
     matrices: Mapping[str, Solution]
     vectors: Mapping[str, F32]
+    errors: tuple[float, float]
 
 
 Precision = Literal["bfloat16", "float32"]  # in which products are computed while a layer is learned

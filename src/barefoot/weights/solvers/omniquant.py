@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
+from barefoot.ops.grids import F32
 from barefoot.weights import folds
 from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
 
@@ -82,8 +83,8 @@ class OmniQuant(LayerSolver, name="omniquant", papers=(13,), status="experimenta
             problem = replace(problem, targets=targets)
         compute = getattr(torch, self.precision)
         schedule = Schedule(self.epochs, self.batch, self.seed)
-        learn(problem, student, schedule, steps, compute=compute, rounding=rounding)
-        return student.solution()
+        errors = learn(problem, student, schedule, steps, compute=compute, rounding=rounding)
+        return LayerSolution(student.matrices(), student.vectors(), errors)
 
 
 class Clipped:
@@ -118,17 +119,21 @@ class Clipped:
         }
         return {**layer, **rounded}
 
-    def solution(self) -> LayerSolution:
+    def matrices(self) -> dict[str, Solution]:
+        """What is stored."""
         import torch
 
         with torch.no_grad():
             layer = self.transformed()
-            matrices: dict[str, Solution] = {
+            return {
                 role: self._levels[role].solution(*self._clipped(role, layer), tuple(layer[role].shape))
                 for role in self._grids
             }
-        changed = {r: w.numpy() for r, w in layer.items() if w.ndim == 1 and w is not self._exact[r]}
-        return LayerSolution(matrices, changed)
+
+    def vectors(self) -> dict[str, F32]:
+        """Norms and biases that took up factors."""
+        layer = self.transformed()
+        return {r: w.detach().numpy() for r, w in layer.items() if w.ndim == 1 and w is not self._exact[r]}
 
     def transformed(self) -> Mapping[str, Tensor]:
         """The layer with all factors folded into it, not rounded."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from barefoot.core.errors import InvalidInput
+from barefoot.ops.grids import F32
 from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Qat(LayerSolver, name="qat", papers=(14,), status="experimental"):
     rate: float = 0.002
     scale_rate: float = 0.001
     margin: float = 0.49
+    norms: bool = True
     seed: int = 0
     precision: Precision = "bfloat16"
 
@@ -58,12 +60,12 @@ class Qat(LayerSolver, name="qat", papers=(14,), status="experimental"):
 
         student = Positions(problem, self)
         compute = getattr(torch, self.precision)
-        learn(problem, student, Schedule(self.epochs, self.batch, self.seed), steps, compute=compute)
-        return LayerSolution(student.solutions(), {})
+        errors = learn(problem, student, Schedule(self.epochs, self.batch, self.seed), steps, compute=compute)
+        return LayerSolution(student.solutions(), student.norms(), errors)
 
 
 class Positions:
-    """What is learned of each matrix: positions t (groups, group), and relative changes of scale and minimum."""
+    """What is learned: positions t (groups, group) of matrices, and relative changes of scales, minimums and norms."""
 
     def __init__(self, problem: LayerProblem, settings: Qat) -> None:
         import torch
@@ -72,6 +74,8 @@ class Positions:
 
         self._problem, self._settings = problem, settings
         self._fixed = {r: torch.from_numpy(w) for r, w in problem.weights.items() if r not in problem.grids}
+        norms = [role for role in self._fixed if role.endswith("norm")] if settings.norms else []
+        self._changes = {role: torch.zeros_like(self._fixed[role], requires_grad=True) for role in norms}
         self._learned: dict[str, tuple[Any, ...]] = {}
         for role, grid in problem.grids.items():
             levels, start = Levels.of(grid), problem.starts[role]
@@ -79,7 +83,7 @@ class Positions:
             scale = params[:, :1].clone()
             minimum = params[:, 1:].clone() if levels.has_minimum else torch.zeros_like(scale)
             codes = torch.from_numpy(start.codes.reshape(-1, grid.group)).int()
-            level, weight = torch.tensor(levels.values)[codes], torch.from_numpy(problem.weights[role])
+            level, weight = levels.of_codes(codes), torch.from_numpy(problem.weights[role])
             step = torch.where(scale == 0, torch.ones_like(scale), scale)
             t = (weight.reshape(-1, grid.group) - minimum) / step
             near = settings.margin * levels.narrowest
@@ -90,7 +94,7 @@ class Positions:
     def groups(self) -> Sequence[tuple[list[Tensor], float]]:
         weights = [t for *_, t, _, _ in self._learned.values()]
         params = [p for *_, change, shift in self._learned.values() for p in (change, shift)]
-        return (weights, self._settings.rate), (params, self._settings.scale_rate)
+        return (weights, self._settings.rate), ([*params, *self._changes.values()], self._settings.scale_rate)
 
     def weights(self, dtype: Any) -> Mapping[str, Tensor]:
         rounded = {}
@@ -98,7 +102,8 @@ class Positions:
             rounded[role] = levels.rounded(t, *self._params(role), origin, dtype).reshape(
                 self._problem.weights[role].shape
             )
-        return {**self._fixed, **rounded}
+        changed = {role: self._fixed[role] * (1 + change) for role, change in self._changes.items()}
+        return {**self._fixed, **changed, **rounded}
 
     def _params(self, role: str) -> tuple[Tensor, Tensor]:
         """Scale and minimum as they are now, not rounded to f16."""
@@ -111,3 +116,7 @@ class Positions:
             role: levels.solution(t, *self._params(role), self._problem.weights[role].shape, origin)
             for role, (levels, origin, _, t, _, _) in self._learned.items()
         }
+
+    def norms(self) -> dict[str, F32]:
+        """Those that changed."""
+        return {role: (self._fixed[role] * (1 + change)).detach().numpy() for role, change in self._changes.items()}

@@ -16,9 +16,14 @@ Which blocks of which matrices come first is another matter: :mod:`barefoot.eval
 k = min(rank, rows cols / (64 (rows + cols))), at least 1, factors take at most a quarter of a bit a weight: the paper's
 rank of 16 is meant for matrices 4,096 wide, and would cost 0.9 bits at 576 by 576.
 
-*Differs from the paper*: 1/s is part of V (V ← V diag(1/s)), which costs nothing and needs no norm or matrix before to
-fold it into. Residuals are taken from the factors as f16 stores them, so later blocks undo their rounding. The rank
-follows the shape. ``scale=False`` leaves the inputs out, as the paper's ablation does, and needs no text.
+**Stretching.** What a block leaves is |R| less its mean, roughly: the bulk shrinks each time, the tail hardly does. Of
+a Gaussian matrix 1, 2, 3, 4, 5 and 8 blocks leave 0.363, 0.131, 0.059, 0.033, 0.023 and 0.013 of the energy, though the
+last ones cost as many bits as the first. So a block takes ``stretch`` times U V, a step closer to the tail: with 1.2
+they leave 0.389, 0.129, 0.049, 0.019, 0.009 and 0.003. ``stretch=1`` is the paper's.
+
+*Differs from the paper*: the stretching. 1/s is part of V (V ← V diag(1/s)), which costs nothing and needs no norm or
+matrix before to fold it into. Residuals are taken from the factors as f16 stores them, so later blocks undo their
+rounding. The rank follows the shape. ``scale=False`` leaves the inputs out, as the paper's ablation does.
 """
 
 from __future__ import annotations
@@ -50,12 +55,15 @@ class BitStack(Structure, name="bitstack", papers=(22,), status="stable"):
     blocks: int = 16
     rank: int = 16
     scale: bool = True
+    stretch: float = 1.2
 
     def __post_init__(self) -> None:
         if not 1 <= self.blocks <= MOST_BLOCKS or not 1 <= self.rank <= signs.MAX_RANK:
             raise InvalidInput(
                 f"bitstack: expected 1 to {MOST_BLOCKS} blocks and a rank of 1 to {signs.MAX_RANK}, got {self}"
             )
+        if not 1 <= self.stretch < 2:
+            raise InvalidInput(f"bitstack: stretch must be at least 1 and below 2, got {self.stretch}")
 
     @property
     def wants(self) -> Knowledge:  # type: ignore[override]
@@ -69,9 +77,8 @@ class BitStack(Structure, name="bitstack", papers=(22,), status="stable"):
             assert inputs is not None
             scales = channel_scales(inputs.squares)
         rank = rank_for(len(weight), weight.shape[1], self.rank)
-        parts = {
-            f"{i + 1:02}": (signs.KIND.name, b) for i, b in enumerate(decompose(weight, scales, self.blocks, rank))
-        }
+        blocks = decompose(weight, scales, self.blocks, rank, self.stretch)
+        parts = {f"{i:02}": (signs.KIND.name, block) for i, block in enumerate(blocks, 1)}
         return Matrix("zero", np.empty((len(weight), 0), np.uint8), parts)
 
 
@@ -92,13 +99,13 @@ def channel_scales(squares: F32) -> F32:
     return scales
 
 
-def decompose(weight: F32, scales: F32, n_blocks: int, rank: int) -> Iterator[U8]:
+def decompose(weight: F32, scales: F32, n_blocks: int, rank: int, stretch: float = 1.0) -> Iterator[U8]:
     """The blocks of ``weight`` float32 (rows, cols), each of what the ones before left of it."""
     rest = weight * scales
     for _ in range(n_blocks):
         negative = rest < 0
         u, v = truncated(np.abs(rest), rank)
-        u16, v16 = as_halves(u, v / scales)
+        u16, v16 = as_halves(u * np.float32(stretch), v / scales)
         part = (u16.astype(np.float32) @ v16.astype(np.float32)) * scales
         rest -= np.where(negative, -part, part)
         yield signs.pack(negative, u16, v16)

@@ -4,7 +4,10 @@ Following OmniQuant (Shao et al. 2024, arXiv:2308.13137, equation 1) with two st
 before, as they are stored now, make of the text; the targets are what the layer of full precision makes of what the
 layers of full precision made of it. So a layer also learns to undo the errors that reach it.
 
-    minimize over θ   mean of (F(W, X) − F(Q_θ(W), X_q))² / mean of (F(W, X) − X_q)²
+    minimize over θ   the mean over tokens of ‖F(W, X) − F(Q_θ(W), X_q)‖² / ‖F(W, X)‖²
+
+Not in the paper: errors count relative to the token's own length. A norm is what every token meets next; and without
+it, the few tokens of massive activations that language models have would be all that a layer learns.
 
 AdamW without decay, rates by group falling along a cosine to a twentieth, minibatches of whole windows in an order that
 the seed decides. Every eighth window is held out; the parameters that are better on these, at the start or at the end,
@@ -74,25 +77,24 @@ def learn(
     compute: torch.dtype = torch.float32,
     rounding: Rounding = unchanged,
 ) -> tuple[float, float]:
-    """Train ``student`` in place; the relative loss on the held-out windows before and after (the better one is kept).
+    """Train ``student`` in place. Returns the error on the held-out windows at the start and at the end; whatever was
+    better is kept.
 
     compute, rounding : as in :class:`~barefoot.weights.training.layer.LayerFunction`.
     """
     function = layer_function(problem, compute, rounding)
     x, y = torch.from_numpy(problem.inputs), torch.from_numpy(problem.targets)
     trained, judged = schedule.split(len(x))
-    import os
+    share = 1 / y.square().mean(dim=-1, keepdim=True).clamp(min=1e-20)
 
-    if os.environ.get("TOK"):
-        tw = 1 / y.square().mean(-1, keepdim=True)
-    else:
-        tw = torch.full((*y.shape[:2], 1), 1 / (float((y - x).square().mean()) or 1.0))
+    def relative_error(weights: Mapping[str, Tensor], windows: Tensor) -> Tensor:
+        return ((function(weights, x[windows]) - y[windows]).square() * share[windows]).mean()
 
     def judge() -> float:
         with torch.no_grad():
             weights = student.weights(compute)
-            losses = [((function(weights, x[i : i + 1]) - y[i]).square() * tw[i]).mean() for i in judged]
-        return float(torch.stack(losses).mean())
+            errors = [relative_error(weights, torch.tensor([i])) for i in judged]
+        return float(torch.stack(errors).mean())
 
     parameters = [p for group, _ in student.groups() for p in group]
     before, start = judge(), [p.detach().clone() for p in parameters]
@@ -106,7 +108,7 @@ def learn(
             some = torch.from_numpy(order[first : first + schedule.batch])
             for group, (_, rate) in zip(optimizer.param_groups, student.groups(), strict=True):
                 group["lr"] = rate * schedule.rate(step, n_steps)
-            loss = ((function(student.weights(compute), x[some]) - y[some]).square() * tw[some]).mean()
+            loss = relative_error(student.weights(compute), some)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -29,9 +29,10 @@ TILE = 1 << 16  # weights that are rounded at a time, so that what lies between 
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a grid in units of its scale, ascending, and whether a group has a minimum."""
+    """The levels of a grid in units of its scale, ascending, with their codes, and whether a group has a minimum."""
 
     values: tuple[float, ...]
+    codes: tuple[int, ...]
     is_uniform: bool
     has_minimum: bool
 
@@ -43,9 +44,11 @@ class Levels:
         Incompatible : a grid that is neither uniform nor a table.
         """
         if isinstance(grid, Uniform):
-            return cls(tuple(float(code - grid.zero) for code in range(grid.most + 1)), True, not grid.symmetric)
+            codes = range(grid.most + 1)
+            return cls(tuple(float(code - grid.zero) for code in codes), tuple(codes), True, not grid.symmetric)
         if isinstance(grid, Table):
-            return cls(tuple(map(float, grid.table)), False, False)
+            levels, of_levels = grid.ascending
+            return cls(tuple(levels.tolist()), tuple(of_levels.tolist()), False, False)
         raise Incompatible(f"{type(grid).__name__} has no levels to learn on", cure="use a solver that does not learn")
 
     @property
@@ -58,6 +61,12 @@ class Levels:
     def narrowest(self) -> float:
         """The least distance of two levels."""
         return min(b - a for a, b in itertools.pairwise(self.values))
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """The levels that codes, integers, stand for."""
+        by_code = torch.zeros(max(self.codes) + 1)
+        by_code[list(self.codes)] = torch.tensor(self.values)
+        return by_code[codes]
 
     def nearest(self, u: Tensor) -> Tensor:
         if self.is_uniform:
@@ -110,7 +119,8 @@ class Levels:
         with torch.no_grad():
             scale, minimum = to_f16(scale), to_f16(minimum) if self.has_minimum else torch.zeros_like(scale)
             origin = origin if origin is not None else _itself(scale)
-            codes = self._index(_position(t, scale, minimum, *origin)).to(torch.uint8)
+            index = self._index(_position(t, scale, minimum, *origin)).int()
+            codes = torch.tensor(self.codes, dtype=torch.uint8)[index]
             params = torch.cat([scale, minimum], dim=1) if self.has_minimum else scale
         return Solution(codes.reshape(shape).numpy(), params.reshape(shape[0], -1, params.shape[1]).numpy())
 
