@@ -25,10 +25,14 @@ divides, and the error at equal bytes is lower (``benchmarks/weights/bilevel.py`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 import numpy as np
 
+from barefoot.ops.grids import Nested, Uniform
 from barefoot.ops.payload import F32, U8, pack_chunks, unpack_chunks
 
 ELEMENTS, GROUP = 64, 16
@@ -72,6 +76,18 @@ class Bilevel:
         """The inverse of ``split``."""
         payload = pack_chunks(codes.reshape(len(codes), -1, 32), self.bits)
         return np.concatenate([numbers, scales, payload.reshape(len(codes), -1)], axis=1)
+
+    def read_params(self, numbers: U8, scales: U8) -> F32:
+        """What :class:`BilevelGrid` stores, float32 (n, 9): the codes of d, of each a and of each j."""
+        unit, sub = scales[:, :1], scales[:, 1:]
+        return np.concatenate([unit, sub & np.uint8(15), sub >> np.uint8(4)], axis=1).astype(np.float32)
+
+    def write_params(self, stored: F32) -> tuple[U8, U8]:
+        """The inverse of ``read_params``."""
+        codes = stored.astype(np.uint8)
+        a, j = codes[:, 1 : 1 + N_GROUPS], codes[:, 1 + N_GROUPS :]
+        scales = np.concatenate([codes[:, :1], a | (j << np.uint8(4))], axis=1)
+        return scales[:, :0], scales
 
     def decode(self, blocks: U8) -> F32:
         """The weights of ``blocks``, float32 (n, 64)."""
@@ -128,7 +144,7 @@ class Bilevel:
 
     def search(self, x: F32, importance: F32, unit: F32, step: F32, zero: F32) -> U8:
         """The byte (n,) of each group: the a and j of least squared error about those of ``step`` and ``zero``."""
-        first_a, first_j = np.rint(step * _inverse(unit)), np.rint(self._zero_codes(zero))
+        first_a, first_j = np.rint(step * _inverse(unit)), np.rint(self.zero_codes(zero))
         best, least = np.zeros(x.shape[1], np.uint8), np.full(x.shape[1], np.inf, np.float32)
         for da in range(-WIDTH, WIDTH + 1):
             a = np.clip(first_a + da, 0, MOST).astype(np.uint8)
@@ -154,9 +170,74 @@ class Bilevel:
         zero: F32 = (8 + 3 * j.astype(np.float32)) * np.float32((1 << self.bits) / 64)
         return zero
 
-    def _zero_codes(self, zero: F32) -> F32:
+    def zero_codes(self, zero: F32) -> F32:
+        """The inverse, not rounded."""
         codes: F32 = (zero * np.float32(64 / (1 << self.bits)) - 8) / np.float32(3)
         return codes
+
+
+@dataclass(frozen=True)
+class BilevelGrid(Nested):
+    """The grid of the blocks of ``form``. Stored are codes: of d, of the four a and of the four j."""
+
+    form: Bilevel
+    group: int = GROUP
+
+    @property
+    def block(self) -> int:
+        return ELEMENTS
+
+    @cached_property
+    def inner(self) -> Uniform:
+        return Uniform(self.form.bits, GROUP)
+
+    def store(self, wanted: F32) -> F32:
+        step, zero = self._reaching(wanted)
+        unit = nearest_step(step.max(axis=1) / np.float32(MOST))
+        return self._stored(unit, *self._codes(unit, step, zero))
+
+    def expand(self, stored: F32) -> F32:
+        unit, a, j = self._split(stored)
+        scale = step_of(unit)[:, None] * a.astype(np.float32)
+        return np.stack([scale, -(scale * self.form.zero_of(j))], axis=2)
+
+    def move(self, stored: F32, at: int, wanted: F32) -> F32:
+        unit, a, j = self._split(stored)
+        moved_a, moved_j = self._codes(unit, *self._reaching(wanted[:, None]))
+        a[:, at], j[:, at] = moved_a[:, 0], moved_j[:, 0]
+        return self._stored(unit, a, j)
+
+    def neighbours(self, stored: F32, at: int) -> Iterator[F32]:
+        columns = [1 + at, 1 + N_GROUPS + at]
+        for steps in product(range(-WIDTH, WIDTH + 1), repeat=2):
+            if any(steps):
+                other = stored.copy()
+                other[:, columns] = np.clip(other[:, columns] + np.array(steps, np.float32), 0, MOST)
+                yield other
+
+    def _reaching(self, wanted: F32) -> tuple[F32, F32]:
+        """Steps and zero points (n, groups) that cover what (scale, minimum) do; wider where a range is far from 0."""
+        step, low = wanted[..., 0], wanted[..., 1]
+        high = low + step * np.float32(self.form.levels)
+        first, last = self.form.zero_of(np.array([0, MOST], np.uint8))
+        step = np.maximum(step, np.maximum(high / (np.float32(self.form.levels) - first), -low / last))
+        middle = (low + high) / np.float32(2)
+        zero: F32 = np.clip(np.float32(self.form.levels / 2) - middle * _inverse(step), first, last)
+        return step, zero
+
+    def _codes(self, unit: U8, step: F32, zero: F32) -> tuple[U8, U8]:
+        nearest = (step * _inverse(step_of(unit))[:, None], self.form.zero_codes(zero))
+        a, j = (np.clip(np.rint(each), 0, MOST).astype(np.uint8) for each in nearest)
+        return a, j
+
+    @staticmethod
+    def _split(stored: F32) -> tuple[U8, U8, U8]:
+        codes = stored.astype(np.uint8)
+        return codes[:, 0], codes[:, 1 : 1 + N_GROUPS].copy(), codes[:, 1 + N_GROUPS :].copy()
+
+    @staticmethod
+    def _stored(unit: U8, a: U8, j: U8) -> F32:
+        return np.concatenate([unit[:, None], a, j], axis=1).astype(np.float32)
 
 
 def step_of(code: U8) -> F32:

@@ -56,7 +56,7 @@ import numpy as np
 
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
 from barefoot.ops import bilevel, levels, superblocks
-from barefoot.ops.bilevel import Bilevel
+from barefoot.ops.bilevel import Bilevel, BilevelGrid
 from barefoot.ops.grids import Grid, Shifted, Special, Table, Ternary, Uniform
 from barefoot.ops.payload import F32, U8, f16_at, pack_chunks, unpack_chunks
 
@@ -240,7 +240,7 @@ def encode(format_id: str, weights: F32) -> U8:
     n_rows, n_cols = weights.shape
     n_bytes = row_bytes(format_id, n_cols)
     weights = np.ascontiguousarray(weights, dtype=np.float32)
-    grid = None if fmt.encode_blocks is not None else _chosen_on(fmt)
+    grid = None if fmt.encode_blocks else _chosen_on(fmt)
     if fmt.block_elements > 1 and not np.isfinite(weights).all():
         raise not_finite(format_id)
     if fmt.encode_blocks is not None:
@@ -278,7 +278,6 @@ def pack(format_id: str, codes: U8, params: F32) -> U8:
     fmt = lookup(format_id)
     anatomy, grid = fmt.group or fmt.super_block, _chosen_on(fmt)
     assert anatomy is not None
-    assert not isinstance(anatomy, Bilevel)  # which has no grid
     of_blocks = codes.reshape(-1, grid.block)
     numbers, scales = anatomy.write_params(params.reshape(len(of_blocks), -1))
     return anatomy.join(numbers, scales, of_blocks).reshape(len(codes), -1)
@@ -295,7 +294,6 @@ def unpack(format_id: str, rows: U8) -> tuple[U8, F32]:
     _chosen_on(fmt)
     anatomy = fmt.group or fmt.super_block
     assert anatomy is not None
-    assert not isinstance(anatomy, Bilevel)  # which has no grid
     numbers, scales, codes = anatomy.split(np.ascontiguousarray(rows).reshape(-1, fmt.block_bytes))
     params = anatomy.read_params(numbers, scales)
     return codes.reshape(len(rows), -1), params.reshape(len(rows), -1, params.shape[1])
@@ -417,4 +415,14 @@ for _bits in MANTISSA_BITS:
 
 
 for _two in bilevel.FORMATS:
-    _add(BlockFormat(_two.name, bilevel.ELEMENTS, _two.n_bytes, _two.decode, _two.encode, super_block=_two))
+    _add(
+        BlockFormat(
+            _two.name,
+            bilevel.ELEMENTS,
+            _two.n_bytes,
+            _two.decode,
+            _two.encode,
+            super_block=_two,
+            grid=BilevelGrid(_two),
+        )
+    )

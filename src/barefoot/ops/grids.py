@@ -9,7 +9,7 @@ float32 (n, p) as they will be stored (rounded to f16), ``codes`` uint8 (n, k).
     Shifted   w = scale × (code − zero)        symmetric, and the scale a power of two
     Table     w = scale × table[code]          the levels of a number format that is not uniform, such as NF4 or FP4
     Special   the same, but one code stands for one of two special values, as the last bit of the scale says
-    Nested    Uniform, but scales (and minimums) are small integers times a number that a block of groups shares
+    SubScaled Uniform, but scales (and minimums) are small integers times a number that a block of groups shares
 
 What is *stored* for a block, float32 (n, k), is the parameters themselves where blocks are groups, so that k = p.
 
@@ -206,12 +206,12 @@ class Shifted(Grid):
     group: int
 
     @property
-    def _uniform(self) -> Uniform:
+    def _levels(self) -> Uniform:
         return Uniform(self.bits, self.group, symmetric=True)
 
     @property
     def levels(self) -> Levels:
-        return self._uniform.levels._replace(rule=None)
+        return self._levels.levels._replace(rule=None)
 
     def move(self, stored: F32, at: int, wanted: F32) -> F32:
         return floor_power_of_two(np.abs(wanted) * np.float32(2**0.5))
@@ -226,19 +226,44 @@ class Shifted(Grid):
             yield np.minimum(factor * self.spanning(low, high), np.float32(2.0**127))
 
     def round(self, x: F32, params: F32) -> U8:
-        return self._uniform.round(x, params)
+        return self._levels.round(x, params)
 
     def values(self, codes: U8, params: F32) -> F32:
-        return self._uniform.values(codes, params)
+        return self._levels.values(codes, params)
 
     def refit(self, x: F32, codes: U8, importance: F32) -> F32:
-        best = self._uniform.refit(x, codes, importance)
+        best = self._levels.refit(x, codes, importance)
         return floor_power_of_two(np.abs(best) * np.float32(2**0.5))  # the nearest, in the ratio
 
 
-@dataclass(frozen=True)
 class Nested(Grid):
-    """Uniform groups, blocks of which share d (and dmin): scale = d × sub-scale (and minimum = −dmin × sub-minimum).
+    """Groups of :class:`Uniform`, a block of which stores its parameters together."""
+
+    @property
+    @abstractmethod
+    def inner(self) -> Uniform:
+        """The grid of a group by itself, whose parameters need not be stored."""
+
+    @property
+    def levels(self) -> Levels:
+        return self.inner.levels
+
+    def spanning(self, low: F32, high: F32) -> F32:
+        return self.inner.spanning(low, high)
+
+    def round(self, x: F32, params: F32) -> U8:
+        return self.inner.round(x, params)
+
+    def values(self, codes: U8, params: F32) -> F32:
+        return self.inner.values(codes, params)
+
+    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
+        return self.inner.refit(x, codes, importance)
+
+
+@dataclass(frozen=True)
+class SubScaled(Nested):
+    """Groups share d (and dmin): scale = d × sub-scale (and minimum = −dmin × sub-minimum).
 
     Stored for each parameter: d, then the integers ``least`` to ``most`` of all groups. Their products are exact.
     """
@@ -255,24 +280,8 @@ class Nested(Grid):
         return self.elements
 
     @cached_property
-    def _inner(self) -> Uniform:
+    def inner(self) -> Uniform:
         return Uniform(self.bits, self.group, self.symmetric)
-
-    @property
-    def levels(self) -> Levels:
-        return self._inner.levels
-
-    def spanning(self, low: F32, high: F32) -> F32:
-        return self._inner.spanning(low, high)
-
-    def round(self, x: F32, params: F32) -> U8:
-        return self._inner.round(x, params)
-
-    def values(self, codes: U8, params: F32) -> F32:
-        return self._inner.values(codes, params)
-
-    def refit(self, x: F32, codes: U8, importance: F32) -> F32:
-        return self._inner.refit(x, codes, importance)
 
     def split(self, stored: F32) -> tuple[F32, F32]:
         """d of each parameter (n, p, 1), and the integers (n, p, groups)."""
@@ -352,15 +361,20 @@ class Table(Grid):
     @property
     def levels(self) -> Levels:
         levels, codes = self.ascending
-        bounds = (levels[1:] + levels[:-1]) * np.float32(0.5)
-        bounds = np.where(codes[1:] % 2 == 0, np.nextafter(bounds, levels[:-1]), bounds)
-        return Levels(levels, bounds, codes, False, False, self.group, "range")
+        return Levels(levels, self._bounds, codes, False, False, self.group, "range")
 
     @cached_property
     def ascending(self) -> tuple[F32, U8]:
         """The levels from the lowest to the highest, and their codes; of codes with the same level the first one."""
         levels, codes = np.unique(np.asarray(self.table, np.float32), return_index=True)
         return levels, codes.astype(np.uint8)
+
+    @cached_property
+    def _bounds(self) -> F32:
+        """The largest numbers that each level but the last is nearest to; a tie goes to the even code."""
+        levels, codes = self.ascending
+        middles = (levels[1:] + levels[:-1]) * np.float32(0.5)
+        return np.where(codes[1:] % 2 == 0, np.nextafter(middles, levels[:-1]), middles)
 
     def spanning(self, low: F32, high: F32) -> F32:
         # The smallest scale that covers both ends.
@@ -369,13 +383,13 @@ class Table(Grid):
 
     def round(self, x: F32, params: F32) -> U8:
         # Counting the bounds below, all of them, is 10 to 20 times as fast as searching: it has no branches.
-        levels, step = self.levels, max(1, TILE // x.shape[1])
-        below = np.zeros(x.shape, np.uint8)
+        below, step = np.zeros(x.shape, np.uint8), max(1, TILE // x.shape[1])
         for start in range(0, len(x), step):
-            ratio = x[start : start + step] * _inverse(params[start : start + step])
-            for bound in levels.bounds:
+            part, scale = x[start : start + step], params[start : start + step]
+            ratio = part * _inverse(scale)
+            for bound in self._bounds:
                 below[start : start + step] += ratio > bound
-        return levels.codes[below]
+        return self.ascending[1][below]
 
     def values(self, codes: U8, params: F32) -> F32:
         return params * np.asarray(self.table, np.float32)[codes]

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from barefoot.ops.grids import Nested
+from barefoot.ops.grids import SubScaled
 from barefoot.ops.payload import F32, U8, f16_at, nibbles, pack_fields, scaled, unpack_fields
 
 I16 = npt.NDArray[np.int16]
@@ -113,7 +113,7 @@ class SuperBlock:
         return blocks
 
     def read_params(self, numbers: U8, scales: U8) -> F32:
-        """What a grid stores, float32 (n, k), from what ``split`` returns: see ``grids.Nested``."""
+        """What a grid stores, float32 (n, k), from what ``split`` returns: see ``grids.SubScaled``."""
         assert self.sub_scales is not None
         shared = np.ascontiguousarray(numbers).view(np.float16).astype(np.float32)[:, :, None]
         integers = np.stack(self.sub_scales(scales), axis=1)
@@ -203,11 +203,11 @@ K_QUANTS = (
     SuperBlock("q6_k", 210, 208, 2, 192, 16, (Plane(0, 4, 64), Plane(128, 2)), *_EIGHTS, zero=32),
 )
 GRIDS = {
-    "q2_k": Nested(2, 16, symmetric=False, elements=ELEMENTS, least=0, most=15),
-    "q3_k": Nested(3, 16, symmetric=True, elements=ELEMENTS, least=-32, most=31),
-    "q4_k": Nested(4, 32, symmetric=False, elements=ELEMENTS, least=0, most=63),
-    "q5_k": Nested(5, 32, symmetric=False, elements=ELEMENTS, least=0, most=63),
-    "q6_k": Nested(6, 16, symmetric=True, elements=ELEMENTS, least=-128, most=127),
+    "q2_k": SubScaled(2, 16, symmetric=False, elements=ELEMENTS, least=0, most=15),
+    "q3_k": SubScaled(3, 16, symmetric=True, elements=ELEMENTS, least=-32, most=31),
+    "q4_k": SubScaled(4, 32, symmetric=False, elements=ELEMENTS, least=0, most=63),
+    "q5_k": SubScaled(5, 32, symmetric=False, elements=ELEMENTS, least=0, most=63),
+    "q6_k": SubScaled(6, 16, symmetric=True, elements=ELEMENTS, least=-128, most=127),
 }
 TQ2_0 = SuperBlock("tq2_0", 66, 64, 2, 66, 0, (Plane(0, 2),), zero=1)
 

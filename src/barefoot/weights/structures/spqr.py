@@ -1,9 +1,9 @@
 """spqr — small groups whose scales have scales, and the few weights that hurt most kept apart, sparse.
 
 SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression (Dettmers et al. 2023,
-arXiv:2306.03078). With H = mean of x xᵀ of a matrix's inputs, column k counts as D_k of ``solvers.gptq.feedback``, one
-over the square of the paper's [chol(H⁻¹)]_kk. Algorithm 1, group after group of 16 columns, on the targets that GPTQ's
-feedback leaves:
+arXiv:2306.03078). With H = mean of x xᵀ of a matrix's inputs, column k counts as D_k of
+``solvers.hessian.feedback``, one over the square of the paper's [chol(H⁻¹)]_kk. Algorithm 1, group after group of 16
+columns, on the targets that GPTQ's feedback leaves:
 
 1. *Likely outliers*: weights without which the other 15 of their group fit a grid so much better that the group's
    error, each weight counting as D_k, falls by more than τ. They don't take part in the next step.
