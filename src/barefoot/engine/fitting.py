@@ -102,8 +102,21 @@ def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress:
     if job.reads and not job.texts.size:
         raise InvalidInput(f"{job.solver} looks at text, and there is none", cure="give text, or a solver without it")
     if isinstance(job.solver, LayerSolver):
-        require_torch(str(job.solver))
+        _check_learning(spec, job, job.solver)
     return _Fitting(checkpoint, spec, job, path, progress or (lambda done, total, label: None)).run()
+
+
+def _check_learning(spec: ModelSpec, job: Fit, solver: LayerSolver) -> None:
+    require_torch(str(solver))
+    for weight in spec.weights:
+        how = job.formats.get(weight.name)
+        if weight.layer is not None and isinstance(how, str) and how != weight.format:
+            grid = blocks.lookup(how).grid
+            if grid is not None and not solver.learns(grid):
+                raise Incompatible(
+                    f"{solver} can't learn the parameters of {how}, which {weight.name} is to have",
+                    cure=f"use the solver {solver.start}, or a format of integers or of a table of levels",
+                )
 
 
 class _Fitting:

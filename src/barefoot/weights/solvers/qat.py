@@ -11,7 +11,7 @@ What differs from both. A weight is learned as its position t between levels, w 
 at the start, and scales and minimums relative to s₀, so that one learning rate suits every group and number of bits. It
 begins where ``start`` left off: t is the weight's own position, moved no further than to within ``margin`` of a step of
 the level that ``start`` chose, so that the first loss is that of ``start`` and undoing one of its choices takes a
-short way. Minimums are stored in f16, not as whole numbers of steps. Any grid of :mod:`barefoot.ops.grids` will do.
+short way. Minimums are stored in f16, not as whole numbers of steps. Uniform grids and tables of levels will do.
 
 Bytes: while a layer is learned, for each of its weights 4 (t) + 4 (gradient) + 8 (moments of Adam), the rounded matrix
 in the type of the products and its gradient; for each group 32; and the activations of ``batch`` windows. Nothing is
