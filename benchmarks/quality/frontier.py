@@ -79,9 +79,10 @@ class Judge:
     def __call__(self, name: str, path: str, n_bytes: int) -> Point:
         divergence, done = Divergence(), 0
         for tile, targets in self._tiles(path):
+            kept = self._kept[done : done + len(tile)]
             for row in range(0, len(tile), 4):
                 some = slice(row, row + 4)
-                divergence.add(self._kept[done + row : done + row + 4], tile[some], targets[some])
+                divergence.add(kept[some], tile[some], targets[some])
             done += len(tile)
         found = divergence.summary
         point = Point(name, n_bytes, found["kl_mean"], found["perplexity"])

@@ -19,6 +19,7 @@ from barefoot.engine.placement import Placement, Resident, place, stream_buffer_
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
 from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
+from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.stored import Stored
@@ -26,11 +27,11 @@ from barefoot.weights.formats.stored import Stored
 RUNNING: tuple[Phase, ...] = ("prefill", "decode")
 
 ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a core
-CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: a few MiB of passing arrays, whatever the model's size
+CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: staging, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
 PASSING = ("encoder", "repacker")
-ENCODE_BYTES_PER_WEIGHT = 5
+ENCODE_BYTES_PER_WEIGHT = 17  # where numpy encodes, ENCODED_AT_A_TIME weights or a row; kernels take nothing
 REPACK_BYTES_PER_WEIGHT = 10  # where groups are scattered; less than half elsewhere
 
 
@@ -120,13 +121,16 @@ class Staging:
     Attributes
     ----------
     stored : bytes of the largest tile as the file stores it.
-    decoded : weights of the largest tile that is converted.
+    decoded : weights of the largest tile that is converted; ``widest``: of the longest row of such tiles.
+    encoded : bytes of the largest tile that is rearranged after it was converted.
     packed : bytes of the largest matrix that another program packed, and ``repacked`` weights of the largest tile of
         such a matrix.
     """
 
     stored: int
     decoded: int
+    widest: int
+    encoded: int
     packed: int
     repacked: int
 
@@ -138,6 +142,11 @@ def staging(placement: Placement) -> Staging:
     return Staging(
         stored=max((rows * blocks.row_bytes(w.format, w.cols) for w, rows in direct), default=0),
         decoded=max((rows * w.cols for w, rows, r in tiles if r.converted), default=0),
+        widest=max((w.cols for w, _, r in tiles if r.converted), default=0),
+        encoded=max(
+            (rows * blocks.row_bytes(r.format, w.cols) for w, rows, r in tiles if r.converted and r.layout != "rows"),
+            default=0,
+        ),
         packed=max((w.packed_bytes for w, _, _ in tiles), default=0),
         repacked=max((rows * w.cols for w, rows, _ in tiles if w.packed_bytes), default=0),
     )
@@ -146,7 +155,12 @@ def staging(placement: Placement) -> Staging:
 def _staging(placement: Placement) -> Footprint:
     sizes = staging(placement)
     phases = _loading(placement)
-    blocks_of = {"stored tile": sizes.stored, "float tile": 4 * sizes.decoded, "packed matrix": sizes.packed}
+    blocks_of = {
+        "stored tile": sizes.stored,
+        "float tile": 4 * sizes.decoded,
+        "encoded tile": sizes.encoded,
+        "packed matrix": sizes.packed,
+    }
     terms = [_block(name, n_bytes) for name, n_bytes in blocks_of.items() if n_bytes]
     found = entry("staging", "workspace", terms, phases=phases) if terms else Footprint()
     if sizes.repacked:
@@ -154,7 +168,8 @@ def _staging(placement: Placement) -> Footprint:
             "repacker", "workspace", [Term("arrays", sizes.repacked, REPACK_BYTES_PER_WEIGHT)], phases=phases
         )
     if sizes.decoded:
-        encoder = [Term("arrays", sizes.decoded, ENCODE_BYTES_PER_WEIGHT)]
+        at_a_time = min(sizes.decoded, max(ENCODED_AT_A_TIME, sizes.widest))
+        encoder = [Term("arrays", at_a_time, ENCODE_BYTES_PER_WEIGHT)]
         found += entry("encoder", "workspace", encoder, phases=("convert",))
     return found
 

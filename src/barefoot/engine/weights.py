@@ -137,6 +137,8 @@ class _Loader:
             self._stored = arena.take("staging", sizes.stored)
         if sizes.decoded:
             self._decoded = arena.take("staging", 4 * sizes.decoded).view(np.float32)
+        if sizes.encoded:
+            self._encoded = arena.take("staging", sizes.encoded)
         if sizes.packed:
             self._packed = arena.take("staging", sizes.packed)
 
@@ -163,7 +165,8 @@ class _Loader:
             n_rows, n_bytes = min(step, weight.rows - first), rows.nbytes
             to = packed[first : first + n_rows]
             if resident.converted:
-                rows = self._convert(resident, rows, to if resident.layout == "rows" else np.empty_like(to))
+                encoded = to if resident.layout == "rows" else self._encoded[: to.size].reshape(to.shape)
+                rows = self._convert(resident, rows, encoded)
             if resident.layout == "panels":
                 ops.pack_panels(resident.format, rows, n_rows, weight.cols, to)
             elif resident.layout == "lut":

@@ -16,10 +16,13 @@ from barefoot.ops.grids import F32, U8, Grid, row_sums
 
 SHRINKS = np.linspace(1.0, 0.45, 12, dtype=np.float32)  # of a group's range
 REFITS = 2  # least-squares steps behind the search
+ENCODED_AT_A_TIME = 1 << 14  # weights, in whole rows: so many arrays of numpy's come and go
 
 
 def encode(format_id: str, weights: F32, out: U8) -> None:
-    out[:] = blocks.encode(format_id, weights)
+    step = max(1, ENCODED_AT_A_TIME // weights.shape[1])
+    for start in range(0, len(weights), step):
+        out[start : start + step] = blocks.encode(format_id, weights[start : start + step])
 
 
 def fit_groups(x: F32, grid: Grid, params: F32, importance: F32 | None = None) -> None:

@@ -52,7 +52,7 @@ def least_error(weight: F32, grid: Grid, importance: F32 | None = None) -> F32:
 
 
 def settle(x: F32, grid: Grid, params: F32, at: int, importance: F32 | None = None) -> None:
-    """Replace ``params`` (rows, k) by neighbours that serve group ``at`` of a block, ``x`` (rows, group), better."""
+    """Replace ``params`` (rows, k) by neighbours that serve group ``at`` of their block, x (rows, group), better."""
     errors, least = np.empty((2, len(x), 1), np.float32)
 
     def measure(candidate: F32, into: F32) -> None:
