@@ -50,8 +50,11 @@ class RandomLayer:
         return LayerPass(self.spec, self.layer, vectors)(self.x, weights)
 
 
-def random_layer(name: str, layer: int = 0, n_tokens: int = N_TOKENS, seed: int = 3) -> RandomLayer:
-    spec, rng = SPECS[name], np.random.default_rng(seed)
+def random_layer(
+    name: str, layer: int = 0, n_tokens: int = N_TOKENS, seed: int = 3, spec: ModelSpec | None = None
+) -> RandomLayer:
+    """A layer of the model of that name, or of ``spec``."""
+    spec, rng = spec or SPECS[name], np.random.default_rng(seed)
     weights = {}
     for weight in spec.weights:
         if weight.layer == layer:

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 from random_layers import SPECS, random_layer
 
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
 from barefoot.engine.layer_pass import LayerPass, rotations
+from barefoot.engine.specs import spec_from_config
 from barefoot.ops import blocks
 from barefoot.ops.grids import Grid, Shifted, Table, Ternary, Uniform
 from barefoot.weights.folds import Heads
@@ -21,6 +23,10 @@ from barefoot.weights.solvers.qat import Qat
 from barefoot.weights.solvers.range import Range
 
 torch = pytest.importorskip("torch", reason="layer solvers learn with PyTorch")
+
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from barefoot.weights.training.blockwise import Schedule  # noqa: E402
 from barefoot.weights.training.grids import Levels  # noqa: E402
@@ -36,9 +42,11 @@ GRIDS = {
 }
 
 
-def problem(name="llama", layer=0, grid: Grid = GRIDS["uniform"], n_windows=16, n=24, noise=0.3, roles=MATRICES):
+def problem(
+    name="llama", layer=0, grid: Grid = GRIDS["uniform"], n_windows=16, n=24, noise=0.3, roles=MATRICES, spec=None
+):
     """A random layer whose quantized stream is the exact one with noise."""
-    case, rng = random_layer(name, layer), np.random.default_rng(7)
+    case, rng = random_layer(name, layer, spec=spec), np.random.default_rng(7)
     spec = case.spec
     exact = rng.standard_normal((n_windows, n, spec.d_model)).astype(np.float32)
     there = LayerPass(spec, layer, {r: w for r, w in case.weights.items() if w.ndim == 1})
@@ -217,6 +225,43 @@ def test_steps_are_reported():
     seen = []
     Qat(start="range", epochs=2, batch=5).refine(problem(), lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 6) for i in range(6)]
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of storages that were alive at once, those of ``given`` arrays not counted."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.alive, self.peak = {array.ctypes.data for array in given}, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, result)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
+                storage = tensor.untyped_storage()
+                self.alive[StorageWeakRef(storage)] = storage.nbytes()
+        self.alive = {ref: n_bytes for ref, n_bytes in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["qat", "clipping", "transform"])
+@pytest.mark.parametrize(("sizes", "batch", "window"), [((512, 1280, 4, 2), 1, 64), ((256, 768, 4, 4), 4, 64)])
+def test_memory_is_what_the_terms_say(kind, precision, sizes, batch, window):
+    d, d_ff, n_heads, n_kv_heads = sizes
+    config = {"hidden_size": d, "intermediate_size": d_ff, "num_attention_heads": n_heads, "model_type": "llama"}
+    spec = spec_from_config({**tiny.COMMON, **config, "num_key_value_heads": n_kv_heads}, "sized")
+    p = problem(spec=spec, grid=Uniform(4, 64), n_windows=1 + 2 * batch, n=window)  # two steps and more
+    solver = {
+        "qat": Qat(start="range", epochs=1, batch=batch, precision=precision),
+        "clipping": OmniQuant(epochs=1, batch=batch, precision=precision),
+        "transform": OmniQuant(epochs=1, batch=batch, precision=precision, transform=True),
+    }[kind]
+    predicted = sum(term.bytes for term in solver.terms(spec, 0, p.grids, window))
+    with Peak([p.inputs, p.targets, *p.weights.values()]) as memory:
+        solver.refine(p)
+    assert 0.8 * predicted <= memory.peak <= predicted
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ import numpy as np
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput, unknown_name
+from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.core.registry import techniques
 from barefoot.core.technique import Technique
 from barefoot.ops.grids import F32, U8, Grid, Table, Uniform
+from barefoot.weights.training import TILE
 
 Knowledge = Literal["nothing", "squares", "hessian"]
 
@@ -113,6 +115,7 @@ class LayerSolver(Solver):
     """A solver that starts from what the solver named ``start`` finds."""
 
     start: str
+    batch: int
     precision: Precision
 
     def __post_init__(self) -> None:
@@ -141,6 +144,36 @@ class LayerSolver(Solver):
 
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
         return self.first.solve(weight, grid, inputs)
+
+    def terms(self, spec: ModelSpec, layer: int, grids: Mapping[str, Grid], window: int) -> tuple[Term, ...]:
+        """Memory while a layer is refined, beside the problem's own arrays.
+
+        ``grids`` as in :class:`LayerProblem`; ``window`` is the number of tokens of one.
+        """
+        shapes = {w.name.rsplit(".", 1)[-1]: w.n_elements for w in spec.weights if w.layer == layer}
+        n_weights = sum(shapes[role] for role in grids)
+        n_groups = sum(shapes[role] // grid.group for role, grid in grids.items())
+        product_bytes = 2 if self.precision == "bfloat16" else 4
+        largest = max((shapes[role] for role in grids), default=0)
+        activations = 4 * self.batch * window * (10 * spec.d_model + 5 * spec.n_heads * spec.head_dim + 4 * spec.d_ff)
+        # Gradients of weights come when the forward pass's own temporaries, a quarter, are gone.
+        gradients = product_bytes * largest + 4 * 4 * TILE
+        terms = [
+            Term("rounded weights", n_weights, product_bytes),
+            Term("activations", activations, 1),
+            Term("gradient of a matrix, in tiles", max(0, gradients - activations // 4), 1),
+            *self._learned(n_weights, n_groups, largest),
+        ]
+        seen = spec.layers[layer].window
+        if spec.attn_softcap or (seen is not None and seen < window):
+            # Attention with a mask keeps its scores, before and behind the softmax, and makes their gradients.
+            terms.append(Term("scores", self.batch * window * window * spec.n_heads, 4 * 4))
+        return tuple(terms)
+
+    @abstractmethod
+    def _learned(self, n_weights: int, n_groups: int, largest: int) -> tuple[Term, ...]:
+        """Parameters with their gradients, moments and first values, and what they are made from. ``largest``: weights
+        of the largest matrix."""
 
     @abstractmethod
     def refine(self, problem: LayerProblem, steps: Steps | None = None) -> LayerSolution:

@@ -18,9 +18,9 @@ larger end decides. Factors are exp(θ), so they stay positive, shared by the ch
 heads that share keys and values. No shifts: RMS norms have no bias to take them up. The loss of the paper's 2-bit runs,
 ‖F(W, X) − Ŷ‖² + ‖F(W, X_q) − Ŷ‖², is that of their mean as the target, but for a constant (``augmented``).
 
-Bytes: the format's own, nothing more. While a layer is learned: for each of its weights 4 (the matrix itself), a
-rounded matrix in the type of the products and its gradient; 32 for each group; with LET also the transformed matrices
-and their gradients; and the activations of ``batch`` windows.
+Bytes: nothing is stored beside what the format stores. While a layer is learned, each of its weights takes its rounded
+value and the gradient of that, with ``transform`` 4 more; each group 72; and there are the activations of ``batch``
+windows: :meth:`LayerSolver.terms`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
+from barefoot.core.ledger import Term
 from barefoot.ops.grids import F32
 from barefoot.weights import folds
 from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
@@ -69,6 +70,12 @@ class OmniQuant(LayerSolver, name="omniquant", papers=(13,), status="experimenta
             )
         if not 2 <= self.activation_bits <= 32:
             raise InvalidInput(f"omniquant: activation_bits must lie between 2 and 32, got {self.activation_bits}")
+
+    def _learned(self, n_weights: int, n_groups: int, largest: int) -> tuple[Term, ...]:
+        ends = Term("ends of groups", n_groups, 18 * 4)
+        if not self.transform:
+            return (ends,)
+        return ends, Term("transformed weights", n_weights, 4), Term("gradient of one of them", largest, 4)
 
     def refine(self, problem: LayerProblem, steps: Steps | None = None) -> LayerSolution:
         import torch

@@ -13,9 +13,9 @@ begins where ``start`` left off: t is the weight's own position, moved no furthe
 the level that ``start`` chose, so that the first loss is that of ``start`` and undoing one of its choices takes a
 short way. Minimums are stored in f16, not as whole numbers of steps. Uniform grids and tables of levels will do.
 
-Bytes: while a layer is learned, for each of its weights 4 (t) + 4 (gradient) + 8 (moments of Adam), the rounded matrix
-in the type of the products and its gradient; for each group 32; and the activations of ``batch`` windows. Nothing is
-stored beside what the format stores.
+Bytes: nothing is stored beside what the format stores. While a layer is learned, each of its weights takes 20 (t, its
+gradient, two moments of Adam, t at the start), its rounded value and the gradient of that; each group 60; and there are
+the activations of ``batch`` windows: :meth:`LayerSolver.terms`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from barefoot.core.errors import InvalidInput
+from barefoot.core.ledger import Term
 from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Qat(LayerSolver, name="qat", papers=(14,), status="experimental"):
             raise InvalidInput(
                 f"qat: expected epochs and batch of at least 1, rates of at least 0 and 0 <= margin < 0.5, got {self}"
             )
+
+    def _learned(self, n_weights: int, n_groups: int, largest: int) -> tuple[Term, ...]:
+        return Term("positions", n_weights, 5 * 4), Term("scales and minimums", n_groups, 15 * 4)
 
     def refine(self, problem: LayerProblem, steps: Steps | None = None) -> LayerSolution:
         import torch

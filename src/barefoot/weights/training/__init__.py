@@ -8,6 +8,8 @@ import importlib.util
 
 from barefoot.core.errors import BackendMissing
 
+TILE = 1 << 16  # weights that are rounded at a time, so that what lies between stays in the cache
+
 
 def require_torch(what: str) -> None:
     """

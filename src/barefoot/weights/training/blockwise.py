@@ -12,9 +12,6 @@ it, the few tokens of massive activations that language models have would be all
 AdamW without decay, rates by group falling along a cosine to a twentieth, minibatches of whole windows in an order that
 the seed decides. Every eighth window is held out; the parameters that are better on these, at the start or at the end,
 win, so a layer is never worse than it started, as far as they can tell.
-
-Memory: inputs and targets once more, 8 bytes for each of their elements; what the student states; and the activations
-of a minibatch, about 4 × tokens × (10 d_model + 5 n_heads × head_dim + 4 d_ff) bytes, for each token.
 """
 
 from __future__ import annotations

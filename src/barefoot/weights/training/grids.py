@@ -23,8 +23,7 @@ from torch import Tensor
 from barefoot.core.errors import Incompatible
 from barefoot.ops.grids import F16_MAX, Grid, Table, Uniform
 from barefoot.weights.solvers import Solution
-
-TILE = 1 << 16  # weights that are rounded at a time, so that what lies between stays in the cache
+from barefoot.weights.training import TILE
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,10 @@ class Levels:
         with torch.no_grad():
             scale, minimum = to_f16(scale), to_f16(minimum) if self.has_minimum else torch.zeros_like(scale)
             origin = origin if origin is not None else _itself(scale)
-            index = self._index(_position(t, scale, minimum, *origin)).int()
-            codes = torch.tensor(self.codes, dtype=torch.uint8)[index]
+            by_level, codes = torch.tensor(self.codes, dtype=torch.uint8), torch.empty(t.shape, dtype=torch.uint8)
+            for rows in _tiles(t):
+                u = _position(t[rows], scale[rows], minimum[rows], *(each[rows] for each in origin))
+                codes[rows] = by_level[self._index(u).int()]
             params = torch.cat([scale, minimum], dim=1) if self.has_minimum else scale
         return Solution(codes.reshape(shape).numpy(), params.reshape(shape[0], -1, params.shape[1]).numpy())
 

@@ -62,18 +62,22 @@ class LayerFunction:
 
     def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """``weights`` by role: matrices, biases, and norms as the factors that they multiply by."""
-        a = self.rounding("attn_in", self._norm(weights["attn_norm"], x))
+        a = self._seen("attn_in", self._norm(weights["attn_norm"], x))
         q, k, v = (self._product(weights, role, a) for role in "qkv")
-        o = self._product(weights, "o", self.rounding("attn_out", self._attend(weights, q, k, v)))
+        o = self._product(weights, "o", self._seen("attn_out", self._attend(weights, q, k, v)))
         x = x + self._behind(weights, "post_attn_norm", o)
-        f = self.rounding("ffn_in", self._norm(weights["ffn_norm"], x))
+        f = self._seen("ffn_in", self._norm(weights["ffn_norm"], x))
         gate, up = self._product(weights, "gate", f), self._product(weights, "up", f)
         act = F.silu(gate) if self.spec.activation == "silu" else F.gelu(gate, approximate="tanh")
-        down = self._product(weights, "down", self.rounding("ffn_out", act * up))
+        down = self._product(weights, "down", self._seen("ffn_out", act * up))
         return x + self._behind(weights, "post_ffn_norm", down)
 
+    def _seen(self, place: str, x: Tensor) -> Tensor:
+        """Activations as products meet them."""
+        return self.rounding(place, x).to(self.compute)
+
     def _product(self, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
-        y = (x.to(self.compute) @ weights[role].to(self.compute).T).float()
+        y = (x @ weights[role].to(self.compute).T).float()
         return y + weights[f"{role}_bias"].reshape(-1) if f"{role}_bias" in weights else y
 
     def _norm(self, factors: Tensor, x: Tensor) -> Tensor:
@@ -87,8 +91,8 @@ class LayerFunction:
         q, k, v = (x.reshape(batch, n, -1, spec.head_dim) for x in (q, k, v))
         if "q_norm" in weights:
             q, k = self._norm(weights["q_norm"], q), self._norm(weights["k_norm"], k)
-        rounded = (self.rounding(place, x) for place, x in (("q", self._turn(q)), ("k", self._turn(k)), ("v", v)))
-        q, k, v = (x.to(self.compute).transpose(1, 2) for x in rounded)
+        q, k = self._turn(q), self._turn(k)
+        q, k, v = (self._seen(place, x).transpose(1, 2) for place, x in (("q", q), ("k", k), ("v", v)))
         k, v = (x.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=1) for x in (k, v))
         window = self.spec.layers[self.layer].window
         if not spec.attn_softcap and (window is None or window >= n):
