@@ -7,10 +7,12 @@ import pytest
 from random_files import GEMMA, LLAMA, write_random
 from tiny import all_logits, engine
 
-from barefoot.core.errors import BackendMissing
+from barefoot.core.errors import BackendMissing, Incompatible
 from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.ops import blocks
+from barefoot.ops.grids import Shifted, Special
 from barefoot.weights.solvers.omniquant import OmniQuant
 from barefoot.weights.solvers.qat import Qat
 from barefoot.weights.solvers.range import Range
@@ -97,4 +99,12 @@ def test_without_torch_a_learning_solver_is_refused_before_anything_is_written(t
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendMissing, match="learns with PyTorch"):
         fitted(tmp_path / "source", tmp_path / "out", QAT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_whose_parameters_cannot_move_is_refused_before_anything_is_written(tmp_path):
+    write_random(tmp_path / "source", LLAMA)
+    layout = next(name for name in blocks.names() if isinstance(blocks.lookup(name).grid, Shifted | Special))
+    with pytest.raises(Incompatible, match=f"can't learn the parameters of {layout}"):
+        fitted(tmp_path / "source", tmp_path / "out", QAT, formats={"layers.1.up": layout})
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,8 @@ def formats_with_an_encoder() -> list[str]:
 @pytest.mark.parametrize("format_id", formats_with_an_encoder())
 def test_every_format_returns_bit_for_bit(format_id, tmp_path):
     """What is read is what encoding made of the source, and the file has no byte more than blocks and headers."""
-    write_random(tmp_path / "hf", CONFIG | {"num_hidden_layers": 1})
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 1}
+    write_random(tmp_path / "hf", CONFIG | {"num_hidden_layers": 1} | wide)  # whole blocks of 256
     with Checkpoint(tmp_path / "hf") as checkpoint:
         spec = model_spec(checkpoint)
         folder = ModelFolder(tmp_path / "folder", checkpoint, spec)

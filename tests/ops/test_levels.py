@@ -58,7 +58,6 @@ def test_which_minifloats_have_integer_levels():
 
 
 def test_nf4_is_qloras_within_half_a_127th():
-    assert np.allclose(levels.normal_float(), QLORA, rtol=0, atol=3e-6)
     assert np.abs(np.array(levels.nf4_table()) / 127 - QLORA).max() <= 0.5 / 127 + 3e-6
 
 

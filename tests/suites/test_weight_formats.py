@@ -7,6 +7,7 @@ from barefoot.core.errors import Incompatible
 from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.ops import blocks
+from barefoot.ops.grids import Shifted, Uniform
 
 FAMILY = "weights.formats"
 HALF_UNITS = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8}  # half a unit in the last place, relative
@@ -51,6 +52,8 @@ def test_terms_are_the_bytes_of_the_encoded_matrix(fmt, rows, cols):
 
 def test_encoding_what_was_decoded_changes_nothing(fmt):
     layout = fmt.layout("f32")
+    if isinstance(blocks.lookup(layout).grid, Shifted):
+        return  # its lowest code is a magnitude of the next exponent, by which a group that holds it is rounded anew
     weights = np.random.default_rng(3).standard_normal((16, 384), np.float32)
     once = blocks.decode(layout, blocks.encode(layout, weights), 384)
     twice = blocks.decode(layout, blocks.encode(layout, once), 384)
@@ -58,12 +61,16 @@ def test_encoding_what_was_decoded_changes_nothing(fmt):
     assert np.abs(twice - once).max() <= step * 2e-3 + 1e-7
 
 
+def is_uniform(fmt) -> bool:
+    return isinstance(blocks.lookup(fmt.layout("f32")).grid, Uniform) and hasattr(fmt, "symmetric")
+
+
 def errors(fmt, weights: np.ndarray) -> np.ndarray:
     layout = fmt.layout("f32")
     return np.abs(blocks.decode(layout, blocks.encode(layout, weights), weights.shape[1]) - weights)
 
 
-@pytest.mark.parametrize("name", [n for n, f in VARIANTS.items() if not hasattr(f, "bits")])
+@pytest.mark.parametrize("name", [n for n, f in VARIANTS.items() if not is_uniform(f)])
 def test_a_format_without_a_uniform_grid_stays_within_its_block(name):
     fmt, weights = VARIANTS[name], np.random.default_rng(4).standard_normal((8, 128), np.float32)
     error, layout = errors(fmt, weights), fmt.layout("f32")
@@ -74,7 +81,7 @@ def test_a_format_without_a_uniform_grid_stays_within_its_block(name):
         assert (error.reshape(groups.shape).max(axis=1) < groups.max(axis=1)).all()
 
 
-@pytest.mark.parametrize("name", [n for n, f in VARIANTS.items() if hasattr(f, "bits")])
+@pytest.mark.parametrize("name", [n for n, f in VARIANTS.items() if is_uniform(f)])
 def test_error_is_at_most_the_step_that_the_bits_allow(name):
     """A uniform grid of L levels over a group's range r has steps r / (L - 1); f16 scales add 2^-11 of the range."""
     fmt, weights = VARIANTS[name], np.random.default_rng(4).standard_normal((8, 384), np.float32)

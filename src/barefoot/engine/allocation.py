@@ -14,6 +14,7 @@ from barefoot.engine.fitting import Source
 from barefoot.engine.sensitivity import Sensitivity, probe_of, rounded, sensitivity
 from barefoot.io.files import atomic_writer
 from barefoot.ops import blocks
+from barefoot.ops.grids import Nested, Uniform
 from barefoot.weights.allocate import Option, allocate
 from barefoot.weights.solvers import solve_groups
 from barefoot.weights.solvers.mse import least_error
@@ -27,9 +28,10 @@ MOST_BITS = 9.0  # a weight: what is finer than this is not worth its bytes befo
 
 
 def candidates() -> tuple[str, ...]:
-    """The formats that are chosen among: those that solvers have a grid for, of 2 bits and more."""
-    found = (name for name in blocks.names() if blocks.lookup(name).grid is not None)
-    return tuple(name for name in found if 2 <= blocks.bits_per_weight(name) <= MOST_BITS)
+    """The formats that are chosen among: integers of 2 bits and more, in groups with a scale of their own or a share in
+    a block's. Levels that are not uniform gain less than finer groups of these do."""
+    uniform = (name for name in blocks.names() if isinstance(blocks.lookup(name).grid, Uniform | Nested))
+    return tuple(name for name in uniform if 2 <= blocks.bits_per_weight(name) <= MOST_BITS)
 
 
 def options(

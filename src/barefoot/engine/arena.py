@@ -47,8 +47,8 @@ class _Region:
                 "this system does not take back a part of a process's memory",
                 cure="begin anew with a smaller --memory",
             )
-        if self._mapping is not None:
-            first = round_up(start, mmap.PAGESIZE)
+        first = round_up(start, mmap.PAGESIZE)
+        if self._mapping is not None and first < len(self._mapping):
             self._mapping.madvise(mmap.MADV_DONTNEED, first, len(self._mapping) - first)
 
 

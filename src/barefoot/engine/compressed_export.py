@@ -2,9 +2,9 @@
 
 Symmetric integer groups of 4 and 8 bits go over as they are, and what such a format holds without loss with them
 (:mod:`barefoot.ops.recode`); others are refused, since the layout has whole zeros where barefoot's blocks have f16
-minimums. Scales stay f16. The embedding, which these programs keep dense, becomes f16 if it is quantized here; it alone
-is rounded. Layout: :mod:`barefoot.io.quantized.compressed_tensors`. One file holds one layer; in memory is one piece of
-one tensor.
+minimums. Scales stay f16; loaders multiply in it, and so mean each weight rounded to f16. The embedding, which these
+programs keep dense, becomes f16 if it is quantized here. Layout: :mod:`barefoot.io.quantized.compressed_tensors`. One
+file holds one layer; in memory is one piece of one tensor.
 
 Matrices of several formats become several ``config_groups``. vLLM, and transformers' compressed modules, look each
 matrix up; transformers 5.23 with ``dequantize=True`` takes the first scheme for all, and fails on a mixture.

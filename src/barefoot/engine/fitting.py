@@ -40,7 +40,7 @@ Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
 STATE = "fit-state.npz"
-ROWS = 4096  # of a matrix that are solved at a time where rows don't depend on each other
+CHUNK_WEIGHTS = 1 << 20  # that are solved at a time where rows don't depend on each other
 WITHOUT_TEXT = Mse()  # solves what meets no inputs: the embedding
 KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian")  # each contains the ones before
 
@@ -102,8 +102,21 @@ def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress:
     if job.reads and not job.texts.size:
         raise InvalidInput(f"{job.solver} looks at text, and there is none", cure="give text, or a solver without it")
     if isinstance(job.solver, LayerSolver):
-        require_torch(str(job.solver))
+        _check_learning(spec, job, job.solver)
     return _Fitting(checkpoint, spec, job, path, progress or (lambda done, total, label: None)).run()
+
+
+def _check_learning(spec: ModelSpec, job: Fit, solver: LayerSolver) -> None:
+    require_torch(str(solver))
+    for weight in spec.weights:
+        how = job.formats.get(weight.name)
+        if weight.layer is not None and isinstance(how, str) and how != weight.format:
+            grid = blocks.lookup(how).grid
+            if grid is not None and not solver.learns(grid):
+                raise Incompatible(
+                    f"{solver} can't learn the parameters of {how}, which {weight.name} is to have",
+                    cure=f"use the solver {solver.start}, or a format of integers or of a table of levels",
+                )
 
 
 class _Fitting:
@@ -280,7 +293,8 @@ class _Fitting:
         if inputs is None and solver.wants != "nothing":
             solver = WITHOUT_TEXT
         # Rows are independent; without a Hessian to factor they may as well be solved a few at a time.
-        step = weight.rows if order is not None or (inputs is not None and inputs.hessian is not None) else ROWS
+        whole = order is not None or (inputs is not None and inputs.hessian is not None)
+        step = weight.rows if whole else max(1, CHUNK_WEIGHTS // weight.cols)
         packed = np.empty((weight.rows, blocks.row_bytes(how, weight.cols)), np.uint8)
         for start in range(0, weight.rows, step):
             some = self.source.floats(name, start, min(step, weight.rows - start), order=order)

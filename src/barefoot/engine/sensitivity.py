@@ -84,7 +84,7 @@ def sensitivity(
     for layer in range(n_layers):
         report(layer, total, f"reading layer {layer}")
         states[layer + 1] = states[layer]
-        _Layer(source, spec, layer).run(states[layer + 1], found.squares)
+        _Layer(source, spec, layer).run(states[layer + 1], squares=found.squares)
     head = _Head(source, spec, states[-1])
     found.squares[head.name] = np.einsum("td,td->d", head.z, head.z)
     for squares in found.squares.values():
@@ -94,12 +94,12 @@ def sensitivity(
         here = _Layer(source, spec, layer)
         names = [f"layers.{layer}.{role}" for role in here.matrices]
         if not all(name in found.cost for name in names):
-            streams = [here.with_rounded(role).run(states[layer].copy()) for role in here.matrices]
+            streams = [states[layer].copy() for _ in here.matrices]
+            for role, stream in zip(here.matrices, streams, strict=True):
+                here.with_rounded(role).run(stream)
             del here
             for later in range(layer + 1, n_layers):
-                there = _Layer(source, spec, later)
-                for stream in streams:
-                    there.run(stream)
+                _Layer(source, spec, later).run(*streams)  # one layer's matrices at a time
             found.cost |= {name: head.cost(stream) for name, stream in zip(names, streams, strict=True)}
             if keep is not None:
                 keep(found.cost)
@@ -121,7 +121,7 @@ def input_squares(source: Source, spec: ModelSpec, texts: Ids) -> dict[str, F32]
     found: dict[str, F32] = {}
     hidden = _embed(source, spec, texts, np.empty((*texts.shape, spec.d_model), np.float32))
     for layer in range(spec.n_layers):
-        _Layer(source, spec, layer).run(hidden, found)
+        _Layer(source, spec, layer).run(hidden, squares=found)
     return {name: squares / np.float32(texts.size) for name, squares in found.items()}
 
 
@@ -133,9 +133,9 @@ def workspace_bytes(spec: ModelSpec, n_windows: int, window: int) -> int:
     matrices = d * (2 * q + 2 * kv + 3 * spec.d_ff)
     widest = max(d * spec.d_ff, d * q)
     activations = tokens * (4 * d + 3 * spec.d_ff + 4 * q + 4 * kv)
-    head = TILE_ROWS * (2 * d + 2 * tokens) + 2 * d * d + 2 * tokens * d
-    states = (spec.n_layers + 1 + len(_roles())) * tokens * d
-    return 4 * (states + max(matrices + 3 * widest + activations, head))
+    head = TILE_ROWS * (4 * d + 3 * tokens) + 2 * d * d + 2 * tokens * d
+    states = (spec.n_layers + 2) * tokens * d
+    return 4 * (states + max((len(_roles()) - 1) * tokens * d + matrices + 3 * widest + activations, head))
 
 
 def _roles() -> list[str]:
@@ -174,8 +174,12 @@ class _Layer:
         other.matrices = self.matrices | {role: rounded(weight, probe_of(weight.shape[1]))}
         return other
 
-    def run(self, hidden: F32, squares: dict[str, F32] | None = None) -> F32:
-        """Pass ``hidden`` (n_windows, window, d) through the layer, in place; add up the squares of each input."""
+    def run(self, *streams: F32, squares: dict[str, F32] | None = None) -> None:
+        """Pass streams (n_windows, window, d) through the layer, in place; keep the sums of squares of each input."""
+        for hidden in streams:
+            self._pass_on(hidden, squares)
+
+    def _pass_on(self, hidden: F32, squares: dict[str, F32] | None) -> None:
         there, matrices = self._pass, self.matrices
 
         def enter(stage: str, x: F32) -> list[F32]:
@@ -191,7 +195,6 @@ class _Layer:
         h[:] = there.after_attention(h, *enter("attn_out", attended))
         active = there.activate(*enter("ffn_in", there.ffn_in(h)))
         h[:] = there.after_ffn(h, *enter("ffn_out", active))
-        return hidden
 
 
 class _Head:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from barefoot.io.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
+LONGEST_TOKEN = 12  # characters; few are longer
 COMPARE_ROWS = 4  # rows of logits whose probabilities are held in double precision at a time
 
 Progress = Callable[[int, int], None]  # tokens scored, tokens to score
@@ -31,9 +32,8 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int, n_tokens: int | N
     """
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     most = None if n_tokens is None else -(-n_tokens // window)
-    # Texts are cut before they are encoded: a token is seldom longer than 12 bytes.
-    if most is not None:
-        text = text[: 12 * most * window]
+    if most is not None:  # texts are cut before they are encoded
+        text = text[: LONGEST_TOKEN * most * window]
     found = list(windows(tokenizer.encode(text, add_bos=False), window, bos))[:most]
     if not found:
         raise InvalidInput(
@@ -43,15 +43,19 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int, n_tokens: int | N
 
 
 def spread_windows(text: str, tokenizer: Tokenizer, window: int, n_windows: int) -> NDArray[np.int32]:
-    """At most ``n_windows`` whole windows from all over the text, int32 (n, window).
+    """At most ``n_windows`` whole windows from all over the text, int32 (n, window), each encoded by itself.
 
     Raises
     ------
     InvalidInput : the text does not fill one window.
     """
-    found = text_windows(text, tokenizer, window)
-    picked = np.linspace(0, len(found) - 1, min(max(1, n_windows), len(found))).round().astype(int)
-    return np.array([found[i] for i in picked], np.int32)
+    length = LONGEST_TOKEN * window
+    n = max(1, min(n_windows, len(text) // length))
+    starts = [i * (len(text) - length) // max(1, n - 1) for i in range(n)] if n > 1 else [0]
+    # A piece begins behind a space: what comes before may be half a word.
+    pieces = (text[start : start + length].partition(" " if start else "\0") for start in starts)
+    found = [text_windows(rest or head, tokenizer, window, window)[0] for head, _, rest in pieces]
+    return np.array(found, np.int32)
 
 
 def workspace_bytes(vocab_size: int) -> int:

@@ -20,7 +20,6 @@ value instead, one of several that a group chooses from.
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 MOST = 127  # the largest integer level
 #: Exponent and mantissa bits of the minifloats of 3 to 8 bits. Those of one exponent bit are uniform: integers.
@@ -55,17 +54,10 @@ def are_integers(table: tuple[float, ...]) -> bool:
     return all(level.is_integer() for level in table)
 
 
-def normal_float() -> tuple[float, ...]:
-    """The sixteen levels of NF4 in [-1, 1], as QLoRA computes them.
-
-    The ends are the quantiles of 1 - offset, half-way between what sixteen and fifteen levels leave outside.
-    """
-    offset = 1 - (1 / 30 + 1 / 32) / 2
-    above = [NormalDist().inv_cdf(0.5 + (offset - 0.5) * i / 8) for i in range(1, 9)]
-    below = [NormalDist().inv_cdf(0.5 + (offset - 0.5) * i / 7) for i in range(1, 8)]
-    return (*(-q / above[-1] for q in reversed(below)), 0.0, *(q / above[-1] for q in above))
+#: NF4 in multiples of 1/127: tabulated, since the library that computes quantiles is larger than this module.
+NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 
 
 def nf4_table() -> tuple[float, ...]:
-    """``normal_float`` in multiples of 1/127."""
-    return tuple(float(round(MOST * level)) for level in normal_float())
+    """The sixteen levels of NF4."""
+    return tuple(map(float, NF4))

@@ -39,7 +39,7 @@ JSON_KEYS = {
     "points": "name, n_bytes, kl and perplexity of each way of storing it",
     "frontier": "names of the points that no other one beats, by rising bytes",
     "memory": "the size that was asked for, or null",
-    "expected": "KL and perplexity to expect of `barefoot fit --memory` at that size, from the fits around it; or null",
+    "expected": "KL and perplexity to expect of a fit to that size, from the fits around it; or null",
 }
 
 

@@ -23,6 +23,7 @@ WINDOW, TOKENS = 512, 16384
 SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVER = "gptq"
 CONTEXT = 1024
+LEAST_WINDOWS = 4  # of text, below which a fit is refused rather than made worse
 SENSITIVITY = "fit-sensitivity.json"
 
 HELP = "make a model smaller: the best one that takes so many bytes"
@@ -40,7 +41,7 @@ JSON_KEYS = {
     "formats": "format → bytes of the matrices that have it",
     "solver": "what chose the codes",
     "predicted_cost": "nats a token that rounding should cost, when formats were chosen here; null if they were stated",
-    "run_bytes": "what `barefoot run` takes with everything resident and a context of run_context tokens",
+    "run_bytes": "what a run takes with everything resident and a context of run_context tokens",
     "least_run_bytes": "of a stack: with the first block of each matrix alone; else the same",
     "run_context": "tokens",
     "predicted_peak_bytes": "of the fit, predicted",
@@ -93,7 +94,7 @@ def execute(args: argparse.Namespace) -> int:
     output = Path(args.output)
     with Checkpoint(models.fetch(args.model)) as checkpoint, progress.line() as report:
         spec = model_spec(checkpoint)
-        job, cost = _job(args, checkpoint, spec, output, report)
+        job, cost, predicted = _job(args, checkpoint, spec, output, report)
         folder = fit(checkpoint, spec, job, output, report)
         record = {
             "model": args.model,
@@ -112,7 +113,7 @@ def execute(args: argparse.Namespace) -> int:
         "solver": str(job.solver),
         "predicted_cost": cost,
         **_run_needs(output),
-        "predicted_peak_bytes": None,
+        "predicted_peak_bytes": predicted,
         "measured_peak_bytes": peak_resident(),
         "seconds": time.perf_counter() - started,
     }
@@ -125,12 +126,13 @@ def execute(args: argparse.Namespace) -> int:
 
 def _job(
     args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, output: Path, report: progress.Report
-) -> tuple[Fit, float | None]:
-    """What to do with each matrix, and what rounding is expected to cost where that was chosen here."""
+) -> tuple[Fit, float | None, int | None]:
+    """What to do with each matrix; what rounding should cost where that was chosen here; and the predicted peak."""
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
     from barefoot.engine.allocation import choose, measured_options
     from barefoot.engine.fitting import Fit, Source
+    from barefoot.engine.sensitivity import workspace_bytes
     from barefoot.evals.scoring import spread_windows
     from barefoot.evals.texts import read_text
     from barefoot.io.tokenizer import load_tokenizer
@@ -138,12 +140,74 @@ def _job(
     (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
     text, tokenizer = read_text(args.text), load_tokenizer(checkpoint)
     texts = spread_windows(text, tokenizer, args.window, args.tokens // args.window)
+    limit, reserved = args.fit_memory or args.memory, _reserved()
     if args.weights is not None:
-        return Fit(_stated(args.weights, spec), solver, texts), None
+        job = _within(limit, reserved, spec, Fit(_stated(args.weights, spec), solver, texts))
+        return job, None, _peak(reserved, spec, job)
     source, probes = Source(checkpoint, spec), spread_windows(text, tokenizer, PROBE_WINDOW, PROBE_WINDOWS)
+    probing = reserved + workspace_bytes(spec, *probes.shape)
+    if limit is not None and probing > limit:
+        raise _too_much("measuring what rounding costs", probing, limit)
     choices = measured_options(source, spec, probes, output / SENSITIVITY, report)
     chosen = choose(spec, choices, _budget(args, spec))
-    return Fit({n: o.name for n, o in chosen.items()}, solver, texts), sum(o.cost for o in chosen.values())
+    job = _within(limit, reserved, spec, Fit({n: o.name for n, o in chosen.items()}, solver, texts))
+    peak = _peak(reserved, spec, job)
+    return job, sum(o.cost for o in chosen.values()), None if peak is None else max(peak, probing)
+
+
+def _reserved() -> int:
+    """Bytes of the process before the fit allocates anything, and the allocator's slack."""
+    from barefoot.plan.reserved import SLACK_BYTES, reserved_expected, reserved_now
+
+    return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES
+
+
+def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int | None:
+    """The predicted peak of a fit; None where its solver or a structure states no bytes of its own."""
+    from barefoot.engine.fit_footprint import footprint
+    from barefoot.weights.solvers import LayerSolver
+    from barefoot.weights.structures import Structure
+
+    if isinstance(job.solver, LayerSolver) or any(isinstance(how, Structure) for how in job.formats.values()):
+        return None
+    return reserved + footprint(spec, job).peak()[1]
+
+
+def _within(limit: int | None, reserved: int, spec: ModelSpec, job: Fit) -> Fit:
+    """The fit with as much of its text as the limit has room for.
+
+    Raises
+    ------
+    OverBudget : not even with ``LEAST_WINDOWS``.
+    InvalidInput : there is a limit, and the bytes are not known.
+    """
+    from dataclasses import replace
+
+    from barefoot.core.errors import InvalidInput
+
+    if limit is None:
+        return job
+    while (peak := _peak(reserved, spec, job)) is not None and peak > limit:
+        if len(job.texts) <= LEAST_WINDOWS or not job.reads:
+            raise _too_much("the fit", peak, limit)
+        job = replace(job, texts=job.texts[::2] if len(job.texts) % 2 == 0 else job.texts[:-1])
+    if peak is None:
+        raise InvalidInput(
+            f"the bytes of a fit by {job.solver} are not known beforehand, so it can't be held within a limit",
+            cure="state --bits or --weights and no memory, or use the solver gptq, mse, hqq or range",
+        )
+    return job
+
+
+def _too_much(what: str, needed: int, limit: int) -> Exception:
+    from barefoot.core.errors import OverBudget
+
+    return OverBudget(
+        f"{what} takes {format_bytes(needed)}, {format_bytes(limit)} are allowed",
+        needed=needed,
+        available=limit,
+        cure=f"allow it more: --fit-memory {-(-needed // 2**20)}MiB; the solver mse takes least",
+    )
 
 
 def _budget(args: argparse.Namespace, spec: ModelSpec) -> int:

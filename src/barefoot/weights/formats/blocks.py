@@ -1,7 +1,7 @@
 """blocks — a block layout by its own name, such as ``int3_g64_sym`` or ``q4_k``.
 
 For whoever chooses among layouts one by one, as ``barefoot compare`` does and :mod:`barefoot.engine.allocation`; the
-other techniques of this folder name the same layouts by their knobs. Layouts are documented in
+other techniques of this folder name the same layouts by their knobs. Layouts, and the bytes of each, are documented in
 :mod:`barefoot.ops.blocks`.
 """
 

@@ -19,7 +19,7 @@ from barefoot.core.errors import InvalidInput, unknown_name
 from barefoot.core.model import ModelSpec
 from barefoot.core.registry import techniques
 from barefoot.core.technique import Technique
-from barefoot.ops.grids import F32, U8, Grid
+from barefoot.ops.grids import F32, U8, Grid, Table, Uniform
 
 Knowledge = Literal["nothing", "squares", "hessian"]
 
@@ -60,6 +60,10 @@ class Solver(Technique):
 
         ``inputs`` is what ``wants`` asks for; it may be None only for ``"nothing"``.
         """
+
+    def workspace_bytes(self, rows: int, cols: int, grid: Grid) -> int:
+        """The most that ``solve`` takes at a time beside the weight, what was measured, and the codes."""
+        return 8 * rows * (cols // grid.group) * grid.n_params
 
 
 ROLE = Solver
@@ -117,6 +121,11 @@ class LayerSolver(Solver):
         known = [name for name, cls in techniques("weights.solvers").items() if not issubclass(cls, LayerSolver)]
         if self.start not in known:
             raise InvalidInput(f"{self.name}: start must be one of {', '.join(known)}, got {self.start!r}")
+
+    @staticmethod
+    def learns(grid: Grid) -> bool:
+        """Whether parameters of a grid can move by little steps: those of powers of two, for one, can't."""
+        return isinstance(grid, Uniform | Table)
 
     @property
     def first(self) -> Solver:

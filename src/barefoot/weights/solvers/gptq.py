@@ -52,6 +52,10 @@ class Gptq(Solver, name="gptq", papers=(), status="stable"):
             _sweep(rounded, errors, inputs.hessian, ridge(inputs.hessian, self.damp))
         return Solution(rounded.codes, rounded.stored)
 
+    def workspace_bytes(self, rows: int, cols: int, grid: Grid) -> int:
+        params = 4 * rows * (cols // grid.group) * grid.n_params
+        return params + solve_bytes(rows, cols, grid.group) - rows * cols
+
     def _forward(self, weight: F32, rounded: _Rounded, hessian: F32) -> F32:
         """Round column by column; what is missing then, float32 (rows, cols)."""
         grid = rounded.grid

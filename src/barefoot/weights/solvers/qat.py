@@ -11,7 +11,7 @@ What differs from both. A weight is learned as its position t between levels, w 
 at the start, and scales and minimums relative to s₀, so that one learning rate suits every group and number of bits. It
 begins where ``start`` left off: t is the weight's own position, moved no further than to within ``margin`` of a step of
 the level that ``start`` chose, so that the first loss is that of ``start`` and undoing one of its choices takes a
-short way. Minimums are stored in f16, not as whole numbers of steps. Any grid of :mod:`barefoot.ops.grids` will do.
+short way. Minimums are stored in f16, not as whole numbers of steps. Uniform grids and tables of levels will do.
 
 Bytes: while a layer is learned, for each of its weights 4 (t) + 4 (gradient) + 8 (moments of Adam), the rounded matrix
 in the type of the products and its gradient; for each group 32; and the activations of ``batch`` windows. Nothing is
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from barefoot.core.errors import InvalidInput
-from barefoot.ops.grids import F32
 from barefoot.weights.solvers import LayerProblem, LayerSolution, LayerSolver, Precision, Solution, Steps
 
 if TYPE_CHECKING:
@@ -39,10 +38,9 @@ class Qat(LayerSolver, name="qat", papers=(14,), status="experimental"):
     start: str = "gptq"
     epochs: int = 2
     batch: int = 4
-    rate: float = 0.002
+    rate: float = 0.004
     scale_rate: float = 0.001
     margin: float = 0.49
-    norms: bool = True
     seed: int = 0
     precision: Precision = "bfloat16"
 
@@ -61,11 +59,11 @@ class Qat(LayerSolver, name="qat", papers=(14,), status="experimental"):
         student = Positions(problem, self)
         compute = getattr(torch, self.precision)
         errors = learn(problem, student, Schedule(self.epochs, self.batch, self.seed), steps, compute=compute)
-        return LayerSolution(student.solutions(), student.norms(), errors)
+        return LayerSolution(student.solutions(), {}, errors)
 
 
 class Positions:
-    """What is learned: positions t (groups, group) of matrices, and relative changes of scales, minimums and norms."""
+    """What is learned of each matrix: positions t (groups, group), and relative changes of scale and minimum."""
 
     def __init__(self, problem: LayerProblem, settings: Qat) -> None:
         import torch
@@ -74,8 +72,6 @@ class Positions:
 
         self._problem, self._settings = problem, settings
         self._fixed = {r: torch.from_numpy(w) for r, w in problem.weights.items() if r not in problem.grids}
-        norms = [role for role in self._fixed if role.endswith("norm")] if settings.norms else []
-        self._changes = {role: torch.zeros_like(self._fixed[role], requires_grad=True) for role in norms}
         self._learned: dict[str, tuple[Any, ...]] = {}
         for role, grid in problem.grids.items():
             levels, start = Levels.of(grid), problem.starts[role]
@@ -94,7 +90,7 @@ class Positions:
     def groups(self) -> Sequence[tuple[list[Tensor], float]]:
         weights = [t for *_, t, _, _ in self._learned.values()]
         params = [p for *_, change, shift in self._learned.values() for p in (change, shift)]
-        return (weights, self._settings.rate), ([*params, *self._changes.values()], self._settings.scale_rate)
+        return (weights, self._settings.rate), (params, self._settings.scale_rate)
 
     def weights(self, dtype: Any) -> Mapping[str, Tensor]:
         rounded = {}
@@ -102,8 +98,7 @@ class Positions:
             rounded[role] = levels.rounded(t, *self._params(role), origin, dtype).reshape(
                 self._problem.weights[role].shape
             )
-        changed = {role: self._fixed[role] * (1 + change) for role, change in self._changes.items()}
-        return {**self._fixed, **changed, **rounded}
+        return {**self._fixed, **rounded}
 
     def _params(self, role: str) -> tuple[Tensor, Tensor]:
         """Scale and minimum as they are now, not rounded to f16."""
@@ -116,7 +111,3 @@ class Positions:
             role: levels.solution(t, *self._params(role), self._problem.weights[role].shape, origin)
             for role, (levels, origin, _, t, _, _) in self._learned.items()
         }
-
-    def norms(self) -> dict[str, F32]:
-        """Those that changed."""
-        return {role: (self._fixed[role] * (1 + change)).detach().numpy() for role, change in self._changes.items()}

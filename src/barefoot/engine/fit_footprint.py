@@ -1,0 +1,93 @@
+"""The bytes of a fit, in closed form: one layer's matrices, one matrix's solve, and the text's hidden states.
+
+Phases: ``forward`` measures sensitivities, ``convert`` stores the embedding and the head, ``step`` a layer; reading and
+writing hold no more than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from barefoot.core.ledger import Footprint, Term, entry
+from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.engine.fitting import CHUNK_WEIGHTS, WITHOUT_TEXT, Fit
+from barefoot.engine.layer_pass import STAGES
+from barefoot.engine.placement import stored_bytes
+from barefoot.ops import blocks, kv_row_bytes
+from barefoot.weights.structures import Structure
+
+PACK_BYTES_PER_WEIGHT = 9  # of passing arrays while codes become blocks; a test measures it
+
+
+def footprint(spec: ModelSpec, job: Fit) -> Footprint:
+    """What ``engine.fitting.fit`` takes, beside the process's own bytes; for solvers that need no PyTorch."""
+    weights = {w.name: w for w in spec.weights}
+    hidden = job.texts.size * spec.d_model * 4 if job.reads else 0
+    layers = [_layer(spec, job, weights, layer) for layer in range(spec.n_layers)]
+    outside = [w for w in spec.weights if w.layer is None and w.group != "norm"]
+    result = entry("layer", "workspace", [Term("largest stage", 1, max(layers, default=0))], phases=("step",))
+    result += entry(
+        "outer", "workspace", [Term("largest matrix", 1, max(_outer(job, w) for w in outside))], phases=("convert",)
+    )
+    if hidden:
+        result += entry("hidden", "activations", [Term("hidden states", 1, hidden)], phases=("convert", "step"))
+    return result
+
+
+def _outer(job: Fit, weight: WeightSpec) -> int:
+    """The embedding or the head: its packed rows, and some of them at a time as they are solved."""
+    some = max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols)) * weight.cols
+    return packed_bytes(job, weight) + _solving(job, weight, some)
+
+
+def _solving(job: Fit, weight: WeightSpec, n: int) -> int:
+    """``n`` weights of a matrix: as floats, beside the file's bytes, or codes and what choosing or packing takes."""
+    stored = stored_bytes(weight) * n // weight.n_elements
+    choosing, packing = n + _solve_bytes(job, weight, n // weight.cols), (1 + PACK_BYTES_PER_WEIGHT) * n
+    return 4 * n + max(stored, choosing, packing)
+
+
+def packed_bytes(job: Fit, weight: WeightSpec) -> int:
+    """Bytes of a matrix as it will be stored; of a structure those of 8 bits a weight."""
+    how = job.formats.get(weight.name, weight.format)
+    return weight.n_elements if isinstance(how, Structure) else weight.rows * blocks.row_bytes(how, weight.cols)
+
+
+def _solve_bytes(job: Fit, weight: WeightSpec, n_rows: int) -> int:
+    how = job.formats.get(weight.name)
+    if isinstance(how, Structure) or how is None:
+        return 0
+    grid = blocks.lookup(how).grid
+    solver = WITHOUT_TEXT if weight.layer is None else job.solver
+    return 0 if grid is None else solver.workspace_bytes(n_rows, weight.cols, grid)
+
+
+def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: int) -> int:
+    """The most that a layer takes in any of its stages: while inputs are measured, a matrix is solved, or the text
+    passes on through what is stored."""
+    tokens, window = (job.texts.size, job.texts.shape[1]) if job.reads else (0, 0)
+    d, ff = spec.d_model, spec.d_ff
+    q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    attended = 4 * tokens * q
+    passing = {  # float32 numbers of a token, beside the store of keys and values
+        "attn_in": 2 * d + 3 * q + 4 * kv,
+        "attn_out": q + 2 * d,
+        "ffn_in": 3 * d,
+        "ffn_out": 2 * d + 3 * ff,
+    }
+    store = 2 * window * spec.n_kv_heads * kv_row_bytes("f32", spec.head_dim)
+    kept = between = most = 0
+    for stage, roles in STAGES.items():
+        of_stage = [weights[f"layers.{layer}.{role}"] for role in roles]
+        width = of_stage[0].cols
+        hessian = 4 * width**2 if any(job.wants(w.name) == "hessian" for w in of_stage) else 4 * width
+        going = 4 * window * passing[stage] + (store if stage == "attn_in" else 0)
+        held = kept + between + (attended if stage == "attn_out" else 0)
+        solving = max(_solving(job, w, w.n_elements) for w in of_stage)
+        packed = sum(packed_bytes(job, w) for w in of_stage)
+        decoded = sum(4 * w.n_elements for w in of_stage) if tokens else 0
+        leaving = decoded + going + (attended if stage == "attn_in" else 0)
+        most = max(most, held + 2 * hessian + going, held + hessian + packed + solving, held + packed + leaving)
+        kept += packed
+        between = decoded if stage == "ffn_in" else 0
+    return most
