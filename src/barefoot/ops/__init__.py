@@ -441,8 +441,8 @@ def encode(format: str, weights: F32, out: U8) -> None:
 def fit_groups(x: F32, grid: Grid, params: F32, *, importance: F32 | None = None) -> None:
     """Parameters of least squared error for each group of ``x``, on its own.
 
-    Tries shrunken ranges, then alternates rounding and least squares from the best of them; a step that doesn't help
-    (parameters are rounded to f16) is not taken, so the result is never worse than the whole range.
+    Tries shrunken ranges, then moves each end of the best one, then alternates rounding and least squares; a step that
+    doesn't help is not taken, so the result is never worse than the whole range.
 
     x : float32 [rows, cols], finite; params : float32 [rows, cols / group, p], is filled
     importance : how much each element's squared error counts, float32 [cols] or [rows, cols], ≥ 0
@@ -451,7 +451,7 @@ def fit_groups(x: F32, grid: Grid, params: F32, *, importance: F32 | None = None
     if levels is None or levels.rule is None:
         rounding.fit_groups(x, grid, params, importance)
     else:
-        _native.fit_groups(x, levels, importance, rounding.SHRINKS, rounding.REFITS, params)
+        _native.fit_groups(x, levels, importance, rounding.SHRINKS, rounding.STEPS, rounding.REFITS, params)
 
 
 def group_errors(x: F32, grid: Grid, params: F32, errors: F32, *, importance: F32 | None = None) -> None:

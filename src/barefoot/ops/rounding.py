@@ -14,7 +14,8 @@ import numpy.typing as npt
 from barefoot.ops import blocks
 from barefoot.ops.grids import F32, U8, Grid, row_sums
 
-SHRINKS = np.linspace(1.0, 0.45, 12, dtype=np.float32)  # of a group's range
+SHRINKS = np.linspace(1.0, 0.45, 12, dtype=np.float32)  # of both ends of a group's range
+STEPS = np.array([-0.15, -0.1, -0.05, 0.05, 0.1, 0.15], np.float32)  # from there on, of each end by itself
 REFITS = 2  # least-squares steps behind the search
 ENCODED_AT_A_TIME = 1 << 14  # weights, in whole rows: so many arrays of numpy's come and go
 
@@ -41,19 +42,29 @@ def _counts(x: F32, grid: Grid, importance: F32 | None) -> F32:
 
 def least_error(grid: Grid, x: F32, importance: F32) -> F32:
     """Parameters for groups ``x`` (n, group), elements counting as ``importance`` (n, group) says."""
-    low, high = x.min(axis=1), x.max(axis=1)
-    best, least = grid.spanning(low, high), np.full(len(x), np.inf, np.float32)
+    ends = np.stack([x.min(axis=1), x.max(axis=1)])
+    best, least = np.zeros_like(grid.spanning(*ends)), np.full(len(x), np.inf, np.float32)
+    reach = np.ones_like(ends)  # by what the ends are multiplied in the best range so far
 
-    def offer(params: F32) -> None:
+    def offer(params: F32, its_reach: F32) -> None:
         errors = _errors(grid, x, params, importance)
         better = errors < least
-        best[better], least[better] = params[better], errors[better]
+        best[better], least[better], reach[:, better] = params[better], errors[better], its_reach[:, better]
+
+    def reached(its_reach: F32) -> None:
+        for params in grid.kinds(*(ends * its_reach)):
+            offer(params, its_reach)
 
     for shrink in SHRINKS:
-        for params in grid.kinds(low * shrink, high * shrink):
-            offer(params)
+        reached(np.full_like(ends, shrink))
+    for end in (0, 1):
+        start = reach.copy()
+        for step in STEPS:
+            moved = start.copy()
+            moved[end] += step
+            reached(moved)
     for _ in range(REFITS):
-        offer(grid.refit(x, grid.round(x, best), importance))
+        offer(grid.refit(x, grid.round(x, best), importance), reach.copy())
     return best
 
 

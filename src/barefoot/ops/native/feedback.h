@@ -27,7 +27,9 @@ inline void feedback_panel(const FeedbackArgs& args, const LevelKind& kind, int6
     const F rank = kind.rank((load(at) - minimum) * inverted);
     const F error = load(own) - (scale * kind.level_of(rank) + minimum);
     store(at, error);
-    store_codes(kind, rank, args.codes + first * n + k, n, rows);
+    uint8_t codes[kLanes];
+    store_codes(kind, rank, codes);
+    for (int64_t r = 0; r < rows; ++r) args.codes[(first + r) * n + k] = codes[r];
     const float* mixing = args.mixing + k * n;
     for (int64_t j = k + 1; j < n; ++j) {
       float* later = targets + j * kLanes;

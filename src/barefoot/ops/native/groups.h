@@ -25,16 +25,17 @@ inline F ratio_or_zero(F a, F b) {
 
 // The nearest level to a multiple of the scale: its value, and its rank among the levels.
 struct EvenLevels {
+  static constexpr bool kRanksAreCodes = true;
   F first, last;
   explicit EvenLevels(const Levels& levels)
       : first(set1(levels.values[0])), last(set1(levels.values[levels.n - 1])) {}
   F level(F ratio) const { return round_nearest(min(max(ratio, first), last)); }
   F rank(F ratio) const { return level(ratio) - first; }
   F level_of(F rank) const { return rank + first; }
-  uint8_t code(uint8_t rank) const { return rank; }
 };
 
 struct TableLevels {
+  static constexpr bool kRanksAreCodes = false;
   const float *values, *bounds;
   const uint8_t* codes;
   int64_t n;
@@ -57,15 +58,13 @@ struct TableLevels {
     for (float& one : each) one = values[static_cast<int>(one)];
     return load(each);
   }
-  uint8_t code(uint8_t rank) const { return codes[rank]; }
 };
 
-// The codes of kLanes ranks, of which there are n.
 template <class LevelKind>
-inline void store_codes(const LevelKind& kind, F ranks, uint8_t* codes, int64_t stride = 1, int64_t n = kLanes) {
-  float each[kLanes];
-  store(each, ranks);
-  for (int64_t j = 0; j < n; ++j) codes[j * stride] = kind.code(static_cast<uint8_t>(each[j]));
+inline void store_codes(const LevelKind& kind, F ranks, uint8_t* codes) {
+  store_bytes(codes, ranks);
+  if constexpr (!LevelKind::kRanksAreCodes)
+    for (int j = 0; j < kLanes; ++j) codes[j] = kind.codes[codes[j]];
 }
 
 // Parameters of kLanes groups, one in each lane.
@@ -158,26 +157,37 @@ class Grouping {
   }
 
   // As rounding.least_error.
-  BatchParams least_error(const Batch& batch, const float* shrinks, int64_t n_shrinks, int n_refits) const {
-    const auto [low, high] = range(batch);
-    BatchParams best = spanning(low * set1(shrinks[0]), high * set1(shrinks[0]));
-    F least = error(batch, best);
-    const auto offer = [&](BatchParams params) {
+  BatchParams least_error(const Batch& batch, const RangeSearch& search) const {
+    const std::pair<F, F> ends = range(batch);
+    const F zero = set1(0.0f);
+    BatchParams best{zero, zero};
+    F least = set1(INFINITY), best_low = zero, best_high = zero;  // the error, and by what the ends are multiplied
+    const auto offer = [&](BatchParams params, F of_low, F of_high) {
       const F its = error(batch, params);
       best.scale = where_less(its, least, params.scale, best.scale);
       best.minimum = where_less(its, least, params.minimum, best.minimum);
+      best_low = where_less(its, least, of_low, best_low);
+      best_high = where_less(its, least, of_high, best_high);
       least = where_less(its, least, its, least);
     };
-    for (int64_t i = 1; i < n_shrinks; ++i) offer(spanning(low * set1(shrinks[i]), high * set1(shrinks[i])));
-    for (int i = 0; i < n_refits; ++i) offer(refit(batch, best));
+    const auto reach = [&](F of_low, F of_high) {
+      offer(spanning(ends.first * of_low, ends.second * of_high), of_low, of_high);
+    };
+    for (int64_t i = 0; i < search.n_shrinks; ++i) reach(set1(search.shrinks[i]), set1(search.shrinks[i]));
+    const F from_low = best_low, same_high = best_high;
+    for (int64_t i = 0; i < search.n_steps; ++i) reach(from_low + set1(search.steps[i]), same_high);
+    const F same_low = best_low, from_high = best_high;
+    for (int64_t i = 0; i < search.n_steps; ++i) reach(same_low, from_high + set1(search.steps[i]));
+    for (int i = 0; i < search.n_refits; ++i) offer(refit(batch, best), best_low, best_high);
     return best;
   }
 
   // Of the g-th group.
   void codes(const Batch& batch, const BatchParams& params, int g, uint8_t* codes) const {
     const Lanes lanes(params);
+    const float* x = batch.x(g);
     for (int64_t i = 0; i < levels_.group; i += kLanes)
-      store_codes(kind_, kind_.rank(lanes.ratio(g, load(batch.x(g) + i))), codes + i);
+      store_codes(kind_, kind_.rank(lanes.ratio(g, load(x + i))), codes + i);
   }
 
  private:
@@ -264,22 +274,26 @@ class Grouping {
   LevelKind kind_;
 };
 
-// Codes of 32 elements as payload bytes: payload.pack_chunks.
+// Codes of 32 elements as payload bytes: payload.pack_chunks. Eight codes are a number of 64 bits.
 inline void pack_chunk(const uint8_t* codes, int bits, uint8_t* out) {
-  const auto plane = [&](int shift, uint8_t* to) {  // one bit of each
-    for (int byte = 0; byte < 4; ++byte) {
-      uint64_t eight;
-      std::memcpy(&eight, codes + 8 * byte, 8);
-      to[byte] = static_cast<uint8_t>(((eight >> shift & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
-    }
+  constexpr uint64_t each = 0x0101010101010101u;
+  const auto eight = [&](int i, int shift, int mask) {  // the bits of codes 8 i .. 8 i + 7 that mask keeps, shifted down
+    uint64_t some;
+    std::memcpy(&some, codes + 8 * i, 8);
+    return some >> shift & each * static_cast<uint64_t>(mask);
   };
-  const auto halves = [&](uint8_t* to) {
-    for (int j = 0; j < 16; ++j) to[j] = static_cast<uint8_t>((codes[j] & 15) | codes[16 + j] << 4);
+  const auto plane = [&](int shift, uint8_t* to) {  // one bit of each
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(eight(i, shift, 1) * 0x0102040810204080u >> 56);
   };
   const auto quarters = [&](int shift, uint8_t* to) {
-    const auto two = [&](int i) { return codes[i] >> shift & 3; };
-    for (int j = 0; j < 8; ++j)
-      to[j] = static_cast<uint8_t>(two(j) | two(8 + j) << 2 | two(16 + j) << 4 | two(24 + j) << 6);
+    const uint64_t pairs = eight(0, shift, 3) | eight(1, shift, 3) << 2 | eight(2, shift, 3) << 4 | eight(3, shift, 3) << 6;
+    std::memcpy(to, &pairs, 8);
+  };
+  const auto halves = [&](uint8_t* to) {
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t nibbles = eight(i, 0, 15) | eight(2 + i, 0, 15) << 4;
+      std::memcpy(to + 8 * i, &nibbles, 8);
+    }
   };
   switch (bits) {
     case 8: std::memcpy(out, codes, 32); break;
@@ -308,11 +322,11 @@ inline void each_batch(const RoundingArgs& args, const float* importance, bool i
   });
 }
 
-inline void fit_groups(const RoundingArgs& args, const float* importance, bool importance_of_row, const float* shrinks,
-                       int64_t n_shrinks, int n_refits, float* params) {
+inline void fit_groups(const RoundingArgs& args, const float* importance, bool importance_of_row,
+                       const RangeSearch& search, float* params) {
   with_levels(args.levels, [&](auto grouping) {
     each_batch(args, importance, importance_of_row, [&](const Batch& batch) {
-      const BatchParams best = grouping.least_error(batch, shrinks, n_shrinks, n_refits);
+      const BatchParams best = grouping.least_error(batch, search);
       float scales[kLanes], minimums[kLanes];
       store(scales, best.scale);
       store(minimums, best.minimum);

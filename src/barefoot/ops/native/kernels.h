@@ -150,6 +150,12 @@ struct RoundingArgs {
   int64_t n_groups() const { return n_rows * (n_cols / levels.group); }
 };
 
+struct RangeSearch {  // barefoot/ops/rounding.py
+  const float *shrinks, *steps;
+  int64_t n_shrinks, n_steps;
+  int n_refits;
+};
+
 struct FeedbackArgs {
   Levels levels;
   const float* weights;   // [n_rows, n_cols]
@@ -190,8 +196,8 @@ struct Kernels {
   void (*sign_matmul)(const SignArgs&);
   int64_t (*sign_scratch)(const SignArgs&);
   int64_t (*sign_bytes)(const SignArgs&);
-  void (*fit_groups)(const RoundingArgs&, const float* importance, bool importance_of_row, const float* shrinks,
-                     int64_t n_shrinks, int n_refits, float* params);
+  void (*fit_groups)(const RoundingArgs&, const float* importance, bool importance_of_row, const RangeSearch&,
+                     float* params);
   void (*group_errors)(const RoundingArgs&, const float* params, const float* importance, bool importance_of_row,
                        float* errors);
   void (*round_groups)(const RoundingArgs&, const float* params, uint8_t* codes);

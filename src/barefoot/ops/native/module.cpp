@@ -496,18 +496,17 @@ bool is_of_row(const RoundingArgs& args, const Importance& importance) {
   return of_row;
 }
 
-void fit_groups(Matrix x, nb::tuple grid, Importance importance, Vector shrinks, int n_refits,
+void fit_groups(Matrix x, nb::tuple grid, Importance importance, Vector shrinks, Vector steps, int n_refits,
                 Array<float, nb::ndim<3>> params) {
   const LevelArrays arrays = levels_of(grid);
   const Levels& levels = arrays.view;
   const RoundingArgs args = rounding(levels, x);
   expect_params(levels, args.n_rows, params);
   expect_size("groups of params", args.n_cols / levels.group, dim(params, 1));
-  if (dim(shrinks, 0) < 1) refuse("no shrinks");
   const bool of_row = is_of_row(args, importance);
   nb::gil_scoped_release release;
-  kernels().fit_groups(args, importance ? importance->data() : nullptr, of_row, shrinks.data(), dim(shrinks, 0),
-                       n_refits, params.data());
+  kernels().fit_groups(args, importance ? importance->data() : nullptr, of_row,
+                       {shrinks.data(), steps.data(), dim(shrinks, 0), dim(steps, 0), n_refits}, params.data());
 }
 
 void group_errors(Matrix x, nb::tuple grid, Array<const float, nb::ndim<3>> params, Importance importance,
@@ -929,7 +928,7 @@ NB_MODULE(_native, m) {
   m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
   m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
   m.def("fit_groups", &barefoot::fit_groups, "x"_a.noconvert(), "grid"_a, "importance"_a.noconvert().none(),
-        "shrinks"_a.noconvert(), "n_refits"_a, "params"_a.noconvert());
+        "shrinks"_a.noconvert(), "steps"_a.noconvert(), "n_refits"_a, "params"_a.noconvert());
   m.def("group_errors", &barefoot::group_errors, "x"_a.noconvert(), "grid"_a, "params"_a.noconvert(),
         "importance"_a.noconvert().none(), "errors"_a.noconvert());
   m.def("round_groups", &barefoot::round_groups, "x"_a.noconvert(), "grid"_a, "params"_a.noconvert(),

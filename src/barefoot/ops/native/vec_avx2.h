@@ -65,6 +65,11 @@ inline void transpose_block(const float* from, int64_t from_stride, float* to, i
   }
 }
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline void store_bytes(uint8_t* p, F a) {
+  const __m256i integers = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 
 using Quads = __m256i;
 inline I zero_int() { return {_mm256_setzero_si256()}; }

@@ -68,6 +68,9 @@ inline void transpose_block(const float* from, int64_t from_stride, float* to, i
   }
 }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline void store_bytes(uint8_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 
 using Quads = __m512i;
 inline I zero_int() { return {_mm512_setzero_si512()}; }

@@ -152,6 +152,10 @@ inline F to_float(I a) {
   return r;
 }
 
+inline void store_bytes(uint8_t* p, F a) {  // of integers in 0..255
+  BAREFOOT_EACH p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
 // --- int8 tiles: lane i is row i, 4 consecutive columns each ---
 
 struct Quads {
