@@ -41,9 +41,15 @@ def solved(solver, weight, grid, inputs):
     return solver.solve(weight, grid, inputs).weights(grid)
 
 
-def test_the_factors_multiply_to_the_damped_hessian(problem):
+def dense(panels, diagonal):
+    """M as a square."""
+    return np.concatenate([np.pad(p, ((0, len(diagonal) - len(p)), (0, 0))) for p in panels], axis=1), diagonal
+
+
+@pytest.mark.parametrize("step", [48, 128, 1000])
+def test_the_factors_multiply_to_the_damped_hessian(problem, step):
     hessian = problem[1].hessian
-    mixing, diagonal = feedback(hessian, 0.05)
+    mixing, diagonal = dense(*feedback(hessian, 0.05, step))
     factor = np.eye(COLS) + mixing.astype(np.float64)
     damped = hessian + 0.05 * np.diag(hessian).mean() * np.eye(COLS)
     assert np.array_equal(mixing, np.triu(mixing, 1))
@@ -57,7 +63,7 @@ def test_gptq_rounds_each_column_to_its_target(problem, grid):
     """Theorem 6 of arXiv:2307.13304 column by column, in double precision and without blocks."""
     weight, inputs, _ = problem
     solution = Gptq(sweeps=0).solve(weight, grid, inputs)
-    mixing, _ = feedback(inputs.hessian, 0.01)
+    mixing, _ = dense(*feedback(inputs.hessian, 0.01))
     stored, params = solution.weights(grid), expanded(grid, solution.params)
     errors = (weight - stored).astype(np.float64)
     wrong = 0
@@ -142,5 +148,5 @@ def test_a_solve_takes_the_bytes_that_are_stated(rows, cols):
     solution = Gptq().solve(weight, grid, inputs)
     peak = tracemalloc.get_traced_memory()[1] - solution.params.nbytes
     tracemalloc.stop()
-    stated = solve_bytes(rows, cols, 64)
+    stated = solve_bytes(rows, cols, grid)
     assert 0.9 * stated <= peak <= stated + 65536

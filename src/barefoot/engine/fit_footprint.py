@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
-from barefoot.engine.fitting import CHUNK_WEIGHTS, WITHOUT_TEXT, Fit
+from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
 from barefoot.ops import blocks, kv_row_bytes
@@ -76,18 +76,21 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
         "ffn_out": 2 * d + 3 * ff,
     }
     store = 2 * window * spec.n_kv_heads * kv_row_bytes("f32", spec.head_dim)
-    kept = between = most = 0
+    kept = most = 0
     for stage, roles in STAGES.items():
         of_stage = [weights[f"layers.{layer}.{role}"] for role in roles]
         width = of_stage[0].cols
-        hessian = 4 * width**2 if any(job.wants(w.name) == "hessian" for w in of_stage) else 4 * width
+        whole = any(job.wants(w.name) == "hessian" for w in of_stage)
+        hessian = 4 * width**2 if whole else 4 * width
+        measuring = hessian + (4 * width * min(width, HESSIAN_COLUMNS) if whole else 4 * width)
         going = 4 * window * passing[stage] + (store if stage == "attn_in" else 0)
-        held = kept + between + (attended if stage == "attn_out" else 0)
+        held = kept + (attended if stage == "attn_out" else 0)
+        between = sum(4 * weights[f"layers.{layer}.{role}"].n_elements for role in STAGES["ffn_in"])
+        between = between if stage == "ffn_out" and tokens else 0
         solving = max(_solving(job, w, w.n_elements) for w in of_stage)
         packed = sum(packed_bytes(job, w) for w in of_stage)
         decoded = sum(4 * w.n_elements for w in of_stage) if tokens else 0
-        leaving = decoded + going + (attended if stage == "attn_in" else 0)
-        most = max(most, held + 2 * hessian + going, held + hessian + packed + solving, held + packed + leaving)
+        leaving = decoded + between + going + (attended if stage == "attn_in" else 0)
+        most = max(most, held + between + measuring + going, held + hessian + packed + solving, held + packed + leaving)
         kept += packed
-        between = decoded if stage == "ffn_in" else 0
     return most

@@ -40,6 +40,7 @@ Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
 STATE = "fit-state.npz"
+HESSIAN_COLUMNS = 256  # that are added to at a time
 CHUNK_WEIGHTS = 1 << 20  # that are solved at a time where rows don't depend on each other
 WITHOUT_TEXT = Mse()  # solves what meets no inputs: the embedding
 KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian")  # each contains the ones before
@@ -190,29 +191,37 @@ class _Fitting:
         there = LayerPass(self.folder.target, layer, factors(self.folder.target, vectors))
         inputs_of_layer = hidden.copy() if len(exact) else hidden
 
-        def stored(stage: str, inputs: Iterable[F32]) -> list[F32]:
-            """The matrices of a stage as they are stored from now on."""
+        def solve(stage: str, inputs: Iterable[F32]) -> None:
+            """Choose the matrices of a stage."""
             names = [prefix + role for role in STAGES[stage]]
             wanted = max((self.job.wants(name) for name in names), key=KNOWLEDGE.index)
             seen = measure(inputs, wanted)
             for name in names:
                 kept[name] = self._solved(name, seen)
-            return [decode(kept[name], self.source.weights[name].cols) for name in names] if len(hidden) else []
 
-        qkv = stored("attn_in", map(there.attn_in, hidden))
+        def stored(stage: str) -> list[F32]:
+            """The matrices of a stage as they are stored; where there is text that goes through them."""
+            names = [prefix + role for role in STAGES[stage] if len(hidden)]
+            return [decode(kept[name], self.source.weights[name].cols) for name in names]
+
+        solve("attn_in", map(there.attn_in, hidden))
+        qkv = stored("attn_in")
         attended = [there.attend(*products(there.attn_in(h), qkv)) for h in hidden]
         del qkv
-        o = stored("attn_out", attended)
+        solve("attn_out", attended)
+        o = stored("attn_out")
         for i, a in enumerate(attended):
             hidden[i] = there.after_attention(hidden[i], *products(a, o))
         del attended, o
-        gate_up = stored("ffn_in", map(there.ffn_in, hidden))
+        solve("ffn_in", map(there.ffn_in, hidden))
 
         def activated() -> Iterator[F32]:
+            gate_up = stored("ffn_in")
             for h in hidden:  # made twice rather than kept: they are the widest of all
                 yield there.activate(*products(there.ffn_in(h), gate_up))
 
-        down = stored("ffn_out", activated())
+        solve("ffn_out", activated())
+        down = stored("ffn_out")
         for i, a in enumerate(activated()):
             hidden[i] = there.after_ffn(hidden[i], *products(a, down))
         if len(exact):
@@ -366,9 +375,24 @@ def measure(inputs: Iterable[F32], wanted: Knowledge) -> Inputs | None:
     total: F32 | None = None
     n = 0
     for x in inputs:
-        each = np.einsum("nc,nc->c", x, x) if wanted == "squares" else x.T @ x
-        total = each if total is None else np.add(total, each, out=total)
+        if wanted == "squares":
+            each = np.einsum("nc,nc->c", x, x)
+            total = each if total is None else np.add(total, each, out=total)
+        else:
+            total = np.zeros((x.shape[1],) * 2, np.float32) if total is None else total
+            for panel, below in _panels(len(total)):
+                total[below, panel] += x[:, below].T @ x[:, panel]
         n += len(x)
     assert total is not None
     total /= np.float32(n)
-    return Inputs(total) if wanted == "squares" else Inputs(np.diag(total).copy(), total)
+    if wanted == "squares":
+        return Inputs(total)
+    for panel, below in _panels(len(total)):
+        total[panel, below] = total[below, panel].T
+    return Inputs(np.diag(total).copy(), total)
+
+
+def _panels(n: int) -> Iterator[tuple[slice, slice]]:
+    """The lower triangle of a square in panels: their columns, and their rows."""
+    for start in range(0, n, HESSIAN_COLUMNS):
+        yield slice(start, start + HESSIAN_COLUMNS), slice(start, n)

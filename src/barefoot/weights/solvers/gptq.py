@@ -25,7 +25,7 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.ops.grids import F32, Grid, row_sums
 from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, plain
-from barefoot.weights.solvers.hessian import BLOCK, FACTOR_BLOCK, feedback, propagate, ridge
+from barefoot.weights.solvers.hessian import BLOCK, feedback, propagate, ridge
 from barefoot.weights.solvers.mse import least_error, settle
 
 
@@ -54,27 +54,27 @@ class Gptq(Solver, name="gptq", papers=(), status="stable"):
 
     def workspace_bytes(self, rows: int, cols: int, grid: Grid) -> int:
         params = 4 * rows * (cols // grid.group) * grid.n_params
-        return params + solve_bytes(rows, cols, grid.group) - rows * cols
+        return params + solve_bytes(rows, cols, grid) - rows * cols
 
     def _forward(self, weight: F32, rounded: _Rounded, hessian: F32) -> F32:
         """Round column by column; what is missing then, float32 (rows, cols)."""
         grid = rounded.grid
-        mixing, importance = feedback(hessian, self.damp)
+        mixing, importance = feedback(hessian, self.damp, _step(grid))
 
-        def nearest(own: F32, targets: F32, first: int) -> None:
+        def nearest(own: F32, targets: F32, corner: F32, first: int) -> None:
             for start in range(0, own.shape[1], grid.group):
                 if start % grid.block == 0:
                     block, counts = slice(start, start + grid.block), importance[first + start :][: grid.block]
                     rounded.fit(first + start, np.ascontiguousarray(targets[:, block]), counts, self.refine)
-                here, there = slice(start, start + grid.group), slice(first + start, first + start + grid.group)
+                here = slice(start, start + grid.group)
                 aims = np.ascontiguousarray(targets[:, here])
                 if start % grid.block:
-                    rounded.settle(there.start, aims, importance[there])
-                rounded.round(there.start, own[:, here], aims, mixing[there, there])
+                    rounded.settle(first + start, aims, importance[first + start :][: grid.group])
+                rounded.round(first + start, own[:, here], aims, corner[here, here])
                 targets[:, here] = aims
-                targets[:, here.stop :] += aims @ mixing[there, there.stop : first + own.shape[1]]
+                targets[:, here.stop :] += aims @ corner[here, here.stop :]
 
-        return propagate(weight, mixing, _step(grid), nearest)
+        return propagate(weight, mixing, nearest)
 
 
 def _sweep(rounded: _Rounded, errors: F32, hessian: F32, damping: np.float32) -> None:
@@ -96,16 +96,18 @@ def _step(grid: Grid) -> int:
     return max(BLOCK // grid.block, 1) * grid.block
 
 
-def solve_bytes(rows: int, cols: int, group: int) -> int:
+def solve_bytes(rows: int, cols: int, grid: Grid) -> int:
     """The most that a solve allocates at a time beside the weight, H and the parameters, for groups with a minimum.
 
-    The codes, and the most of: the factor in double precision, with M or with a panel of its own; M, all errors, and
-    weights and targets of a block, with those of a group and its codes or what the group adds to the block; all errors,
-    what pulls at a block, and nine arrays of a group.
+    The codes, and the most of: the factor in double precision and a panel of M; M, all errors, and weights and targets
+    of a block, with those of a group and its codes or what the group adds to the block; all errors, what pulls at a
+    block, and nine arrays of a group.
     """
-    factor = 8 * cols**2 + max(4 * cols**2, 16 * min(cols, FACTOR_BLOCK) ** 2)
-    block = min(max(BLOCK, group), cols)
-    forward = 4 * cols**2 + rows * (4 * cols + 8 * block + max(9 * group, 4 * block))
+    group, step = grid.group, min(_step(grid), cols)
+    block = max(step, group)
+    in_panels = cols * (cols + step) // 2
+    factor = 8 * in_panels + max(4 * cols * step, 16 * step**2)
+    forward = 4 * in_panels + rows * (4 * cols + 8 * block + max(9 * group, 4 * block))
     sweep = rows * (4 * cols + 4 * block + 36 * group)
     return rows * cols + max(factor, forward, sweep)
 

@@ -8,11 +8,13 @@ the square of
 
 so that each column, given the errors before it, has a target: w_k + Σ_{j<k} (w_j − ŵ_j) M_jk. :func:`propagate` forms
 the targets block by block and leaves to its caller how a block is rounded to them.
+
+M is kept as panels of a block's columns, each with the rows down to its diagonal: a little over half of a square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,25 +25,25 @@ from barefoot.ops.grids import F32
 F64 = npt.NDArray[np.float64]
 
 BLOCK = 128  # columns between two products with all errors so far
-FACTOR_BLOCK = 256
 
-#: Rounds a block: own weights and targets (rows, n), the block's first column. It replaces targets by errors.
-Inner = Callable[[F32, F32, int], None]
+#: Rounds a block: own weights and targets (rows, n), M of the block itself (n, n), its first column. It replaces
+#: targets by errors.
+Inner = Callable[[F32, F32, F32, int], None]
 
 
-def propagate(weight: F32, mixing: F32, step: int, inner: Inner) -> F32:
-    """Take the columns of ``weight`` in blocks of ``step``, each with the targets that all errors before it make.
+def propagate(weight: F32, mixing: Sequence[F32], inner: Inner) -> F32:
+    """Take the columns of ``weight`` block by block, each with the targets that all errors before it make.
 
-    Returns all errors, float32 (rows, cols).
+    ``mixing`` as :func:`feedback` returns it. Returns all errors, float32 (rows, cols).
     """
-    rows, cols = weight.shape
-    errors = np.empty((rows, cols), np.float32)
-    for start in range(0, cols, step):
-        stop = min(start + step, cols)
+    errors = np.empty(weight.shape, np.float32)
+    for panel in mixing:
+        stop, n = panel.shape
+        start = stop - n
         own = np.ascontiguousarray(weight[:, start:stop])
-        targets = errors[:, :start] @ mixing[:start, start:stop]
+        targets = errors[:, :start] @ panel[:start]
         targets += own
-        inner(own, targets, start)
+        inner(own, targets, panel[start:], start)
         errors[:, start:stop] = targets
     return errors
 
@@ -52,8 +54,11 @@ def ridge(hessian: F32, damp: float) -> np.float32:
     return np.float32(damp * mean if mean > 0 else 1)
 
 
-def feedback(hessian: F32, damp: float) -> tuple[F32, F32]:
-    """M float32 (n, n), strictly upper triangular, and the diagonal of D, float32 (n,), of the damped H.
+def feedback(hessian: F32, damp: float, step: int = BLOCK) -> tuple[list[F32], F32]:
+    """M and the diagonal of D, float32 (n,), of the damped H.
+
+    M, strictly upper triangular, in panels of ``step`` columns, the last one of what is left: rows 0 to stop of columns
+    start to stop, float32 (stop, stop - start).
 
     Factors need double precision: inputs of a few tokens can be thousands of times larger than all others, and what is
     left of the diagonal is then a small difference.
@@ -64,26 +69,34 @@ def feedback(hessian: F32, damp: float) -> tuple[F32, F32]:
     """
     if not np.isfinite(np.sum(hessian)):
         raise InvalidInput("the inputs of a matrix are not finite, so errors can't be weighed", cure="use other text")
-    factor = np.empty(hessian.shape, np.float64)
-    factor[:] = hessian[::-1, ::-1]
-    factor[np.diag_indices_from(factor)] += ridge(hessian, damp)
-    _cholesky_in_place(factor)
-    upper = factor[::-1, ::-1]  # H = upper upperᵀ: the factor of the reversed matrix, reversed
-    diagonal = np.diag(upper).copy()
-    mixing = np.zeros(hessian.shape, np.float32)
-    for row in range(len(mixing) - 1):
-        mixing[row, row + 1 :] = upper[row, row + 1 :] / diagonal[row + 1 :]
-    return mixing, (diagonal**2).astype(np.float32)
+    panels = _reversed_cholesky(hessian, float(ridge(hessian, damp)), step)
+    diagonal = np.concatenate([np.diag(panel[len(panel) - panel.shape[1] :]) for panel in panels])
+    mixing: list[F32] = []
+    while panels:  # those in double precision leave as those of M come
+        panel = panels.pop()
+        stop, n = panel.shape
+        panel /= diagonal[stop - n : stop]
+        panel[stop - n :][np.tril_indices(n)] = 0
+        mixing.append(panel.astype(np.float32))
+    return mixing[::-1], (diagonal**2).astype(np.float32)
 
 
-def _cholesky_in_place(a: F64) -> None:
-    """The lower triangle of ``a`` becomes L of a = L Lᵀ; the rest is left as it is. numpy's own needs copies."""
-    n = len(a)
-    for start in range(0, n, FACTOR_BLOCK):
-        stop = min(start + FACTOR_BLOCK, n)
-        corner = np.linalg.cholesky(a[start:stop, start:stop])
-        a[start:stop, start:stop] = corner
-        a[stop:, start:stop] = np.linalg.solve(corner, a[stop:, start:stop].T).T
-        for row in range(stop, n, FACTOR_BLOCK):
-            rows = slice(row, min(row + FACTOR_BLOCK, n))
-            a[rows, stop : rows.stop] -= a[rows, start:stop] @ a[stop : rows.stop, start:stop].T
+def _reversed_cholesky(hessian: F32, added: float, step: int) -> list[F64]:
+    """U, upper triangular, of H + ``added`` I = U Uᵀ, in panels like those of M; below its diagonal is anything.
+
+    From the last panel to the first, each less what the later ones account for. numpy's own needs copies of the whole.
+    """
+    n = len(hessian)
+    panels: list[F64] = []
+    for start in reversed(range(0, n, step)):
+        stop = min(start + step, n)
+        panel = hessian[:stop, start:stop].astype(np.float64)
+        panel[np.arange(start, stop), np.arange(stop - start)] += added
+        for later in panels:
+            panel -= later[:stop] @ later[start:stop].T
+        # U of the corner is L of the corner in reverse, in reverse.
+        corner = np.linalg.cholesky(panel[start:][::-1, ::-1])[::-1, ::-1]
+        panel[start:] = corner
+        panel[:start] = np.linalg.solve(corner, panel[:start].T).T
+        panels.append(panel)
+    return panels[::-1]

@@ -26,7 +26,7 @@ are outliers only by their own error. No order by activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -85,7 +85,7 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         assert inputs.hessian is not None
         form, (rows, cols) = Bilevel(self.bits), weight.shape
         blocks.row_bytes(form.name, cols)
-        job = Feedback(form, *feedback(inputs.hessian, self.damp))
+        job = Feedback(form, *feedback(inputs.hessian, self.damp, ELEMENTS))
         codes, rest = self._solved(job, np.ascontiguousarray(weight.T), self.most_outliers(rows, cols))
         kept = {"outliers": (csr.KIND, csr.encode(rest, rest != 0))} if rest.any() else {}
         return Matrix(form.name, codes, kept)
@@ -115,13 +115,13 @@ def _exceeded_by(losses: F32, share: float) -> float:
 
 @dataclass(frozen=True)
 class Feedback:
-    """Algorithm 1 for one Hessian. ``mixing`` (cols, cols) and ``importance`` (cols,) are M and D of ``feedback``.
+    """Algorithm 1 for one Hessian. ``mixing``, in panels of a block's columns, and ``importance`` (cols,) are M and D of ``feedback``.
 
     Inside, matrices stand on their sides, (cols, rows): a column of the weight is contiguous.
     """
 
     form: Bilevel
-    mixing: F32
+    mixing: Sequence[F32]
     importance: F32
 
     def solve(self, columns: F32, threshold: float, most: int) -> tuple[U8, F32]:
@@ -129,13 +129,13 @@ class Feedback:
 
         ``threshold`` is τ; ``most`` outliers are kept, those of earlier columns first.
         """
-        form, mixing = self.form, self.mixing
+        form = self.form
         cols, rows = columns.shape
         errors, rest = np.empty_like(columns), np.zeros_like(columns)
         solved = np.empty((rows, cols // ELEMENTS, form.n_bytes), np.uint8)
-        for block, start in enumerate(range(0, cols, ELEMENTS)):
+        for block, (start, mixing) in enumerate(zip(range(0, cols, ELEMENTS), self.mixing, strict=True)):
             stop = start + ELEMENTS
-            targets = columns[start:stop] + mixing[:start, start:stop].T @ errors[:start]
+            targets = columns[start:stop] + mixing[:start].T @ errors[:start]
             unit = self._unit(targets, start, threshold)
             scales, codes = [unit], []
             for group in range(start, stop, GROUP):
@@ -152,7 +152,7 @@ class Feedback:
                     rest[k] = np.where(outlier, to_f16(missed), 0)
                     most -= int(np.count_nonzero(rest[k]))
                     errors[k] = columns[k] - (held + rest[k])
-                    targets[k - start + 1 :] += mixing[k, k + 1 : stop, None] * errors[k]
+                    targets[k - start + 1 :] += mixing[k, k + 1 - start :, None] * errors[k]
                     codes.append(code)
             solved[:, block] = form.join(np.empty((rows, 0), np.uint8), np.stack(scales, 1), np.stack(codes, 1))
         return solved.reshape(rows, -1), np.ascontiguousarray(rest.T)
