@@ -5,11 +5,12 @@ import pytest
 from random_files import GEMMA, LLAMA, write_random
 
 from barefoot.core.measure import TracedPeak
-from barefoot.engine.fit_footprint import footprint
+from barefoot.engine.fit_footprint import PACK_BYTES_PER_WEIGHT, footprint
 from barefoot.engine.fitting import Fit, Source, fit
 from barefoot.engine.sensitivity import sensitivity, workspace_bytes
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.ops import blocks
 from barefoot.weights.solvers.gptq import Gptq
 from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.solvers.range import Range
@@ -37,6 +38,19 @@ def test_a_fit_allocates_what_is_predicted(case, tmp_path):
         with TracedPeak() as peak:
             fit(checkpoint, spec, job, tmp_path / "out")
     assert 0.7 * predicted < peak.result.peak - peak.result.before < 1.02 * predicted + 200_000  # Python's own objects
+
+
+def test_packing_takes_what_is_stated():
+    weight = np.random.default_rng(2).standard_normal((256, 1024)).astype(np.float32)
+    took = {}
+    for name in blocks.names():
+        grid = blocks.lookup(name).grid
+        if grid is not None:
+            solution = Range().solve(weight, grid, None)
+            with TracedPeak() as peak:
+                rows = blocks.pack(name, solution.codes, solution.params)
+            took[name] = (peak.result.peak - peak.result.before - rows.nbytes) / weight.size
+    assert 0.8 * PACK_BYTES_PER_WEIGHT < max(took.values()) <= PACK_BYTES_PER_WEIGHT
 
 
 @pytest.mark.parametrize(

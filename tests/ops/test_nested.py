@@ -45,8 +45,8 @@ def test_blocks_hold_what_the_solution_says(rng, name):
 
 @pytest.mark.parametrize("name", NESTED)
 def test_sharing_costs_what_rounding_the_shares_must(rng, name):
-    """A minimum that is rounded to multiples of t steps, or a scale that moves the ends by as much, adds t² to a squared
-    error of 1 (in 12ths of a step); half as much again is for both."""
+    """A minimum that is rounded to multiples of t steps, or a scale that moves the ends by as much, adds t² to a
+    squared error of 1 (in 12ths of a step); half as much again is for both."""
     grid = blocks.lookup(name).grid
     w = rng.standard_normal((64, 1024)).astype(np.float32)
     nested, free = (((w - Mse().solve(w, g, None).weights(g)) ** 2).mean() for g in (grid, grid.inner))

@@ -16,7 +16,7 @@ from barefoot.engine.placement import stored_bytes
 from barefoot.ops import blocks, kv_row_bytes
 from barefoot.weights.structures import Structure
 
-PACK_BYTES_PER_WEIGHT = 9  # of passing arrays while codes become blocks; a test measures it
+PACK_BYTES_PER_WEIGHT = 5  # of passing arrays while codes become blocks; a test measures it
 
 
 def footprint(spec: ModelSpec, job: Fit) -> Footprint:
@@ -35,9 +35,12 @@ def footprint(spec: ModelSpec, job: Fit) -> Footprint:
 
 
 def _outer(job: Fit, weight: WeightSpec) -> int:
-    """The embedding or the head: its packed rows, and some of them at a time as they are solved."""
-    some = max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols)) * weight.cols
-    return packed_bytes(job, weight) + _solving(job, weight, some)
+    """The embedding or the head: some rows of it at a time, or the whole of it where a Hessian weighs its errors."""
+    whole = job.wants(weight.name) == "hessian" and weight.name != "embed"
+    some = weight.rows if whole else max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols))
+    packed = packed_bytes(job, weight) * some // weight.rows
+    hessian = 4 * weight.cols**2 if whole else 0
+    return hessian + packed + _solving(job, weight, some * weight.cols)
 
 
 def _solving(job: Fit, weight: WeightSpec, n: int) -> int:
@@ -58,7 +61,7 @@ def _solve_bytes(job: Fit, weight: WeightSpec, n_rows: int) -> int:
     if isinstance(how, Structure) or how is None:
         return 0
     grid = blocks.lookup(how).grid
-    solver = WITHOUT_TEXT if weight.layer is None else job.solver
+    solver = WITHOUT_TEXT if weight.name == "embed" else job.solver
     return 0 if grid is None else solver.workspace_bytes(n_rows, weight.cols, grid)
 
 

@@ -24,10 +24,10 @@ from barefoot.core.model import ModelSpec
 from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
 from barefoot.engine.rows import decode as decode_blocks
 from barefoot.engine.rows import read_rows
-from barefoot.engine.saving import ModelFolder
+from barefoot.engine.saving import ModelFolder, Pieces
 from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
-from barefoot.ops import PackedWeight, blocks, parts
+from barefoot.ops import blocks, parts
 from barefoot.ops.grids import Grid
 from barefoot.weights.solvers import Inputs, Knowledge, LayerProblem, LayerSolver, Solution, Solver
 from barefoot.weights.solvers.mse import Mse
@@ -132,11 +132,10 @@ class _Fitting:
     def run(self) -> ModelFolder:
         start, hidden, exact = self._resume()
         if start == 0:
-            embed = self._solved("embed", None)
-            self.folder.write(0, {"embed": embed})
-            hidden = self._embedded(embed)
+            self.folder.write(0, {"embed": self._solved("embed", None)})
+            hidden = self._embedded(as_stored=True)
             if isinstance(self.job.solver, LayerSolver):
-                exact = self._embedded(Matrix(self.source.weights["embed"].format, self.source.stored("embed")))
+                exact = self._embedded(as_stored=False)
             start = self._keep(1, hidden, exact)
         for layer in range(start - 1, self.spec.n_layers):
             self._layer(layer, hidden, exact)
@@ -168,15 +167,23 @@ class _Fitting:
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _embedded(self, embed: Matrix) -> F32:
-        """The hidden states that the text begins with, (n_windows, window, d): of the embedding as it is stored now."""
+    def _embedded(self, as_stored: bool) -> F32:
+        """The hidden states that the text begins with, (n_windows, window, d): of the embedding as it is stored now, or
+        as it was."""
         texts, weight = self.job.texts, self.source.weights["embed"]
         if not self.job.reads:
             return np.empty((0, 0, weight.cols), np.float32)
-        packed = PackedWeight(embed.format, weight.rows, weight.cols, embed.rows.reshape(-1))
         hidden = np.empty((*texts.shape, weight.cols), np.float32)
         for ids, out in zip(texts, hidden, strict=True):
-            ops.embed(ids, packed, out, scale=self.spec.embed_scale)
+            tokens, places = np.unique(ids, return_inverse=True)
+            rows = np.concatenate([self.source.stored("embed", int(token), 1) for token in tokens])
+            layout = weight.format
+            if as_stored and self._changes("embed"):
+                rows, layout = (
+                    self._packed("embed", decode_blocks(layout, rows, weight.cols), None),
+                    self._layout("embed"),
+                )
+            np.multiply(decode_blocks(layout, rows, weight.cols)[places], np.float32(self.spec.embed_scale), out=out)
         return hidden
 
     def _layer(self, layer: int, hidden: F32, exact: F32) -> None:
@@ -197,7 +204,8 @@ class _Fitting:
             wanted = max((self.job.wants(name) for name in names), key=KNOWLEDGE.index)
             seen = measure(inputs, wanted)
             for name in names:
-                kept[name] = self._solved(name, seen)
+                found = self._solved(name, seen)
+                kept[name] = found.together() if isinstance(found, Pieces) else found
 
         def stored(stage: str) -> list[F32]:
             """The matrices of a stage as they are stored; where there is text that goes through them."""
@@ -269,7 +277,7 @@ class _Fitting:
     def _tail(self, hidden: F32) -> None:
         """The last norm, and the head where it is not the embedding."""
         norm = self._vector("norm")
-        kept = {"norm": Matrix("f32", norm)}
+        kept: dict[str, Matrix | Pieces] = {"norm": Matrix("f32", norm)}
         if "head" in self.source.weights:
             factor = factors(self.folder.target, {"norm": norm})["norm"]
 
@@ -288,38 +296,56 @@ class _Fitting:
 
     # --- one matrix -------------------------------------------------------------------------------------------------
 
-    def _solved(self, name: str, inputs: Inputs | None) -> Matrix:
-        """The matrix as it will be stored, its rows as Hugging Face has them."""
+    def _solved(self, name: str, inputs: Inputs | None) -> Matrix | Pieces:
+        """The matrix as it will be stored, its rows as Hugging Face has them; in pieces where rows don't need one
+        another."""
         self.progress(self.done, self.total, name)
         self.done += 1
         weight, how = self.source.weights[name], self.job.formats.get(name)
         order = self.folder.row_order(name)
-        if how is None or how == weight.format:
-            return Matrix(weight.format, self.folder.arranged(name, self.source.stored(name)))
         if isinstance(how, Structure):
             return how.solve(self.source.floats(name, order=order), inputs)
-        grid, solver = self._grid(name), self.job.solver
+        layout = self._layout(name)
+        if order is not None or (inputs is not None and inputs.hessian is not None):
+            if self._changes(name):
+                return Matrix(layout, self._packed(name, self.source.floats(name, order=order), inputs))
+            return Matrix(layout, self.folder.arranged(name, self.source.stored(name)))
+        return Pieces(layout, (weight.rows, blocks.row_bytes(layout, weight.cols)), self._pieces(name, inputs))
+
+    def _pieces(self, name: str, inputs: Inputs | None) -> Iterator[U8]:
+        """Some rows at a time, as they will be stored."""
+        weight = self.source.weights[name]
+        step = max(1, CHUNK_WEIGHTS // weight.cols)
+        for start in range(0, weight.rows, step):
+            n = min(step, weight.rows - start)
+            if self._changes(name):
+                yield self._packed(name, self.source.floats(name, start, n), inputs)
+            else:
+                yield self.source.stored(name, start, n)
+
+    def _packed(self, name: str, weight: F32, inputs: Inputs | None) -> U8:
+        """Rows of a matrix in its new format, uint8 (n, row_bytes)."""
+        layout, grid, solver = self._layout(name), self._grid(name), self.job.solver
+        if grid is None:
+            return blocks.encode(layout, weight)
         if inputs is None and solver.wants != "nothing":
             solver = WITHOUT_TEXT
-        # Rows are independent; without a Hessian to factor they may as well be solved a few at a time.
-        whole = order is not None or (inputs is not None and inputs.hessian is not None)
-        step = weight.rows if whole else max(1, CHUNK_WEIGHTS // weight.cols)
-        packed = np.empty((weight.rows, blocks.row_bytes(how, weight.cols)), np.uint8)
-        for start in range(0, weight.rows, step):
-            some = self.source.floats(name, start, min(step, weight.rows - start), order=order)
-            if grid is None:
-                packed[start : start + step] = blocks.encode(how, some)
-            else:
-                solution = solver.solve(some, grid, inputs)
-                packed[start : start + step] = blocks.pack(how, solution.codes, solution.params)
-        return Matrix(how, packed)
+        solution = solver.solve(weight, grid, inputs)
+        return blocks.pack(layout, solution.codes, solution.params)
+
+    def _layout(self, name: str) -> str:
+        """The block format that a matrix without a structure will have."""
+        how = self.job.formats.get(name)
+        return how if isinstance(how, str) else self.source.weights[name].format
+
+    def _changes(self, name: str) -> bool:
+        return self._layout(name) != self.source.weights[name].format
 
     def _grid(self, name: str) -> Grid | None:
         """What the solver chooses a matrix's codes on; None where it chooses none."""
-        how = self.job.formats.get(name)
-        if how is None or isinstance(how, Structure) or how == self.source.weights[name].format:
+        if isinstance(self.job.formats.get(name), Structure) or not self._changes(name):
             return None
-        return blocks.lookup(how).grid
+        return blocks.lookup(self._layout(name)).grid
 
 
 class Source:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def config_of(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     return dict(architectures()[spec.arch].to_hf(spec))
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A matrix of a block format, uint8 ``shape`` (n_rows, row_bytes), whose rows come a few at a time."""
+
+    format: str
+    shape: tuple[int, int]
+    pieces: Iterable[U8]
+
+    def together(self) -> Matrix:
+        rows, done = np.empty(self.shape, np.uint8), 0
+        for piece in self.pieces:
+            rows[done : done + len(piece)] = piece
+            done += len(piece)
+        return Matrix(self.format, rows)
+
+
 class ModelFolder:
     """A model being written.
 
@@ -84,14 +101,14 @@ class ModelFolder:
     def shard(self, number: int) -> Path:
         return self.path / f"model-{number + 1:05}-of-{self.n_shards:05}.safetensors"
 
-    def write(self, number: int, weights: Mapping[str, Matrix]) -> None:
+    def write(self, number: int, weights: Mapping[str, Matrix | Pieces]) -> None:
         """Write one file whole; ``weights`` by barefoot's names, arranged matrices and f32 vectors.
 
         Raises
         ------
         Incompatible : weights that the layout keeps in one tensor have different formats.
         """
-        groups: dict[str, list[tuple[WeightSpec, Matrix]]] = {}
+        groups: dict[str, list[tuple[WeightSpec, Matrix | Pieces]]] = {}
         for name, matrix in weights.items():
             target = self._targets[name]
             groups.setdefault(target.source, []).append((target, matrix))
@@ -101,7 +118,7 @@ class ModelFolder:
         for tensor, together in groups.items():
             together.sort(key=lambda each: each[0].row_start)
             formats = {matrix.format for _, matrix in together}
-            if len(formats) > 1 or (len(together) > 1 and any(matrix.parts for _, matrix in together)):
+            if len(formats) > 1 or (len(together) > 1 and any(_parts_of(matrix) for _, matrix in together)):
                 raise Incompatible(
                     f"{tensor} holds {', '.join(w.name for w, _ in together)} together, which have formats "
                     f"{', '.join(sorted(formats))}",
@@ -109,7 +126,7 @@ class ModelFolder:
                 )
             entries.append(self._entry(tensor, together, packed))
             weight, matrix = together[0]
-            for label, (kind, data) in sorted(matrix.parts.items()):
+            for label, (kind, data) in sorted(_parts_of(matrix).items()):
                 added[f"{tensor}+{label}"] = (kind, weight.rows, weight.cols)
                 entries.append((f"{tensor}+{label}", "u8", (data.size,), [data.data]))
         sizes = {f: (blocks.block_elements(f), blocks.block_bytes(f)) for f, _ in packed.values()}
@@ -117,16 +134,17 @@ class ModelFolder:
         write_safetensors(self.shard(number), entries, metadata)
 
     def _entry(
-        self, tensor: str, parts: list[tuple[WeightSpec, Matrix]], packed: dict[str, tuple[str, int]]
+        self, tensor: str, together: list[tuple[WeightSpec, Matrix | Pieces]], packed: dict[str, tuple[str, int]]
     ) -> tuple[str, str, tuple[int, ...], Iterable[Any]]:
-        weight, first = parts[0]
-        chunks = [np.ascontiguousarray(matrix.rows).data for _, matrix in parts if matrix.rows.size]
-        n_rows = sum(len(matrix.rows) for _, matrix in parts)
-        if blocks.block_elements(first.format) == 1 and first.format != "zero":
+        weight, layout = together[0][0], together[0][1].format
+        shapes = [m.shape if isinstance(m, Pieces) else m.rows.shape for _, m in together]
+        chunks = (np.ascontiguousarray(piece).data for _, matrix in together for piece in _pieces_of(matrix))
+        n_rows = sum(rows for rows, _ in shapes)
+        if blocks.block_elements(layout) == 1 and layout != "zero":
             shape = (weight.cols,) if weight.group == "norm" else (n_rows, weight.cols)
-            return tensor, first.format, shape, chunks
-        packed[tensor] = (first.format, weight.cols)
-        return tensor, "u8", (n_rows, first.rows.shape[1]), chunks
+            return tensor, layout, shape, chunks
+        packed[tensor] = (layout, weight.cols)
+        return tensor, "u8", (n_rows, shapes[0][1]), chunks
 
     def arranged(self, name: str, rows: U8) -> U8:
         """All rows of a weight of the source, uint8 (n_rows, bytes), as Hugging Face's layout has them."""
@@ -180,6 +198,16 @@ class ModelFolder:
             if source.is_file():
                 with atomic_writer(self.path / name) as file:
                     file.write(source.read_bytes())
+
+
+def _pieces_of(matrix: Matrix | Pieces) -> Iterable[U8]:
+    if isinstance(matrix, Pieces):
+        return matrix.pieces
+    return [matrix.rows] if matrix.rows.size else []
+
+
+def _parts_of(matrix: Matrix | Pieces) -> Mapping[str, tuple[str, U8]]:
+    return {} if isinstance(matrix, Pieces) else matrix.parts
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ Progress = Callable[[int, int, str], None]  # layers done, in all, and which is 
 
 PROBE = {32: "int3_g32_asym", 64: "int3_g64_asym"}  # the larger group where it divides the columns
 TILE_ROWS = 1024  # of the head that are held as float32
-SAMPLE_ROWS = 256  # of a matrix on which formats' errors are compared
+ROUNDED_AT_A_TIME = 1 << 16  # weights
 
 
 @dataclass
@@ -57,7 +57,11 @@ def probe_of(cols: int) -> str:
 
 
 def rounded(weight: F32, format_id: str) -> F32:
-    return blocks.decode(format_id, blocks.encode(format_id, weight), weight.shape[1])
+    out, step = np.empty_like(weight), max(1, ROUNDED_AT_A_TIME // weight.shape[1])
+    for start in range(0, len(weight), step):
+        some = weight[start : start + step]
+        out[start : start + step] = blocks.decode(format_id, blocks.encode(format_id, some), weight.shape[1])
+    return out
 
 
 def sensitivity(
@@ -79,33 +83,35 @@ def sensitivity(
     report = progress or (lambda done, total, label: None)
     found = Sensitivity(dict(known or {}))
     n_layers, total = spec.n_layers, 2 * spec.n_layers + 1
-    states = np.empty((n_layers + 1, *texts.shape, spec.d_model), np.float32)
-    _embed(source, spec, texts, states[0])
+    hidden = _embed(source, spec, texts)
     for layer in range(n_layers):
         report(layer, total, f"reading layer {layer}")
-        states[layer + 1] = states[layer]
-        _Layer(source, spec, layer).run(states[layer + 1], squares=found.squares)
-    head = _Head(source, spec, states[-1])
+        _Layer(source, spec, layer).run(hidden, squares=found.squares)
+    head = _Head(source, spec, hidden)
     found.squares[head.name] = np.einsum("td,td->d", head.z, head.z)
     for squares in found.squares.values():
         squares /= np.float32(texts.size)
-    for layer in reversed(range(n_layers)):  # the last ones are cheapest, and show early that all is well
-        report(2 * n_layers - layer - 1, total, f"probing layer {layer}")
+    hidden = _embed(source, spec, texts)
+    for layer in range(n_layers):
+        report(n_layers + layer, total, f"probing layer {layer}")
         here = _Layer(source, spec, layer)
         names = [f"layers.{layer}.{role}" for role in here.matrices]
         if not all(name in found.cost for name in names):
-            streams = [states[layer].copy() for _ in here.matrices]
+            streams = [hidden.copy() for _ in here.matrices]
             for role, stream in zip(here.matrices, streams, strict=True):
                 here.with_rounded(role).run(stream)
+            here.run(hidden)
             del here
             for later in range(layer + 1, n_layers):
                 _Layer(source, spec, later).run(*streams)  # one layer's matrices at a time
             found.cost |= {name: head.cost(stream) for name, stream in zip(names, streams, strict=True)}
             if keep is not None:
                 keep(found.cost)
+        else:
+            here.run(hidden)
     report(total - 1, total, "probing the embedding")
     if "embed" not in found.cost:
-        stream = _embed(source, spec, texts, states[0], probe_of(spec.d_model))
+        stream = _embed(source, spec, texts, probe_of(spec.d_model))
         for layer in range(n_layers):
             _Layer(source, spec, layer).run(stream)
         costs = {"embed": head.cost(stream)}
@@ -119,36 +125,37 @@ def sensitivity(
 def input_squares(source: Source, spec: ModelSpec, texts: Ids) -> dict[str, F32]:
     """Mean squares of the inputs of each layer's matrices on ``texts``, (cols,) by name: an importance matrix."""
     found: dict[str, F32] = {}
-    hidden = _embed(source, spec, texts, np.empty((*texts.shape, spec.d_model), np.float32))
+    hidden = _embed(source, spec, texts)
     for layer in range(spec.n_layers):
         _Layer(source, spec, layer).run(hidden, squares=found)
     return {name: squares / np.float32(texts.size) for name, squares in found.items()}
 
 
 def workspace_bytes(spec: ModelSpec, n_windows: int, window: int) -> int:
-    """What ``sensitivity`` holds at most: the states of all layers, seven streams of a layer's changes, a layer's
-    matrices and one of them rounded, a stream's activations, the head's tiles and its Fisher matrix."""
+    """What ``sensitivity`` holds at most: eight streams, seven of them a layer's changes; a layer's matrices and one of
+    them rounded; a window's activations; and the head, or its tiles while its Fisher matrix is made."""
     tokens, d = n_windows * window, spec.d_model
     q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     matrices = d * (2 * q + 2 * kv + 3 * spec.d_ff)
     widest = max(d * spec.d_ff, d * q)
-    activations = tokens * (4 * d + 3 * spec.d_ff + 4 * q + 4 * kv)
-    head = TILE_ROWS * (4 * d + 3 * tokens) + 2 * d * d + 2 * tokens * d
-    states = (spec.n_layers + 2) * tokens * d
-    return 4 * (states + max((len(_roles()) - 1) * tokens * d + matrices + 3 * widest + activations, head))
+    activations = window * (4 * d + 3 * spec.d_ff + 4 * q + 4 * kv)
+    head = d * d + tokens * d
+    making = min(TILE_ROWS, spec.vocab_size) * (4 * d + 3 * tokens) + d * d + 2 * tokens * d
+    probing = (len(_roles()) + 1) * tokens * d + matrices + widest + max(activations, 2 * ROUNDED_AT_A_TIME)
+    return 4 * (head + max(probing, making))
 
 
 def _roles() -> list[str]:
     return [role for roles in STAGES.values() for role in roles]
 
 
-def _embed(source: Source, spec: ModelSpec, texts: Ids, out: F32, probe: str | None = None) -> F32:
+def _embed(source: Source, spec: ModelSpec, texts: Ids, probe: str | None = None) -> F32:
     """The hidden states (n_windows, window, d) that ``texts`` begin with."""
     ids, places = np.unique(texts, return_inverse=True)
     rows = np.concatenate([source.floats("embed", int(i), 1) for i in ids])
-    out[:] = (rows if probe is None else rounded(rows, probe))[places].reshape(out.shape)
-    out *= np.float32(spec.embed_scale)
-    return out
+    rows = rows if probe is None else rounded(rows, probe)
+    rows *= np.float32(spec.embed_scale)
+    return rows[places].reshape(*texts.shape, spec.d_model)
 
 
 class _Layer:
@@ -176,25 +183,23 @@ class _Layer:
 
     def run(self, *streams: F32, squares: dict[str, F32] | None = None) -> None:
         """Pass streams (n_windows, window, d) through the layer, in place; keep the sums of squares of each input."""
-        for hidden in streams:
-            self._pass_on(hidden, squares)
+        for stream in streams:
+            for window in stream:  # they don't see one another
+                self._pass_on(window, squares)
 
     def _pass_on(self, hidden: F32, squares: dict[str, F32] | None) -> None:
         there, matrices = self._pass, self.matrices
 
         def enter(stage: str, x: F32) -> list[F32]:
             if squares is not None:
-                squares.update((self.prefix + role, np.einsum("nc,nc->c", x, x)) for role in STAGES[stage])
+                for name in (self.prefix + role for role in STAGES[stage]):
+                    squares[name] = squares.get(name, np.float32(0)) + np.einsum("nc,nc->c", x, x)
             return products(x, [matrices[role] for role in STAGES[stage]])
 
-        n_windows, _, d = hidden.shape
-        h = hidden.reshape(-1, d)
-        qkv = enter("attn_in", there.attn_in(h))
-        each = zip(*(np.split(x, n_windows) for x in qkv), strict=True)  # windows don't see one another
-        attended = np.concatenate([there.attend(q, k, v) for q, k, v in each])
-        h[:] = there.after_attention(h, *enter("attn_out", attended))
-        active = there.activate(*enter("ffn_in", there.ffn_in(h)))
-        h[:] = there.after_ffn(h, *enter("ffn_out", active))
+        attended = there.attend(*enter("attn_in", there.attn_in(hidden)))
+        hidden[:] = there.after_attention(hidden, *enter("attn_out", attended))
+        active = there.activate(*enter("ffn_in", there.ffn_in(hidden)))
+        hidden[:] = there.after_ffn(hidden, *enter("ffn_out", active))
 
 
 class _Head:
@@ -225,10 +230,13 @@ class _Head:
         """Nats a token when this matrix is rounded as far as the logits go."""
         mean, square = np.zeros(len(self.z)), np.zeros(len(self.z))
         for tile in self._tiles():
+            error = rounded(tile, probe_of(tile.shape[1]))
+            error -= tile
             p = self._probabilities(tile)
-            change = self.z @ (rounded(tile, probe_of(tile.shape[1])) - tile).T
+            change = self.z @ error.T
             mean += np.einsum("tv,tv->t", p, change)
             square += np.einsum("tv,tv,tv->t", p, change, change)
+            del error, p, change
         return 0.5 * float(np.mean(square - mean**2))
 
     def _normed(self, hidden: F32) -> F32:

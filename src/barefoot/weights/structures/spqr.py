@@ -115,7 +115,8 @@ def _exceeded_by(losses: F32, share: float) -> float:
 
 @dataclass(frozen=True)
 class Feedback:
-    """Algorithm 1 for one Hessian. ``mixing``, in panels of a block's columns, and ``importance`` (cols,) are M and D of ``feedback``.
+    """Algorithm 1 for one Hessian. ``mixing`` and ``importance`` are M, in panels of a block's columns, and D of
+    ``feedback``.
 
     Inside, matrices stand on their sides, (cols, rows): a column of the weight is contiguous.
     """
