@@ -8,7 +8,8 @@ from random_files import GEMMA, LLAMA, write_random
 from tiny import all_logits, engine
 
 from barefoot.core.errors import InvalidInput
-from barefoot.engine.fitting import STATE, Fit, decode, fit, measure
+from barefoot.engine.fit_state import STATE
+from barefoot.engine.fitting import Fit, decode, fit, measure
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks

@@ -1,4 +1,4 @@
-"""The bytes of a fit, in closed form: one layer's matrices, one matrix's solve, and the text's hidden states.
+"""The bytes of a fit, in closed form: one stage's matrices, one matrix's solve, and one window of the text.
 
 Phases: ``forward`` measures sensitivities, ``convert`` stores the embedding and the head, ``step`` a layer; reading and
 writing hold no more than these.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
-from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, WITHOUT_TEXT, Fit
+from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, PIECE_TOKENS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
 from barefoot.ops import blocks, kv_row_bytes
@@ -22,15 +22,12 @@ PACK_BYTES_PER_WEIGHT = 5  # of passing arrays while codes become blocks; a test
 def footprint(spec: ModelSpec, job: Fit) -> Footprint:
     """What ``engine.fitting.fit`` takes, beside the process's own bytes; for solvers that need no PyTorch."""
     weights = {w.name: w for w in spec.weights}
-    hidden = job.texts.size * spec.d_model * 4 if job.reads else 0
     layers = [_layer(spec, job, weights, layer) for layer in range(spec.n_layers)]
     outside = [w for w in spec.weights if w.layer is None and w.group != "norm"]
     result = entry("layer", "workspace", [Term("largest stage", 1, max(layers, default=0))], phases=("step",))
     result += entry(
         "outer", "workspace", [Term("largest matrix", 1, max(_outer(job, w) for w in outside))], phases=("convert",)
     )
-    if hidden:
-        result += entry("hidden", "activations", [Term("hidden states", 1, hidden)], phases=("convert", "step"))
     return result
 
 
@@ -68,17 +65,21 @@ def _solve_bytes(job: Fit, weight: WeightSpec, n_rows: int) -> int:
 def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: int) -> int:
     """The most that a layer takes in any of its stages: while inputs are measured, a matrix is solved, or the text
     passes on through what is stored."""
-    tokens, window = (job.texts.size, job.texts.shape[1]) if job.reads else (0, 0)
-    d, ff = spec.d_model, spec.d_ff
+    window = job.texts.shape[1] if job.reads else 0
+    d, ff, piece = spec.d_model, spec.d_ff, min(window, PIECE_TOKENS)
     q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    attended = 4 * tokens * q
-    passing = {  # float32 numbers of a token, beside the store of keys and values
-        "attn_in": 2 * d + 3 * q + 4 * kv,
-        "attn_out": q + 2 * d,
-        "ffn_in": 3 * d,
-        "ffn_out": 2 * d + 3 * ff,
-    }
     store = 2 * window * spec.n_kv_heads * kv_row_bytes("f32", spec.head_dim)
+    going = {  # what one window takes on its way into a stage
+        "attn_in": 4 * window * 2 * d,
+        "attn_out": 4 * window * (2 * d + 3 * q + 4 * kv) + store,
+        "ffn_in": 4 * window * 2 * d,
+        "ffn_out": 4 * (window * d + piece * (2 * d + 3 * ff)),
+    }
+    through = {"attn_out": "attn_in", "ffn_out": "ffn_in"}  # the matrices that it meets there
+
+    def floats(stage: str) -> int:
+        return sum(4 * weights[f"layers.{layer}.{role}"].n_elements for role in STAGES[stage]) if window else 0
+
     kept = most = 0
     for stage, roles in STAGES.items():
         of_stage = [weights[f"layers.{layer}.{role}"] for role in roles]
@@ -86,14 +87,10 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
         whole = any(job.wants(w.name) == "hessian" for w in of_stage)
         hessian = 4 * width**2 if whole else 4 * width
         measuring = hessian + (4 * width * min(width, HESSIAN_COLUMNS) if whole else 4 * width)
-        going = 4 * window * passing[stage] + (store if stage == "attn_in" else 0)
-        held = kept + (attended if stage == "attn_out" else 0)
-        between = sum(4 * weights[f"layers.{layer}.{role}"].n_elements for role in STAGES["ffn_in"])
-        between = between if stage == "ffn_out" and tokens else 0
+        arriving = going[stage] + (floats(through[stage]) if stage in through else 0)
         solving = max(_solving(job, w, w.n_elements) for w in of_stage)
         packed = sum(packed_bytes(job, w) for w in of_stage)
-        decoded = sum(4 * w.n_elements for w in of_stage) if tokens else 0
-        leaving = decoded + between + going + (attended if stage == "attn_in" else 0)
-        most = max(most, held + between + measuring + going, held + hessian + packed + solving, held + packed + leaving)
+        leaving = arriving + floats(stage) + 4 * window * 2 * d if stage in through else 0
+        most = max(most, kept + arriving + measuring, kept + hessian + packed + solving, kept + packed + leaving)
         kept += packed
     return most

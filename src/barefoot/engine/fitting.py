@@ -1,10 +1,10 @@
-"""Fitting a model to its formats, layer by layer: in memory are one stage's matrices and the text's hidden states.
+"""Fitting a model to its formats, layer by layer: in memory are one stage's matrices and one window of text.
 
 For each layer, stage by stage (q k v, o, gate up, down): measure the inputs that the matrices meet, with everything
 before them already stored in its format; solve; go on with what is stored. So errors are seen, and partly undone, by
 all that follows. A layer solver then refines the layer as a whole, for which the hidden states that nothing rounded
-are kept too. After each layer its file and the hidden states are on disk, and an interrupted fit goes on there; the
-same settings give the same bytes, whether interrupted or not.
+are kept too. Hidden states are on disk (:mod:`barefoot.engine.fit_state`), and an interrupted fit goes on behind the
+last whole layer; the same settings give the same bytes, whether interrupted or not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
+from barefoot.engine.fit_state import FitState, Stream
 from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
 from barefoot.engine.rows import decode as decode_blocks
 from barefoot.engine.rows import read_rows
 from barefoot.engine.saving import ModelFolder, Pieces
-from barefoot.io.files import atomic_writer
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks, parts
 from barefoot.ops.grids import Grid
@@ -39,7 +39,7 @@ U8 = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
-STATE = "fit-state.npz"
+PIECE_TOKENS = 128  # that are in the widest part of a layer at a time
 HESSIAN_COLUMNS = 256  # that are added to at a time
 CHUNK_WEIGHTS = 1 << 20  # that are solved at a time where rows don't depend on each other
 WITHOUT_TEXT = Mse()  # solves what meets no inputs: the embedding
@@ -124,70 +124,47 @@ class _Fitting:
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress: Progress) -> None:
         self.source, self.spec, self.job = Source(checkpoint, spec), spec, job
         self.folder = ModelFolder(path, checkpoint, spec)
-        self.state, self.key = path / STATE, job.key(checkpoint)
+        learns = isinstance(job.solver, LayerSolver)
+        shape = job.texts.shape if job.reads else (0, 0)
+        self.state = FitState(path, job.key(checkpoint), (1 + learns, shape[0], shape[1], spec.d_model))
         self.progress = progress
         self.total = sum(w.group != "norm" for w in spec.weights)
         self.done = 0
 
     def run(self) -> ModelFolder:
-        start, hidden, exact = self._resume()
-        if start == 0:
-            self.folder.write(0, {"embed": self._solved("embed", None)})
-            hidden = self._embedded(as_stored=True)
-            if isinstance(self.job.solver, LayerSolver):
-                exact = self._embedded(as_stored=False)
-            start = self._keep(1, hidden, exact)
-        for layer in range(start - 1, self.spec.n_layers):
-            self._layer(layer, hidden, exact)
-            start = self._keep(layer + 2, hidden, exact)
-        self._tail(hidden)
-        self.state.unlink(missing_ok=True)
+        with self.state as state:
+            self.done = sum(w.group != "norm" and self.folder.shard_of(w) < state.n_files for w in self.spec.weights)
+            for abandoned in self.folder.path.glob(".*.part"):  # by an earlier run that was killed
+                abandoned.unlink()
+            if state.n_files == 0:
+                with state.advance() as streams:
+                    self.folder.write(0, {"embed": self._solved("embed", None)})
+                    for number, stream in enumerate(streams):
+                        self._embed(stream, as_stored=number == 0)
+            for layer in range(state.n_files - 1, self.spec.n_layers):
+                with state.advance() as behind:
+                    self._layer(layer, state.streams, behind)
+            self._tail(state.streams[0])
+        self.state.path.unlink()
         return self.folder
-
-    # --- interruption -----------------------------------------------------------------------------------------------
-
-    def _resume(self) -> tuple[int, F32, F32]:
-        """The number of files that are there, and the hidden states behind them: as stored, and exact ones."""
-        if not self.state.exists():
-            return 0, np.empty(0, np.float32), np.empty(0, np.float32)
-        with np.load(self.state, allow_pickle=False) as kept:
-            if str(kept["key"]) != self.key:
-                raise InvalidInput(
-                    f"{self.folder.path} holds another fit that was interrupted",
-                    cure=f"repeat its command to go on with it, or remove {self.state}",
-                )
-            n, hidden, exact = int(kept["n_files"]), kept["hidden"], kept["exact"]
-        self.done = sum(w.group != "norm" and self.folder.shard_of(w) < n for w in self.spec.weights)
-        return n, hidden, exact
-
-    def _keep(self, n_files: int, hidden: F32, exact: F32) -> int:
-        with atomic_writer(self.state) as file:
-            np.savez(file, key=np.array(self.key), n_files=np.array(n_files), hidden=hidden, exact=exact)
-        return n_files
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _embedded(self, as_stored: bool) -> F32:
-        """The hidden states that the text begins with, (n_windows, window, d): of the embedding as it is stored now, or
-        as it was."""
-        texts, weight = self.job.texts, self.source.weights["embed"]
-        if not self.job.reads:
-            return np.empty((0, 0, weight.cols), np.float32)
-        hidden = np.empty((*texts.shape, weight.cols), np.float32)
-        for ids, out in zip(texts, hidden, strict=True):
-            tokens, places = np.unique(ids, return_inverse=True)
+    def _embed(self, hidden: Stream, as_stored: bool) -> None:
+        """The hidden states that the text begins with: of the embedding as it is stored now, or as it was."""
+        weight, layout = self.source.weights["embed"], self.source.weights["embed"].format
+        for i in range(len(hidden)):
+            tokens, places = np.unique(self.job.texts[i], return_inverse=True)
             rows = np.concatenate([self.source.stored("embed", int(token), 1) for token in tokens])
-            layout = weight.format
+            floats = decode_blocks(layout, rows, weight.cols)
             if as_stored and self._changes("embed"):
-                rows, layout = (
-                    self._packed("embed", decode_blocks(layout, rows, weight.cols), None),
-                    self._layout("embed"),
-                )
-            np.multiply(decode_blocks(layout, rows, weight.cols)[places], np.float32(self.spec.embed_scale), out=out)
-        return hidden
+                floats = decode_blocks(self._layout("embed"), self._packed("embed", floats, None), weight.cols)
+            floats *= np.float32(self.spec.embed_scale)
+            hidden[i] = floats[places]
 
-    def _layer(self, layer: int, hidden: F32, exact: F32) -> None:
-        """Store a layer, and pass ``hidden`` through it as it is stored, ``exact`` as it was."""
+    def _layer(self, layer: int, before: list[Stream], behind: list[Stream]) -> None:
+        """Store a layer, and pass hidden states through it: the first stream as it is stored, a second one, which layer
+        solvers need, as it was."""
         prefix = f"layers.{layer}."
         vectors = {
             weight.name.removeprefix(prefix): self._vector(weight.name)
@@ -196,7 +173,7 @@ class _Fitting:
         }
         kept = {prefix + role: Matrix("f32", rows) for role, rows in vectors.items()}
         there = LayerPass(self.folder.target, layer, factors(self.folder.target, vectors))
-        inputs_of_layer = hidden.copy() if len(exact) else hidden
+        first, hidden = before[0], behind[0]
 
         def solve(stage: str, inputs: Iterable[F32]) -> None:
             """Choose the matrices of a stage."""
@@ -209,49 +186,56 @@ class _Fitting:
 
         def stored(stage: str) -> list[F32]:
             """The matrices of a stage as they are stored; where there is text that goes through them."""
-            names = [prefix + role for role in STAGES[stage] if len(hidden)]
+            names = [prefix + role for role in STAGES[stage] if len(first)]
             return [decode(kept[name], self.source.weights[name].cols) for name in names]
 
-        solve("attn_in", map(there.attn_in, hidden))
-        qkv = stored("attn_in")
-        attended = [there.attend(*products(there.attn_in(h), qkv)) for h in hidden]
-        del qkv
-        solve("attn_out", attended)
-        o = stored("attn_out")
-        for i, a in enumerate(attended):
-            hidden[i] = there.after_attention(hidden[i], *products(a, o))
-        del attended, o
-        solve("ffn_in", map(there.ffn_in, hidden))
+        # What lies between two matrices is made twice, for measuring and for passing on, rather than kept.
+        def attended() -> Iterator[F32]:
+            qkv = stored("attn_in")
+            for h in first:
+                yield there.attend(*products(there.attn_in(h), qkv))
+
+        def active(x: F32, gate_up: list[F32]) -> F32:
+            return there.activate(*products(there.ffn_in(x), gate_up))
 
         def activated() -> Iterator[F32]:
             gate_up = stored("ffn_in")
-            for h in hidden:  # made twice rather than kept: they are the widest of all
-                yield there.activate(*products(there.ffn_in(h), gate_up))
+            for h in hidden:
+                for x in pieces(h):
+                    yield active(x, gate_up)
 
+        solve("attn_in", map(there.attn_in, first))
+        solve("attn_out", attended())
+        o = stored("attn_out")
+        for i, a in enumerate(attended()):
+            hidden[i] = there.after_attention(first[i], *products(a, o))
+        del o
+        solve("ffn_in", map(there.ffn_in, hidden))
         solve("ffn_out", activated())
-        down = stored("ffn_out")
-        for i, a in enumerate(activated()):
-            hidden[i] = there.after_ffn(hidden[i], *products(a, down))
-        if len(exact):
-            self._refine(there, kept, inputs_of_layer, hidden, exact)
+        gate_up, down = stored("ffn_in"), stored("ffn_out")
+        for i, h in enumerate(hidden):
+            for x in pieces(h):
+                x[:] = there.after_ffn(x, *products(active(x, gate_up), down))
+            hidden[i] = h
+        del gate_up, down
+        if len(before) > 1:
+            self._refine(there, kept, before, behind)
         self.folder.write(layer + 1, kept)
 
-    def _refine(self, there: LayerPass, kept: dict[str, Matrix], inputs: F32, hidden: F32, exact: F32) -> None:
-        """Choose the matrices of a layer anew, all together; both streams are passed through it.
-
-        inputs : the hidden states before the layer; ``hidden`` becomes those behind it.
-        """
+    def _refine(self, there: LayerPass, kept: dict[str, Matrix], before: list[Stream], behind: list[Stream]) -> None:
+        """Choose the matrices of a layer anew, all together; both streams are passed through it."""
         solver, prefix = self.job.solver, f"layers.{there.layer}."
         assert isinstance(solver, LayerSolver)
         roles = [role for stage in STAGES.values() for role in stage]
         weights = {r: self.source.floats(prefix + r, order=self.folder.row_order(prefix + r)) for r in roles}
-        for i, h in enumerate(exact):
-            exact[i] = there(h, weights)
+        for i, h in enumerate(before[1]):
+            behind[1][i] = there(h, weights)
         grids = {r: grid for r in roles if (grid := self._grid(prefix + r)) is not None}
         if not grids:
             return
         starts = {r: blocks.unpack(kept[prefix + r].format, kept[prefix + r].rows) for r in grids}
         stored = {r: decode(kept[prefix + r], weights[r].shape[1]) for r in roles if r not in grids}
+        inputs = before[0].whole()
         problem = LayerProblem(
             spec=there.spec,
             layer=there.layer,
@@ -259,8 +243,8 @@ class _Fitting:
             grids=grids,
             starts={r: Solution(*start) for r, start in starts.items()},
             inputs=inputs,
-            targets=exact,
-            rotations=rotations(there.spec, there.layer, hidden.shape[1]),
+            targets=behind[1].whole(),
+            rotations=rotations(there.spec, there.layer, inputs.shape[1]),
         )
         found = solver.refine(problem)
         for role, solution in found.matrices.items():
@@ -270,11 +254,11 @@ class _Fitting:
         for role, vector in found.vectors.items():
             shift = np.float32(there.spec.norm_plus_one and role.endswith("norm"))
             kept[prefix + role] = Matrix("f32", (vector - shift).reshape(1, -1).view(np.uint8))
-        behind = LayerPass(there.spec, there.layer, {**there.vectors, **found.vectors})
+        refined = LayerPass(there.spec, there.layer, {**there.vectors, **found.vectors})
         for i, h in enumerate(inputs):
-            hidden[i] = behind(h, stored)
+            behind[0][i] = refined(h, stored)
 
-    def _tail(self, hidden: F32) -> None:
+    def _tail(self, hidden: Stream) -> None:
         """The last norm, and the head where it is not the embedding."""
         norm = self._vector("norm")
         kept: dict[str, Matrix | Pieces] = {"norm": Matrix("f32", norm)}
@@ -388,6 +372,11 @@ def factors(spec: ModelSpec, vectors: Mapping[str, U8]) -> dict[str, F32]:
     shift = np.float32(spec.norm_plus_one)
     floats = {role: rows.view(np.float32).reshape(-1) for role, rows in vectors.items()}
     return {role: v + shift if role.endswith("norm") else v for role, v in floats.items()}
+
+
+def pieces(window: F32) -> Iterator[F32]:
+    """Views of some tokens at a time of a window (n, d)."""
+    return (window[start : start + PIECE_TOKENS] for start in range(0, len(window), PIECE_TOKENS))
 
 
 def products(x: F32, weights: Iterable[F32]) -> list[F32]:
