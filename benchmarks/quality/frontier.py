@@ -6,16 +6,18 @@
 REFERENCE is a dithered file of floats (quality.dithered), so that no grid is privileged. Each peer runs in an
 interpreter that has it; a peer without one is left out. Importance matrices are the mean squares of the inputs on the
 same text that fits look at. Every contender is measured on its weights alone: they are decoded to floats, and the same
-engine computes with float32 activations. Bits count every stored byte of every tensor, embedding included.
+engine computes with float32 activations. Bits count every stored byte of every tensor, embedding included. What is
+measured stands in DIR/points.json too, and a benchmark that was interrupted goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ class Judge:
 
     def __init__(self, reference: str, texts: list[list[int]], work: Path) -> None:
         self.texts = texts
+        self._points = work / "points.json"
         rows = sum(len(ids) - 1 - len(ids) // 2 for ids in texts)
         with Checkpoint(reference) as checkpoint:
             vocabulary = model_spec(checkpoint).vocab_size
@@ -76,17 +79,25 @@ class Judge:
             self._kept[done : done + len(tile)] = tile
             done += len(tile)
 
-    def __call__(self, name: str, path: str, n_bytes: int) -> Point:
-        divergence, done = Divergence(), 0
-        for tile, targets in self._tiles(path):
-            kept = self._kept[done : done + len(tile)]
-            for row in range(0, len(tile), 4):
-                some = slice(row, row + 4)
-                divergence.add(kept[some], tile[some], targets[some])
-            done += len(tile)
-        found = divergence.summary
-        point = Point(name, n_bytes, found["kl_mean"], found["perplexity"])
-        print(f"  {name}: {n_bytes / 1e6:.1f} MB, KL {point.kl:.4f}, perplexity {point.perplexity:.2f}", flush=True)
+    def __call__(self, name: str, make: Callable[[], tuple[str, int]]) -> Point:
+        """The point of that name, where it is not known yet of what ``make`` returns: a model and its bytes."""
+        known = json.loads(self._points.read_text()) if self._points.is_file() else {}
+        if name not in known:
+            path, n_bytes = make()
+            divergence, done = Divergence(), 0
+            for tile, targets in self._tiles(path):
+                kept = self._kept[done : done + len(tile)]
+                for row in range(0, len(tile), 4):
+                    some = slice(row, row + 4)
+                    divergence.add(kept[some], tile[some], targets[some])
+                done += len(tile)
+            found = divergence.summary
+            known[name] = n_bytes, found["kl_mean"], found["perplexity"]
+            self._points.write_text(json.dumps(known))
+        point = Point(name, *known[name])
+        print(
+            f"  {name}: {point.n_bytes / 1e6:.1f} MB, KL {point.kl:.4f}, perplexity {point.perplexity:.2f}", flush=True
+        )
         return point
 
     def _tiles(self, path: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -107,26 +118,28 @@ def llama_cpp_points(
 ) -> list[Point]:
     """llama.cpp's files, with and without importance, decoded to floats by the gguf package."""
     np.savez(work / "imatrix.npz", **squares)
+
+    def quantized(kind: str, important: bool) -> tuple[str, int]:
+        small, floats = str(work / "small.gguf"), str(work / "floats.gguf")
+        settings = {"source": reference, "to": small, "type": kind}
+        settings |= {"imatrix": str(work / "imatrix.npz")} if important else {}
+        child(HERE.parent / "models/requantize.py", settings, python, timeout=7200)
+        tensors = {t.name: t for t in gguf.GGUFReader(small).tensors}
+        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
+
+        def decoded(name: str) -> np.ndarray:
+            each = tensors[name]
+            return gguf.quants.dequantize(each.data, each.tensor_type).astype(np.float32).reshape(shapes[name])
+
+        write_floats(reference, floats, shapes, decoded)
+        return floats, sum(int(t.n_bytes) for t in tensors.values())
+
     found = []
     for kind in LLAMA_CPP:
         for important in [True] if kind in NEED_IMPORTANCE else [False] if kind == "q8_0" else [False, True]:
-            small, floats = str(work / "small.gguf"), str(work / "floats.gguf")
-            settings = {"source": reference, "to": small, "type": kind}
-            child(
-                HERE.parent / "models/requantize.py",
-                settings | ({"imatrix": str(work / "imatrix.npz")} if important else {}),
-                python,
+            found.append(
+                judge(f"llama.cpp {kind}" + " imatrix" * important, functools.partial(quantized, kind, important))
             )
-            tensors = {t.name: t for t in gguf.GGUFReader(small).tensors}
-            shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
-
-            def decoded(name: str, tensors=tensors, shapes=shapes) -> np.ndarray:
-                each = tensors[name]
-                return gguf.quants.dequantize(each.data, each.tensor_type).astype(np.float32).reshape(shapes[name])
-
-            write_floats(reference, floats, shapes, decoded)
-            n_bytes = sum(int(t.n_bytes) for t in tensors.values())
-            found.append(judge(f"llama.cpp {kind}" + " imatrix" * important, floats, n_bytes))
     return found
 
 
@@ -134,39 +147,43 @@ def worker_points(
     name: str, worker: str, python: str, dense: Path, texts: Path, n_vectors: int, judge: Judge, work: Path
 ) -> list[Point]:
     """A peer that reads a folder of floats and writes one of the floats that its codes mean."""
-    found = []
-    for bits, group in GRIDS:
-        for embed_bits in EMBED_BITS:
-            if embed_bits < bits:
-                continue
-            target = work / "peer"
-            shutil.rmtree(target, ignore_errors=True)
-            settings = {"source": str(dense), "to": str(target), "bits": bits, "group": group, "texts": str(texts)}
-            settings |= {"embed_bits": embed_bits}
-            n_bytes = child(HERE / worker, settings, python, timeout=7200)["n_bytes"]
-            label = f"{name} {bits} bits, groups of {group}, embedding {embed_bits} bits"
-            found.append(judge(label, str(target), n_bytes + n_vectors))
-    return found
+    target = work / "peer"
+
+    def quantized(bits: int, group: int, embed_bits: int) -> tuple[str, int]:
+        shutil.rmtree(target, ignore_errors=True)
+        settings = {"source": str(dense), "to": str(target), "bits": bits, "group": group, "texts": str(texts)}
+        settings |= {"embed_bits": embed_bits}
+        return str(target), child(HERE / worker, settings, python, timeout=7200)["n_bytes"] + n_vectors
+
+    return [
+        judge(
+            f"{name} {bits} bits, groups of {group}, embedding {embed_bits} bits",
+            functools.partial(quantized, bits, group, embed_bits),
+        )
+        for bits, group in GRIDS
+        for embed_bits in EMBED_BITS
+        if embed_bits >= bits
+    ]
 
 
 def our_points(reference: str, args: argparse.Namespace, judge: Judge, work: Path) -> list[Point]:
     """Fits at the stated bits, formats allocated by measured sensitivity."""
     (solver,) = parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers")
-    found = []
     with Checkpoint(reference) as checkpoint:
         spec, tokenizer, text = model_spec(checkpoint), load_tokenizer(checkpoint), Path(args.fit_text).read_text()
         probes = spread_windows(text, tokenizer, PROBE_WINDOW, PROBE_WINDOWS)
         choices = measured_options(Source(checkpoint, spec), spec, probes, work / "sensitivity.json")
         texts = spread_windows(text, tokenizer, WINDOW, args.fit_tokens // WINDOW)
-        for bits in args.bits:
+
+        def fitted(bits: float) -> tuple[str, int]:
             chosen = choose(spec, choices, int(bits * spec.n_parameters / 8))
             target = work / f"fit-{bits}"
             job = Fit({name: option.name for name, option in chosen.items()}, solver, texts)
             fit(checkpoint, spec, job, target).finish({})
-            with Checkpoint(target) as fitted:
-                n_bytes = sum(map(stored_bytes, model_spec(fitted).weights))
-            found.append(judge(f"barefoot {bits} bits", str(target), n_bytes))
-    return found
+            with Checkpoint(target) as done:
+                return str(target), sum(map(stored_bytes, model_spec(done).weights))
+
+        return [judge(f"barefoot {bits} bits, {args.solver}", functools.partial(fitted, bits)) for bits in args.bits]
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from barefoot.io.chat import find_chat_template
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import WORKSPACE_BYTES, load_tokenizer, workspace_bytes
-from barefoot.io.tokenizer_files import footprint_bytes, load_bytes
+from barefoot.io.tokenizer_export import export_tokenizer
+from barefoot.io.tokenizer_files import export_bytes, footprint_bytes, load_bytes, read_gguf_tokenizer
 
 TEXTS = diverse_texts(2200)
 
@@ -81,6 +82,18 @@ def test_stated_bytes_are_what_is_held(model: str, request: pytest.FixtureReques
             assert tracemalloc.get_traced_memory()[1] - held <= workspace_bytes(len(text)) - WORKSPACE_BYTES // 2
         finally:
             tracemalloc.stop()
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma3"])
+def test_writing_it_takes_what_is_stated(model: str, request: pytest.FixtureRequest, tmp_path: Path):
+    with Checkpoint(request.getfixturevalue(model)) as checkpoint:
+        tracemalloc.start()
+        try:
+            export_tokenizer(read_gguf_tokenizer(checkpoint), None, tmp_path)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert 0.8 * export_bytes(checkpoint.config) <= peak <= export_bytes(checkpoint.config)
 
 
 def test_smollm2_chat(smollm2: Path):

@@ -99,6 +99,19 @@ def release_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def keep_no_freed_memory() -> None:
+    """Let the C allocator return arrays of 256 KiB and more to the system as soon as they are freed (glibc).
+
+    By itself it learns from the first ones to keep such memory, and what a process then has resident at its peak
+    depends on all that it did before.
+    """
+    import ctypes
+
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h; to set it also ends its learning
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(mmap_threshold, 256 << 10)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One result of one instrument, in bytes. ``before`` is what was there when the phase began."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, PIECE_TOKENS, WITHOUT_TEXT, Fit
@@ -17,6 +19,14 @@ from barefoot.ops import blocks, kv_row_bytes
 from barefoot.weights.structures import Structure
 
 PACK_BYTES_PER_WEIGHT = 5  # of passing arrays while codes become blocks; a test measures it
+
+
+def warm_up() -> None:
+    """Let BLAS and LAPACK make their own buffers, which are then part of what the process has resident."""
+    single, double = np.eye(512, dtype=np.float32), np.eye(512)
+    np.linalg.solve(double @ double, double[:, :128])
+    np.linalg.cholesky(double)
+    np.matmul(single, single, out=single)
 
 
 def footprint(spec: ModelSpec, job: Fit) -> Footprint:

@@ -41,7 +41,8 @@ def export_tokenizer(parts: TokenizerParts, chat_template: str | None, folder: P
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     with atomic_writer(path) as file:
-        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+        for piece in json.JSONEncoder(ensure_ascii=False, indent=1).iterencode(content):  # never the whole text
+            file.write(piece.encode())
 
 
 def tokenizer_json(parts: TokenizerParts) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _model(parts: TokenizerParts) -> dict[str, Any]:
     else:
         merges = parts.merges.among(vocabulary, entries, np.arange(len(vocabulary)))
     unk = None if parts.unk_id is None else texts[parts.unk_id]
-    return {"type": "BPE", "unk_token": unk, **parts.options, "vocab": entries, "merges": [list(m) for m in merges]}
+    return {"type": "BPE", "unk_token": unk, **parts.options, "vocab": entries, "merges": merges}
 
 
 def _beginning(parts: TokenizerParts) -> Section | None:

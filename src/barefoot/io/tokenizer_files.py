@@ -52,6 +52,8 @@ class TokenizerParts:
 
 # While loading, beyond what stays: sorting and hashing an entry, splitting and finding a merge, windows of the file.
 LOAD_BYTES_PER_ENTRY, LOAD_BYTES_PER_MERGE, LOAD_BYTES = 20, 60, 1 << 20
+# While it is written as JSON: texts and the tables that find them; scored entries come apart in about two ways each.
+EXPORT_BYTES_PER_ENTRY, EXPORT_BYTES_PER_MERGE, EXPORT_BYTES_PER_SCORED = 220, 180, 600
 
 
 def footprint_bytes(metadata: Mapping[str, Any]) -> int:
@@ -66,6 +68,13 @@ def load_bytes(metadata: Mapping[str, Any]) -> int:
     tokens, n_merges, _ = _counts(metadata)
     loading = tokens.count * LOAD_BYTES_PER_ENTRY + n_merges * LOAD_BYTES_PER_MERGE + LOAD_BYTES
     return footprint_bytes(metadata) + loading
+
+
+def export_bytes(metadata: Mapping[str, Any]) -> int:
+    """The most that is held while that tokenizer is written as files, what loading it leaves included."""
+    tokens, n_merges, scored = _counts(metadata)
+    writing = tokens.count * (EXPORT_BYTES_PER_SCORED if scored else EXPORT_BYTES_PER_ENTRY)
+    return footprint_bytes(metadata) + writing + n_merges * EXPORT_BYTES_PER_MERGE
 
 
 def _counts(metadata: Mapping[str, Any]) -> tuple[GGUFArray, int, bool]:

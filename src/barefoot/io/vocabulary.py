@@ -12,6 +12,7 @@ both are then reported, and a reported entry that does not occur is harmless, si
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -198,17 +199,23 @@ def merges_by_score(vocabulary: Vocabulary, entries: Iterable[int]) -> list[tupl
     """
     assert vocabulary.scores is not None
     ids = {vocabulary.text(i): i for i in entries}
-    found = []
-    for text, entry in ids.items():
-        local = [
-            (ids[text[:k]], ids[text[k:]], text[:k], text[k:])
-            for k in range(1, len(text))
-            if text[:k] in ids and text[k:] in ids
-        ]
-        score = float(vocabulary.scores[entry])
-        found += [(-score, -len(left), -len(right), left, right) for _, _, left, right in sorted(local)]
-    found.sort(key=lambda merge: merge[:3])
-    return [merge[3:] for merge in found]
+    texts = list(ids)
+    place = {text: at for at, text in enumerate(texts)}
+    made, left, right = array("i"), array("i"), array("i")  # places in ``texts``: half a million tuples would be large
+    for at, text in enumerate(texts):
+        for k in range(1, len(text)):
+            if (head := place.get(text[:k])) is not None and (tail := place.get(text[k:])) is not None:
+                made.append(at)
+                left.append(head)
+                right.append(tail)
+    by_place = np.array(list(ids.values()), np.int64)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    whole, heads, tails = (
+        np.frombuffer(each, np.intc) if each else np.empty(0, np.intc) for each in (made, left, right)
+    )
+    scores = np.asarray(vocabulary.scores)[by_place]
+    order = np.lexsort((by_place[tails], by_place[heads], whole, -lengths[tails], -lengths[heads], -scores[whole]))
+    return [(texts[heads[i]], texts[tails[i]]) for i in order]
 
 
 def hash_segments(blob: np.ndarray, starts: np.ndarray, ends: np.ndarray, dtype: type) -> np.ndarray:

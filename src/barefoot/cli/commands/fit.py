@@ -23,7 +23,7 @@ WINDOW, TOKENS = 512, 16384
 SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVER = "gptq"
 CONTEXT = 1024
-LEAST_WINDOWS = 4  # of text, below which a fit is refused rather than made worse
+LEAST_WINDOW = 64  # tokens, below which a fit is refused rather than made worse
 SENSITIVITY = "fit-sensitivity.json"
 
 HELP = "make a model smaller: the best one that takes so many bytes"
@@ -82,19 +82,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    from barefoot.evals.encode import spread
+
+    started = time.perf_counter()
+    output, source = Path(args.output), models.fetch(args.model)
+    wanted = [(args.window, args.tokens // args.window), (PROBE_WINDOW, PROBE_WINDOWS)]
+    texts, probes = spread(source, args.text, wanted)  # before all else, while this process is small
+
     from barefoot.core.measure import peak_resident
     from barefoot.engine.fitting import fit
     from barefoot.engine.specs import model_spec
     from barefoot.io.inventory import Checkpoint
     from barefoot.ops import set_threads
 
-    started = time.perf_counter()
     if args.threads:
         set_threads(args.threads)
-    output = Path(args.output)
-    with Checkpoint(models.fetch(args.model)) as checkpoint, progress.line() as report:
+    with Checkpoint(source) as checkpoint, progress.line() as report:
         spec = model_spec(checkpoint)
-        job, cost, predicted = _job(args, checkpoint, spec, output, report)
+        job, cost, predicted = _job(args, checkpoint, spec, texts, probes, report)
         folder = fit(checkpoint, spec, job, output, report)
         record = {
             "model": args.model,
@@ -125,7 +130,12 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _job(
-    args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, output: Path, report: progress.Report
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    texts: Ids,
+    probes: Ids,
+    report: progress.Report,
 ) -> tuple[Fit, float | None, int | None]:
     """What to do with each matrix; what rounding should cost where that was chosen here; and the predicted peak."""
     from barefoot.core.registry import techniques
@@ -133,32 +143,33 @@ def _job(
     from barefoot.engine.allocation import choose, measured_options
     from barefoot.engine.fitting import Fit, Source
     from barefoot.engine.sensitivity import workspace_bytes
-    from barefoot.evals.scoring import spread_windows
-    from barefoot.evals.texts import read_text
-    from barefoot.io.tokenizer import load_tokenizer
+    from barefoot.io.tokenizer_files import export_bytes
 
     (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
-    text, tokenizer = read_text(args.text), load_tokenizer(checkpoint)
-    texts = spread_windows(text, tokenizer, args.window, args.tokens // args.window)
     limit, reserved = args.fit_memory or args.memory, _reserved()
+    writing = reserved + (export_bytes(checkpoint.config) if checkpoint.kind == "gguf" else 0)
+    if limit is not None and writing > limit:
+        raise _too_much("writing the tokenizer", writing, limit)
     if args.weights is not None:
         job = _within(limit, reserved, spec, Fit(_stated(args.weights, spec), solver, texts))
-        return job, None, _peak(reserved, spec, job)
-    source, probes = Source(checkpoint, spec), spread_windows(text, tokenizer, PROBE_WINDOW, PROBE_WINDOWS)
+        return job, None, _whole(_peak(reserved, spec, job), writing)
     probing = reserved + workspace_bytes(spec, *probes.shape)
     if limit is not None and probing > limit:
         raise _too_much("measuring what rounding costs", probing, limit)
-    choices = measured_options(source, spec, probes, output / SENSITIVITY, report)
+    choices = measured_options(Source(checkpoint, spec), spec, probes, Path(args.output) / SENSITIVITY, report)
     chosen = choose(spec, choices, _budget(args, spec))
     job = _within(limit, reserved, spec, Fit({n: o.name for n, o in chosen.items()}, solver, texts))
-    peak = _peak(reserved, spec, job)
-    return job, sum(o.cost for o in chosen.values()), None if peak is None else max(peak, probing)
+    return job, sum(o.cost for o in chosen.values()), _whole(_peak(reserved, spec, job), writing, probing)
 
 
 def _reserved() -> int:
     """Bytes of the process before the fit allocates anything, and the allocator's slack."""
+    from barefoot.core.measure import keep_no_freed_memory
+    from barefoot.engine.fit_footprint import warm_up
     from barefoot.plan.reserved import SLACK_BYTES, reserved_expected, reserved_now
 
+    keep_no_freed_memory()
+    warm_up()
     return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES
 
 
@@ -173,12 +184,17 @@ def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int | None:
     return reserved + footprint(spec, job).peak()[1]
 
 
+def _whole(fit: int | None, *others: int) -> int | None:
+    """The peak of a fit and of what comes before and behind it; None where the fit's own is not known."""
+    return None if fit is None else max(fit, *others)
+
+
 def _within(limit: int | None, reserved: int, spec: ModelSpec, job: Fit) -> Fit:
-    """The fit with as much of its text as the limit has room for.
+    """The fit, its text in windows that the limit has room for.
 
     Raises
     ------
-    OverBudget : not even with ``LEAST_WINDOWS``.
+    OverBudget : not even with windows of ``LEAST_WINDOW``.
     InvalidInput : there is a limit, and the bytes are not known.
     """
     from dataclasses import replace
@@ -188,9 +204,10 @@ def _within(limit: int | None, reserved: int, spec: ModelSpec, job: Fit) -> Fit:
     if limit is None:
         return job
     while (peak := _peak(reserved, spec, job)) is not None and peak > limit:
-        if len(job.texts) <= LEAST_WINDOWS or not job.reads:
+        n_windows, window = job.texts.shape
+        if not job.reads or window % 2 or window <= LEAST_WINDOW:
             raise _too_much("the fit", peak, limit)
-        job = replace(job, texts=job.texts[::2] if len(job.texts) % 2 == 0 else job.texts[:-1])
+        job = replace(job, texts=job.texts.reshape(2 * n_windows, window // 2))
     if peak is None:
         raise InvalidInput(
             f"the bytes of a fit by {job.solver} are not known beforehand, so it can't be held within a limit",

@@ -1,0 +1,113 @@
+"""Quantize a folder of floats with GPTQModel's own solver: one fresh process of the peer. Argument: JSON.
+
+{"source", "to", "texts", "bits", "group", "embed_bits"}: the matrices of each layer in the order of a pass (q k v, o,
+gate up, down), with the inputs that ``texts`` make behind all that is quantized already, as GPTQModel does it
+(true_sequential), each in groups with a zero point; all else as its QuantizeConfig has it. It leaves embeddings as they
+are; here they are rounded to the nearest level of their groups' ranges. Bytes are those of codes, and for each group of
+a scale in f16 and a zero point of as many bits as a code.
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+AT_ONCE = 4  # windows
+
+
+def size(weight: torch.Tensor, bits: int, group: int) -> int:
+    return weight.numel() * bits // 8 + weight.numel() // group * (16 + bits) // 8
+
+
+def nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    x = weight.reshape(-1, group)
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).half().float().clamp(min=1e-8)
+    zero = (-low / scale).round()
+    return ((((x / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale).reshape(weight.shape)
+
+
+class Left(Exception):
+    """A pass ends where all that was wanted is seen."""
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    source, target, bits, group = Path(settings["source"]), Path(settings["to"]), settings["bits"], settings["group"]
+    with contextlib.redirect_stdout(sys.stderr):  # they greet
+        from gptqmodel.quantization import QuantizeConfig
+        from gptqmodel.quantization.gptq import GPTQ
+        from transformers import AutoConfig, AutoModelForCausalLM
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = json.loads((source / "config.json").read_text())
+    content.pop("quantization_config", None)
+    (target / "config.json").write_text(json.dumps(content))
+    tensors = {path.name: load_file(path) for path in sorted(source.glob("*.safetensors"))}
+    every = {name: tensor for some in tensors.values() for name, tensor in some.items()}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target), torch_dtype=torch.float32)
+    model.load_state_dict(every, strict=False)
+    model.tie_weights()
+    model.eval()
+    n_bytes, stored = 0, {}
+    for name, tensor in every.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            stored[name] = nearest(tensor, settings["embed_bits"], group)
+            n_bytes += size(tensor, settings["embed_bits"], group)
+    model.load_state_dict(stored, strict=False)
+    model.tie_weights()
+    texts = torch.from_numpy(np.load(settings["texts"])).long()
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        # What enters the layer, once; with the arguments that the model hands on.
+        entered = []
+
+        def keep(_, args, kwargs, entered=entered):
+            entered.append((args, kwargs))
+            raise Left
+
+        hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+        for windows in texts.split(AT_ONCE):
+            with torch.no_grad(), contextlib.suppress(Left):
+                model(windows, use_cache=False)
+        hook.remove()
+        for stage in STAGES:
+            jobs, hooks = {}, []
+            for role in stage:
+                module = layer.get_submodule(role)
+                job = GPTQ(module, QuantizeConfig(bits=bits, group_size=group, sym=False, offload_to_disk=False))
+                job.quantizer.configure(perchannel=True)
+                jobs[role] = job
+                hooks.append(
+                    module.register_forward_hook(lambda _, x, y, job=job: job.add_batch(x[0].detach(), y.detach()))
+                )
+            with torch.no_grad():
+                for args, kwargs in entered:
+                    layer(*args, **kwargs)
+            for hook in hooks:
+                hook.remove()
+            for role, job in jobs.items():
+                module = layer.get_submodule(role)
+                with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+                    weight = job.quantize()[0].float()
+                    module.weight.copy_(weight)
+                stored[f"model.layers.{number}.{role}.weight"] = weight.clone()
+                n_bytes += size(weight, bits, group)
+    for name, some in tensors.items():
+        save_file({key: stored.get(key, tensor).contiguous() for key, tensor in some.items()}, target / name)
+    (target / "config.json").write_text((source / "config.json").read_text())
+    print(json.dumps({"n_bytes": n_bytes}))
+
+
+if __name__ == "__main__":
+    main()
