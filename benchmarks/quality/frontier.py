@@ -28,10 +28,11 @@ from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
 from barefoot.engine.allocation import choose, measured_options
 from barefoot.engine.config import EngineConfig
-from barefoot.engine.fitting import Fit, Source, fit
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.placement import stored_bytes
 from barefoot.engine.runner import Engine
 from barefoot.engine.sensitivity import input_squares
+from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence
 from barefoot.evals.frontier import Point, between
@@ -152,7 +153,7 @@ def worker_points(
     def quantized(bits: int, group: int, embed_bits: int) -> tuple[str, int]:
         shutil.rmtree(target, ignore_errors=True)
         settings = {"source": str(dense), "to": str(target), "bits": bits, "group": group, "texts": str(texts)}
-        settings |= {"embed_bits": embed_bits}
+        settings |= {"embed_bits": embed_bits, "layers": str(work)}
         return str(target), child(HERE / worker, settings, python, timeout=7200)["n_bytes"] + n_vectors
 
     return [

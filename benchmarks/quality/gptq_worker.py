@@ -1,10 +1,11 @@
 """Quantize a folder of floats with GPTQModel's own solver: one fresh process of the peer. Argument: JSON.
 
-{"source", "to", "texts", "bits", "group", "embed_bits"}: the matrices of each layer in the order of a pass (q k v, o,
-gate up, down), with the inputs that ``texts`` make behind all that is quantized already, as GPTQModel does it
-(true_sequential), each in groups with a zero point; all else as its QuantizeConfig has it. It leaves embeddings as they
-are; here they are rounded to the nearest level of their groups' ranges. Bytes are those of codes, and for each group of
-a scale in f16 and a zero point of as many bits as a code.
+{"source", "to", "layers", "texts", "bits", "group", "embed_bits"}: the matrices of each layer in the order of a pass
+(q k v, o, gate up, down), with the inputs that ``texts`` make behind all that is quantized already, as GPTQModel does
+it (true_sequential), each in groups with a zero point; all else as its QuantizeConfig has it. It leaves embeddings as
+they are; here they are rounded to the nearest level of their groups' ranges. Bytes are those of codes, and for each
+group of a scale in f16 and a zero point of as many bits as a code. Layers are kept in the folder "layers", for other
+embeddings beside them.
 """
 
 import contextlib
@@ -42,35 +43,22 @@ class Left(Exception):
     """A pass ends where all that was wanted is seen."""
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    source, target, bits, group = Path(settings["source"]), Path(settings["to"]), settings["bits"], settings["group"]
+def solved(source: Path, texts: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
+    """All matrices of the layers, by name."""
     with contextlib.redirect_stdout(sys.stderr):  # they greet
         from gptqmodel.quantization import QuantizeConfig
         from gptqmodel.quantization.gptq import GPTQ
         from transformers import AutoConfig, AutoModelForCausalLM
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
     content = json.loads((source / "config.json").read_text())
     content.pop("quantization_config", None)
-    (target / "config.json").write_text(json.dumps(content))
-    tensors = {path.name: load_file(path) for path in sorted(source.glob("*.safetensors"))}
-    every = {name: tensor for some in tensors.values() for name, tensor in some.items()}
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target), torch_dtype=torch.float32)
-    model.load_state_dict(every, strict=False)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=torch.float32)
+    for path in source.glob("*.safetensors"):
+        model.load_state_dict(load_file(path), strict=False)
     model.tie_weights()
     model.eval()
-    n_bytes, stored = 0, {}
-    for name, tensor in every.items():
-        if "embed_tokens" in name or "lm_head" in name:
-            stored[name] = nearest(tensor, settings["embed_bits"], group)
-            n_bytes += size(tensor, settings["embed_bits"], group)
-    model.load_state_dict(stored, strict=False)
-    model.tie_weights()
-    texts = torch.from_numpy(np.load(settings["texts"])).long()
-    layers = model.model.layers
-    for number, layer in enumerate(layers):
-        # What enters the layer, once; with the arguments that the model hands on.
-        entered = []
+    found = {}
+    for number, layer in enumerate(model.model.layers):
+        entered = []  # what enters the layer, with the arguments that the model hands on
 
         def keep(_, args, kwargs, entered=entered):
             entered.append((args, kwargs))
@@ -99,13 +87,27 @@ def main() -> None:
             for role, job in jobs.items():
                 module = layer.get_submodule(role)
                 with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
-                    weight = job.quantize()[0].float()
-                    module.weight.copy_(weight)
-                stored[f"model.layers.{number}.{role}.weight"] = weight.clone()
-                n_bytes += size(weight, bits, group)
-    for name, some in tensors.items():
-        save_file({key: stored.get(key, tensor).contiguous() for key, tensor in some.items()}, target / name)
-    (target / "config.json").write_text((source / "config.json").read_text())
+                    module.weight.copy_(job.quantize()[0].float())
+                found[f"model.layers.{number}.{role}.weight"] = module.weight.detach().clone()
+    return found
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    source, target, bits, group = Path(settings["source"]), Path(settings["to"]), settings["bits"], settings["group"]
+    kept = Path(settings["layers"]) / f"gptq-{bits}-{group}.safetensors"
+    if not kept.is_file():
+        save_file(solved(source, torch.from_numpy(np.load(settings["texts"])).long(), bits, group), kept)
+    stored = load_file(kept)
+    n_bytes = sum(size(weight, bits, group) for weight in stored.values())
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = {name: stored.get(name, tensor) for name, tensor in load_file(path).items()}
+        for name, tensor in tensors.items():
+            if "embed_tokens" in name or "lm_head" in name:
+                tensors[name] = nearest(tensor, settings["embed_bits"], group)
+                n_bytes += size(tensor, settings["embed_bits"], group)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / path.name)
     print(json.dumps({"n_bytes": n_bytes}))
 
 

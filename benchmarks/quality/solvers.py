@@ -24,8 +24,9 @@ import numpy.typing as npt
 
 from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
-from barefoot.engine.fitting import Fit, Source, factors, fit, measure
+from barefoot.engine.fitting import Fit, fit, measure
 from barefoot.engine.layer_pass import STAGES, LayerPass
+from barefoot.engine.source import Source, factors
 from barefoot.engine.specs import model_spec
 from barefoot.evals.scoring import spread_windows, text_windows
 from barefoot.io.inventory import Checkpoint

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from barefoot.engine.fitting import Source
+from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks

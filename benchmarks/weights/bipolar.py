@@ -24,8 +24,8 @@ import numpy as np
 
 from barefoot import ops
 from barefoot.core.model import ModelSpec
-from barefoot.engine.fitting import Source
 from barefoot.engine.layer_pass import STAGES, LayerPass
+from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence
 from barefoot.evals.scoring import text_windows

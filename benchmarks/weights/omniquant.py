@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from barefoot.core.model import ModelSpec
-from barefoot.engine.fitting import Fit, Source, factors, fit
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.layer_pass import rotations
+from barefoot.engine.source import Source, factors
 from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence
 from barefoot.evals.scoring import text_windows

@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from barefoot.engine.config import EngineConfig
-from barefoot.engine.fitting import Fit, decode, fit
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.placement import stored_bytes
 from barefoot.engine.runner import Engine
+from barefoot.engine.source import decode
 from barefoot.engine.specs import model_spec
 from barefoot.evals.scoring import score, text_windows
 from barefoot.evals.texts import read_text

@@ -6,8 +6,9 @@ from random_files import GEMMA, LLAMA, write_random
 
 from barefoot.core.measure import TracedPeak
 from barefoot.engine.fit_footprint import PACK_BYTES_PER_WEIGHT, footprint
-from barefoot.engine.fitting import Fit, Source, fit
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.sensitivity import sensitivity, workspace_bytes
+from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks

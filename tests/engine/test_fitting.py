@@ -9,7 +9,8 @@ from tiny import all_logits, engine
 
 from barefoot.core.errors import InvalidInput
 from barefoot.engine.fit_state import STATE
-from barefoot.engine.fitting import Fit, decode, fit, measure
+from barefoot.engine.fitting import Fit, fit, measure
+from barefoot.engine.source import decode
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks

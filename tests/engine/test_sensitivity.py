@@ -6,8 +6,9 @@ from random_files import GEMMA, LLAMA, write_random
 from tiny import all_logits, engine
 
 from barefoot.engine.allocation import candidates, choose, options
-from barefoot.engine.fitting import Fit, Source, fit
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.sensitivity import _Head, probe_of, sensitivity
+from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.model import ModelSpec, WeightSpec
-from barefoot.engine.fitting import Source
 from barefoot.engine.sensitivity import Sensitivity, probe_of, rounded, sensitivity
+from barefoot.engine.source import Source
 from barefoot.io.files import atomic_writer
 from barefoot.ops import blocks
 from barefoot.ops.grids import Nested, Uniform

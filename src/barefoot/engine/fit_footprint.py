@@ -12,6 +12,7 @@ import numpy as np
 
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.engine.exact import pass_bytes
 from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, PIECE_TOKENS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
@@ -33,27 +34,26 @@ def footprint(spec: ModelSpec, job: Fit) -> Footprint:
     """What ``engine.fitting.fit`` takes, beside the process's own bytes; for solvers that need no PyTorch."""
     weights = {w.name: w for w in spec.weights}
     layers = [_layer(spec, job, weights, layer) for layer in range(spec.n_layers)]
-    outside = [w for w in spec.weights if w.layer is None and w.group != "norm"]
+    outside = max(_outer(spec, job, w) for w in spec.weights if w.layer is None and w.group != "norm")
     result = entry("layer", "workspace", [Term("largest stage", 1, max(layers, default=0))], phases=("step",))
-    result += entry(
-        "outer", "workspace", [Term("largest matrix", 1, max(_outer(job, w) for w in outside))], phases=("convert",)
-    )
+    result += entry("outer", "workspace", [Term("largest matrix", 1, outside)], phases=("convert",))
     return result
 
 
-def _outer(job: Fit, weight: WeightSpec) -> int:
-    """The embedding or the head: some rows of it at a time, or the whole of it where a Hessian weighs its errors."""
-    whole = job.wants(weight.name) == "hessian" and weight.name != "embed"
-    some = weight.rows if whole else max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols))
-    packed = packed_bytes(job, weight) * some // weight.rows
-    hessian = 4 * weight.cols**2 if whole else 0
-    return hessian + packed + _solving(job, weight, some * weight.cols)
+def _outer(spec: ModelSpec, job: Fit, weight: WeightSpec) -> int:
+    """The embedding or the head, some rows of it at a time; or what measures its inputs before."""
+    some = max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols))
+    wanted = "nothing" if weight.name == "embed" and not spec.tied else job.wants(weight.name)
+    hessian = 4 * weight.cols**2 if wanted == "hessian" else 4 * weight.cols
+    measuring = pass_bytes(spec, *job.texts.shape) if wanted != "nothing" and spec.tied else 0
+    solving = packed_bytes(job, weight) * some // weight.rows + _solving(spec, job, weight, some * weight.cols)
+    return hessian + max(measuring, solving)
 
 
-def _solving(job: Fit, weight: WeightSpec, n: int) -> int:
+def _solving(spec: ModelSpec, job: Fit, weight: WeightSpec, n: int) -> int:
     """``n`` weights of a matrix: as floats, beside the file's bytes, or codes and what choosing or packing takes."""
     stored = stored_bytes(weight) * n // weight.n_elements
-    choosing, packing = n + _solve_bytes(job, weight, n // weight.cols), (1 + PACK_BYTES_PER_WEIGHT) * n
+    choosing, packing = n + _solve_bytes(spec, job, weight, n // weight.cols), (1 + PACK_BYTES_PER_WEIGHT) * n
     return 4 * n + max(stored, choosing, packing)
 
 
@@ -63,12 +63,12 @@ def packed_bytes(job: Fit, weight: WeightSpec) -> int:
     return weight.n_elements if isinstance(how, Structure) else weight.rows * blocks.row_bytes(how, weight.cols)
 
 
-def _solve_bytes(job: Fit, weight: WeightSpec, n_rows: int) -> int:
+def _solve_bytes(spec: ModelSpec, job: Fit, weight: WeightSpec, n_rows: int) -> int:
     how = job.formats.get(weight.name)
     if isinstance(how, Structure) or how is None:
         return 0
     grid = blocks.lookup(how).grid
-    solver = WITHOUT_TEXT if weight.name == "embed" else job.solver
+    solver = WITHOUT_TEXT if weight.name == "embed" and not spec.tied else job.solver
     return 0 if grid is None else solver.workspace_bytes(n_rows, weight.cols, grid)
 
 
@@ -98,7 +98,7 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
         hessian = 4 * width**2 if whole else 4 * width
         measuring = hessian + (4 * width * min(width, HESSIAN_COLUMNS) if whole else 4 * width)
         arriving = going[stage] + (floats(through[stage]) if stage in through else 0)
-        solving = max(_solving(job, w, w.n_elements) for w in of_stage)
+        solving = max(_solving(spec, job, w, w.n_elements) for w in of_stage)
         packed = sum(packed_bytes(job, w) for w in of_stage)
         leaving = arriving + floats(stage) + 4 * window * 2 * d if stage in through else 0
         most = max(most, kept + arriving + measuring, kept + hessian + packed + solving, kept + packed + leaving)

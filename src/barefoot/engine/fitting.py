@@ -1,10 +1,12 @@
 """Fitting a model to its formats, layer by layer: in memory are one stage's matrices and one window of text.
 
-For each layer, stage by stage (q k v, o, gate up, down): measure the inputs that the matrices meet, with everything
-before them already stored in its format; solve; go on with what is stored. So errors are seen, and partly undone, by
-all that follows. A layer solver then refines the layer as a whole, for which the hidden states that nothing rounded
-are kept too. Hidden states are on disk (:mod:`barefoot.engine.fit_state`), and an interrupted fit goes on behind the
-last whole layer; the same settings give the same bytes, whether interrupted or not.
+First the embedding: where it is the head too, it is solved for the inputs that the head has in the exact model, since
+what rounding does to logits costs more than what it does to a layer's input. Then, for each layer, stage by stage
+(q k v, o, gate up, down): measure the inputs that the matrices meet, with everything before them already stored in its
+format; solve; go on with what is stored. So errors are seen, and partly undone, by all that follows. A layer solver
+then refines the layer as a whole, for which the hidden states that nothing rounded are kept too. Hidden states are on
+disk (:mod:`barefoot.engine.fit_state`), and an interrupted fit goes on behind the last whole layer; the same settings
+give the same bytes, whether interrupted or not.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
+from barefoot.engine.exact import last_states
 from barefoot.engine.fit_state import FitState, Stream
 from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
 from barefoot.engine.rows import decode as decode_blocks
-from barefoot.engine.rows import read_rows
 from barefoot.engine.saving import ModelFolder, Pieces
+from barefoot.engine.source import Source, decode, factors, products, source_key
 from barefoot.io.inventory import Checkpoint
-from barefoot.ops import blocks, parts
+from barefoot.ops import blocks
 from barefoot.ops.grids import Grid
 from barefoot.weights.solvers import Inputs, Knowledge, LayerProblem, LayerSolver, Solution, Solver
 from barefoot.weights.solvers.mse import Mse
@@ -42,7 +45,7 @@ Progress = Callable[[int, int, str], None]  # matrices done, in all, and which i
 PIECE_TOKENS = 128  # that are in the widest part of a layer at a time
 HESSIAN_COLUMNS = 256  # that are added to at a time
 CHUNK_WEIGHTS = 1 << 20  # that are solved at a time where rows don't depend on each other
-WITHOUT_TEXT = Mse()  # solves what meets no inputs: the embedding
+WITHOUT_TEXT = Mse()  # solves what meets no inputs: an embedding that is not the head
 KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian")  # each contains the ones before
 
 
@@ -82,12 +85,6 @@ class Fit:
             "source": source_key(checkpoint),
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def source_key(checkpoint: Checkpoint) -> str:
-    """Tells one checkpoint from another, without reading its weights."""
-    tensors = sorted((t.name, t.type, t.shape, t.offset, t.shard) for t in checkpoint.tensors.values())
-    return hashlib.sha256(repr((checkpoint.path.name, checkpoint.file_bytes, tensors)).encode()).hexdigest()
 
 
 def fit(checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress: Progress | None = None) -> ModelFolder:
@@ -138,7 +135,7 @@ class _Fitting:
                 abandoned.unlink()
             if state.n_files == 0:
                 with state.advance() as streams:
-                    self.folder.write(0, {"embed": self._solved("embed", None)})
+                    self.folder.write(0, {"embed": self._solved("embed", self._seen_by_head())})
                     for number, stream in enumerate(streams):
                         self._embed(stream, as_stored=number == 0)
             for layer in range(state.n_files - 1, self.spec.n_layers):
@@ -152,15 +149,26 @@ class _Fitting:
 
     def _embed(self, hidden: Stream, as_stored: bool) -> None:
         """The hidden states that the text begins with: of the embedding as it is stored now, or as it was."""
-        weight, layout = self.source.weights["embed"], self.source.weights["embed"].format
+        weight = self.source.weights["embed"]
+        layout = self._layout("embed") if as_stored else weight.format
         for i in range(len(hidden)):
             tokens, places = np.unique(self.job.texts[i], return_inverse=True)
-            rows = np.concatenate([self.source.stored("embed", int(token), 1) for token in tokens])
+            if as_stored:
+                rows = self.folder.rows("embed", tokens)
+            else:
+                rows = np.concatenate([self.source.stored("embed", int(token), 1) for token in tokens])
             floats = decode_blocks(layout, rows, weight.cols)
-            if as_stored and self._changes("embed"):
-                floats = decode_blocks(self._layout("embed"), self._packed("embed", floats, None), weight.cols)
             floats *= np.float32(self.spec.embed_scale)
             hidden[i] = floats[places]
+
+    def _seen_by_head(self) -> Inputs | None:
+        """What the embedding meets where it is the head too: the exact model's last hidden states."""
+        wanted = self.job.wants("embed") if self.spec.tied and self._changes("embed") else "nothing"
+        states = last_states(self.source, self.spec, self.job.texts, self._reading)
+        return measure(states, wanted)
+
+    def _reading(self, done: int, total: int) -> None:
+        self.progress(self.done, self.total, f"embed, after {done} of {total} layers")
 
     def _layer(self, layer: int, before: list[Stream], behind: list[Stream]) -> None:
         """Store a layer, and pass hidden states through it: the first stream as it is stored, a second one, which layer
@@ -281,8 +289,7 @@ class _Fitting:
     # --- one matrix -------------------------------------------------------------------------------------------------
 
     def _solved(self, name: str, inputs: Inputs | None) -> Matrix | Pieces:
-        """The matrix as it will be stored, its rows as Hugging Face has them; in pieces where rows don't need one
-        another."""
+        """The matrix as it will be stored, its rows as Hugging Face has them; in pieces where it can be large."""
         self.progress(self.done, self.total, name)
         self.done += 1
         weight, how = self.source.weights[name], self.job.formats.get(name)
@@ -290,7 +297,8 @@ class _Fitting:
         if isinstance(how, Structure):
             return how.solve(self.source.floats(name, order=order), inputs)
         layout = self._layout(name)
-        if order is not None or (inputs is not None and inputs.hessian is not None):
+        together = weight.layer is not None and inputs is not None and inputs.hessian is not None
+        if order is not None or together:  # a Hessian's factor is made once
             if self._changes(name):
                 return Matrix(layout, self._packed(name, self.source.floats(name, order=order), inputs))
             return Matrix(layout, self.folder.arranged(name, self.source.stored(name)))
@@ -332,55 +340,9 @@ class _Fitting:
         return blocks.lookup(self._layout(name)).grid
 
 
-class Source:
-    """The weights that a fit starts from, by barefoot's names."""
-
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-        self._checkpoint = checkpoint
-        self.key = source_key(checkpoint)
-        self.weights = {w.name: w for w in spec.weights}
-        summed = next((w.name for w in spec.weights if w.parts), None)
-        if summed is not None:
-            raise Incompatible(
-                f"{summed} is a sum of parts already, which can't be fitted again", cure="fit the model that it was"
-            )
-
-    def stored(self, name: str, first: int = 0, n_rows: int | None = None) -> U8:
-        """Rows of a weight as its file stores them, uint8 (n_rows, row_bytes)."""
-        return read_rows(self._checkpoint, self.weights[name], first, n_rows)
-
-    def floats(
-        self, name: str, first: int = 0, n_rows: int | None = None, order: npt.NDArray[np.int64] | None = None
-    ) -> F32:
-        """Rows of a weight, float32 (n_rows, cols); with ``order`` all of them, arranged so."""
-        weight = self.weights[name]
-        rows = self.stored(name, first, n_rows)
-        return decode(Matrix(weight.format, rows if order is None else rows[order]), weight.cols)
-
-
-def decode(matrix: Matrix, cols: int) -> F32:
-    """What is stored, float32 (n, cols), by the kernels."""
-    n = len(matrix.rows)
-    out = decode_blocks(matrix.format, matrix.rows, cols)
-    for kind, data in matrix.parts.values():
-        out += parts.lookup(kind).decode(n, cols, data)
-    return out
-
-
-def factors(spec: ModelSpec, vectors: Mapping[str, U8]) -> dict[str, F32]:
-    """Vectors as a pass takes them: norms are what they multiply by, though some files store that less one."""
-    shift = np.float32(spec.norm_plus_one)
-    floats = {role: rows.view(np.float32).reshape(-1) for role, rows in vectors.items()}
-    return {role: v + shift if role.endswith("norm") else v for role, v in floats.items()}
-
-
 def pieces(window: F32) -> Iterator[F32]:
     """Views of some tokens at a time of a window (n, d)."""
     return (window[start : start + PIECE_TOKENS] for start in range(0, len(window), PIECE_TOKENS))
-
-
-def products(x: F32, weights: Iterable[F32]) -> list[F32]:
-    return [x @ weight.T for weight in weights]
 
 
 def measure(inputs: Iterable[F32], wanted: Knowledge) -> Inputs | None:

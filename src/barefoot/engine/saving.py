@@ -21,7 +21,7 @@ from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.decoder import OWN_METHOD
 from barefoot.engine.rows import halves_order
 from barefoot.engine.specs import architectures, spec_from_config
-from barefoot.io.files import atomic_writer
+from barefoot.io.files import BinaryFile, atomic_writer
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.packed import VERSION, describe
 from barefoot.io.safetensors import INDEX_NAME, read_safetensors, write_safetensors
@@ -132,6 +132,15 @@ class ModelFolder:
         sizes = {f: (blocks.block_elements(f), blocks.block_bytes(f)) for f, _ in packed.values()}
         metadata = describe(packed, sizes, added) if packed else {"format": "pt"}
         write_safetensors(self.shard(number), entries, metadata)
+
+    def rows(self, name: str, rows: Iterable[int]) -> U8:
+        """Rows of a matrix of a file that is written, uint8 (n, row_bytes)."""
+        target = self._targets[name]
+        path = self.shard(self.shard_of(target))
+        (tensor,) = (each for each in read_safetensors(path).tensors if each.name == target.source)
+        with BinaryFile(path) as file:
+            read = [file.read_at(tensor.offset + int(row) * tensor.row_bytes, tensor.row_bytes) for row in rows]
+        return np.frombuffer(b"".join(read), np.uint8).reshape(-1, tensor.row_bytes)
 
     def _entry(
         self, tensor: str, together: list[tuple[WeightSpec, Matrix | Pieces]], packed: dict[str, tuple[str, int]]

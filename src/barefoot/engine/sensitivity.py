@@ -15,7 +15,6 @@ are measured on the output itself, and the Fisher matrix of d_model × d_model i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -24,8 +23,8 @@ import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.core.model import ModelSpec
-from barefoot.engine.fitting import Source, factors, products
-from barefoot.engine.layer_pass import STAGES, LayerPass
+from barefoot.engine.exact import ROLES, ExactLayer, embedded
+from barefoot.engine.source import Source, factors
 from barefoot.ops import blocks
 
 F32 = npt.NDArray[np.float32]
@@ -83,27 +82,29 @@ def sensitivity(
     report = progress or (lambda done, total, label: None)
     found = Sensitivity(dict(known or {}))
     n_layers, total = spec.n_layers, 2 * spec.n_layers + 1
-    hidden = _embed(source, spec, texts)
+    hidden = embedded(source, spec, texts)
     for layer in range(n_layers):
         report(layer, total, f"reading layer {layer}")
-        _Layer(source, spec, layer).run(hidden, squares=found.squares)
+        ExactLayer(source, spec, layer).run(hidden, squares=found.squares)
     head = _Head(source, spec, hidden)
     found.squares[head.name] = np.einsum("td,td->d", head.z, head.z)
     for squares in found.squares.values():
         squares /= np.float32(texts.size)
-    hidden = _embed(source, spec, texts)
+    hidden = embedded(source, spec, texts)
     for layer in range(n_layers):
         report(n_layers + layer, total, f"probing layer {layer}")
-        here = _Layer(source, spec, layer)
+        here = ExactLayer(source, spec, layer)
         names = [f"layers.{layer}.{role}" for role in here.matrices]
         if not all(name in found.cost for name in names):
             streams = [hidden.copy() for _ in here.matrices]
             for role, stream in zip(here.matrices, streams, strict=True):
-                here.with_rounded(role).run(stream)
+                weight = here.matrices[role]
+                here.replaced(role, rounded(weight, probe_of(weight.shape[1]))).run(stream)
+                del weight
             here.run(hidden)
             del here
             for later in range(layer + 1, n_layers):
-                _Layer(source, spec, later).run(*streams)  # one layer's matrices at a time
+                ExactLayer(source, spec, later).run(*streams)  # one layer's matrices at a time
             found.cost |= {name: head.cost(stream) for name, stream in zip(names, streams, strict=True)}
             if keep is not None:
                 keep(found.cost)
@@ -111,9 +112,9 @@ def sensitivity(
             here.run(hidden)
     report(total - 1, total, "probing the embedding")
     if "embed" not in found.cost:
-        stream = _embed(source, spec, texts, probe_of(spec.d_model))
+        stream = embedded(source, spec, texts, lambda rows: rounded(rows, probe_of(spec.d_model)))
         for layer in range(n_layers):
-            _Layer(source, spec, layer).run(stream)
+            ExactLayer(source, spec, layer).run(stream)
         costs = {"embed": head.cost(stream)}
         costs[head.name] = costs.get(head.name, 0.0) + head.cost_of_rounding()
         found.cost |= costs
@@ -125,9 +126,9 @@ def sensitivity(
 def input_squares(source: Source, spec: ModelSpec, texts: Ids) -> dict[str, F32]:
     """Mean squares of the inputs of each layer's matrices on ``texts``, (cols,) by name: an importance matrix."""
     found: dict[str, F32] = {}
-    hidden = _embed(source, spec, texts)
+    hidden = embedded(source, spec, texts)
     for layer in range(spec.n_layers):
-        _Layer(source, spec, layer).run(hidden, squares=found)
+        ExactLayer(source, spec, layer).run(hidden, squares=found)
     return {name: squares / np.float32(texts.size) for name, squares in found.items()}
 
 
@@ -141,65 +142,8 @@ def workspace_bytes(spec: ModelSpec, n_windows: int, window: int) -> int:
     activations = window * (4 * d + 3 * spec.d_ff + 4 * q + 4 * kv)
     head = d * d + tokens * d
     making = min(TILE_ROWS, spec.vocab_size) * (4 * d + 3 * tokens) + d * d + 2 * tokens * d
-    probing = (len(_roles()) + 1) * tokens * d + matrices + widest + max(activations, 2 * ROUNDED_AT_A_TIME)
+    probing = (len(ROLES) + 1) * tokens * d + matrices + widest + max(activations, 2 * ROUNDED_AT_A_TIME)
     return 4 * (head + max(probing, making))
-
-
-def _roles() -> list[str]:
-    return [role for roles in STAGES.values() for role in roles]
-
-
-def _embed(source: Source, spec: ModelSpec, texts: Ids, probe: str | None = None) -> F32:
-    """The hidden states (n_windows, window, d) that ``texts`` begin with."""
-    ids, places = np.unique(texts, return_inverse=True)
-    rows = np.concatenate([source.floats("embed", int(i), 1) for i in ids])
-    rows = rows if probe is None else rounded(rows, probe)
-    rows *= np.float32(spec.embed_scale)
-    return rows[places].reshape(*texts.shape, spec.d_model)
-
-
-class _Layer:
-    """A layer with its matrices in float32."""
-
-    def __init__(self, source: Source, spec: ModelSpec, layer: int) -> None:
-        prefix = f"layers.{layer}."
-        names = [n for n in source.weights if n.startswith(prefix)]
-        roles = set(_roles())
-        vectors = {
-            n.removeprefix(prefix): source.floats(n).view(np.uint8)
-            for n in names
-            if n.removeprefix(prefix) not in roles
-        }
-        self.prefix = prefix
-        self.matrices = {role: source.floats(prefix + role) for role in _roles()}
-        self._pass = LayerPass(spec, layer, factors(spec, vectors))
-
-    def with_rounded(self, role: str) -> _Layer:
-        """The same layer, one matrix as the probe's format has it."""
-        other = copy.copy(self)
-        weight = self.matrices[role]
-        other.matrices = self.matrices | {role: rounded(weight, probe_of(weight.shape[1]))}
-        return other
-
-    def run(self, *streams: F32, squares: dict[str, F32] | None = None) -> None:
-        """Pass streams (n_windows, window, d) through the layer, in place; keep the sums of squares of each input."""
-        for stream in streams:
-            for window in stream:  # they don't see one another
-                self._pass_on(window, squares)
-
-    def _pass_on(self, hidden: F32, squares: dict[str, F32] | None) -> None:
-        there, matrices = self._pass, self.matrices
-
-        def enter(stage: str, x: F32) -> list[F32]:
-            if squares is not None:
-                for name in (self.prefix + role for role in STAGES[stage]):
-                    squares[name] = squares.get(name, np.float32(0)) + np.einsum("nc,nc->c", x, x)
-            return products(x, [matrices[role] for role in STAGES[stage]])
-
-        attended = there.attend(*enter("attn_in", there.attn_in(hidden)))
-        hidden[:] = there.after_attention(hidden, *enter("attn_out", attended))
-        active = there.activate(*enter("ffn_in", there.ffn_in(hidden)))
-        hidden[:] = there.after_ffn(hidden, *enter("ffn_out", active))
 
 
 class _Head:

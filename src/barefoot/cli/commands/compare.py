@@ -175,8 +175,9 @@ def _fits(
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
     from barefoot.engine.allocation import choose, measured_options
-    from barefoot.engine.fitting import Fit, Source, fit
+    from barefoot.engine.fitting import Fit, fit
     from barefoot.engine.placement import stored_bytes
+    from barefoot.engine.source import Source
     from barefoot.engine.specs import model_spec
     from barefoot.evals.scoring import spread_windows
     from barefoot.io.inventory import Checkpoint

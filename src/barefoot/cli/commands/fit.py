@@ -141,8 +141,9 @@ def _job(
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
     from barefoot.engine.allocation import choose, measured_options
-    from barefoot.engine.fitting import Fit, Source
+    from barefoot.engine.fitting import Fit
     from barefoot.engine.sensitivity import workspace_bytes
+    from barefoot.engine.source import Source
     from barefoot.io.tokenizer_files import export_bytes
 
     (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
