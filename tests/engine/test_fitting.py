@@ -8,13 +8,15 @@ from random_files import GEMMA, LLAMA, write_random
 from tiny import all_logits, engine
 
 from barefoot.core.errors import InvalidInput
+from barefoot.engine.exact import last_states
 from barefoot.engine.fit_state import STATE
 from barefoot.engine.fitting import Fit, fit, measure
-from barefoot.engine.source import decode
+from barefoot.engine.source import Source, decode
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks
 from barefoot.weights.solvers.gptq import Gptq
+from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.solvers.range import Range
 from barefoot.weights.structures import Matrix
 
@@ -81,6 +83,35 @@ def test_solving_with_the_inputs_lowers_what_the_inputs_see(source, tmp_path):
         with engine(folder) as run:
             errors[name] = np.square(all_logits(run, TEXTS[0].tolist()) - exact).mean()
     assert errors["gptq"] < 0.9 * errors["plain"]
+
+
+def test_the_head_meets_the_exact_models_last_states(source):
+    with Checkpoint(source) as checkpoint, engine(source) as run:
+        spec = model_spec(checkpoint)
+        origin = Source(checkpoint, spec)
+        head = origin.floats("embed" if spec.tied else "head")
+        for ids, states in zip(TEXTS, last_states(origin, spec, TEXTS), strict=True):
+            run.reset()
+            np.testing.assert_allclose(states @ head.T, all_logits(run, ids.tolist()), rtol=0, atol=1e-4)
+
+
+def test_a_tied_embedding_is_solved_for_what_the_head_meets(tmp_path):
+    """The error of logits: the Hessian of the head's inputs against ranges of least error."""
+    write_random(tmp_path / "source", LLAMA | {"tie_word_embeddings": True})
+    with Checkpoint(tmp_path / "source") as checkpoint:
+        origin = Source(checkpoint, model_spec(checkpoint))
+        exact = origin.floats("embed")
+        states = np.concatenate(list(last_states(origin, model_spec(checkpoint), TEXTS)))
+    errors = {}
+    for solver in (Mse(), Mse(weighted=True), Gptq()):
+        job = Fit({"embed": "int3_g32_asym"}, solver, TEXTS)
+        folder = fitted(tmp_path / "source", tmp_path / str(solver), lambda spec, job=job: job)
+        with Checkpoint(folder) as checkpoint:
+            stored = Source(checkpoint, model_spec(checkpoint)).floats("embed")
+        errors[str(solver)] = np.square(states @ (exact - stored).T).mean()
+    plain, weighted, gptq = errors.values()
+    assert weighted < 0.95 * plain
+    assert gptq < 0.8 * weighted
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 9, 20, 27])
