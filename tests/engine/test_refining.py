@@ -8,6 +8,8 @@ from random_files import GEMMA, LLAMA, write_random
 from tiny import all_logits, engine
 
 from barefoot.core.errors import BackendMissing, Incompatible
+from barefoot.core.measure import TracedPeak
+from barefoot.engine.fit_footprint import footprint
 from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
@@ -108,3 +110,21 @@ def test_a_format_whose_parameters_cannot_move_is_refused_before_anything_is_wri
     with pytest.raises(Incompatible, match=f"can't learn the parameters of {layout}"):
         fitted(tmp_path / "source", tmp_path / "out", QAT, formats={"layers.1.up": layout})
     assert not (tmp_path / "out").exists()
+
+
+def test_refining_allocates_what_is_predicted(tmp_path):
+    """numpy's part of it, traced; PyTorch's is held against dispatched storages in tests/weights."""
+    write_random(tmp_path / "source", LLAMA | {"num_hidden_layers": 1, "hidden_size": 192, "intermediate_size": 640})
+    texts = np.random.default_rng(4).integers(0, 259, (32, 64)).astype(np.int32)
+    solver = Qat(start="range", epochs=1, batch=2)
+    with Checkpoint(tmp_path / "source") as checkpoint:
+        spec = model_spec(checkpoint)
+        layouts = {w.name: LAYOUT for w in spec.weights if w.layer is not None and w.group != "norm"}
+        job = Fit(layouts, solver, texts)
+        fit(checkpoint, spec, job, tmp_path / "first")  # imports are not counted
+        with TracedPeak() as peak:
+            fit(checkpoint, spec, job, tmp_path / "out")
+    grids = {name.rsplit(".", 1)[-1]: blocks.lookup(LAYOUT).grid for name in layouts}
+    learning = sum(term.bytes for term in solver.terms(spec, 0, grids, 64))
+    predicted, traced = footprint(spec, job).peak()[1], peak.result.peak - peak.result.before
+    assert 0.8 * (predicted - learning) < traced <= predicted

@@ -12,28 +12,35 @@ import numpy as np
 
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
-from barefoot.engine.exact import pass_bytes
+from barefoot.engine.exact import ROLES, pass_bytes
 from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, PIECE_TOKENS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
 from barefoot.ops import blocks, kv_row_bytes
+from barefoot.ops.grids import Grid
+from barefoot.weights.solvers import LayerSolver, Solver
 from barefoot.weights.structures import Structure
 
 PACK_BYTES_PER_WEIGHT = 5  # of passing arrays while codes become blocks; a test measures it
 
 
-def warm_up() -> None:
-    """Let BLAS and LAPACK make their own buffers, which are then part of what the process has resident."""
+def warm_up(solver: Solver) -> None:
+    """Let libraries load and make their own buffers, which are then part of what the process has resident: BLAS,
+    LAPACK, and PyTorch where the solver learns."""
     single, double = np.eye(512, dtype=np.float32), np.eye(512)
     np.linalg.solve(double @ double, double[:, :128])
     np.linalg.cholesky(double)
     np.matmul(single, single, out=single)
+    if isinstance(solver, LayerSolver):
+        solver.warm_up()
 
 
 def footprint(spec: ModelSpec, job: Fit) -> Footprint:
-    """What ``engine.fitting.fit`` takes, beside the process's own bytes; for solvers that need no PyTorch."""
+    """What ``engine.fitting.fit`` takes, beside the process's own bytes and those of ``warm_up``."""
     weights = {w.name: w for w in spec.weights}
-    layers = [_layer(spec, job, weights, layer) for layer in range(spec.n_layers)]
+    layers = [
+        max(_layer(spec, job, weights, layer), _refining(spec, job, weights, layer)) for layer in range(spec.n_layers)
+    ]
     outside = max(_outer(spec, job, w) for w in spec.weights if w.layer is None and w.group != "norm")
     result = entry("layer", "workspace", [Term("largest stage", 1, max(layers, default=0))], phases=("step",))
     result += entry("outer", "workspace", [Term("largest matrix", 1, outside)], phases=("convert",))
@@ -64,10 +71,7 @@ def packed_bytes(job: Fit, weight: WeightSpec) -> int:
 
 
 def _solve_bytes(spec: ModelSpec, job: Fit, weight: WeightSpec, n_rows: int) -> int:
-    how = job.formats.get(weight.name)
-    if isinstance(how, Structure) or how is None:
-        return 0
-    grid = blocks.lookup(how).grid
+    grid = _grid(job, weight)
     solver = WITHOUT_TEXT if weight.name == "embed" and not spec.tied else job.solver
     return 0 if grid is None else solver.workspace_bytes(n_rows, weight.cols, grid)
 
@@ -104,3 +108,27 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
         most = max(most, kept + arriving + measuring, kept + hessian + packed + solving, kept + packed + leaving)
         kept += packed
     return most
+
+
+def _refining(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: int) -> int:
+    """What a layer solver takes: the layer as it was, its text's hidden states before and behind it, how its matrices
+    would be stored; and what learning takes, or what was found and the floats that it stands for."""
+    if not isinstance(job.solver, LayerSolver):
+        return 0
+    matrices = {role: weights[f"layers.{layer}.{role}"] for role in ROLES}
+    grids = {role: grid for role, w in matrices.items() if (grid := _grid(job, w)) is not None}
+    n_weights = sum(w.n_elements for w in matrices.values())
+    solutions = sum(
+        matrices[role].n_elements + 4 * matrices[role].n_elements // grid.group * grid.n_params
+        for role, grid in grids.items()
+    )
+    kept = sum(packed_bytes(job, w) for w in matrices.values())
+    problem = 4 * n_weights + 2 * 4 * job.texts.size * spec.d_model + solutions
+    learning = sum(term.bytes for term in job.solver.terms(spec, layer, grids, job.texts.shape[1]))
+    return kept + problem + max(learning, solutions + 4 * n_weights)
+
+
+def _grid(job: Fit, weight: WeightSpec) -> Grid | None:
+    """What the codes of a matrix are chosen on; None where it keeps its blocks, or has others than those of a grid."""
+    how = job.formats.get(weight.name)
+    return None if how is None or isinstance(how, Structure) or how == weight.format else blocks.lookup(how).grid

@@ -147,7 +147,7 @@ def _job(
     from barefoot.io.tokenizer_files import export_bytes
 
     (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
-    limit, reserved = args.fit_memory or args.memory, _reserved()
+    limit, reserved = args.fit_memory or args.memory, _reserved(solver)
     writing = reserved + (export_bytes(checkpoint.config) if checkpoint.kind == "gguf" else 0)
     if limit is not None and writing > limit:
         raise _too_much("writing the tokenizer", writing, limit)
@@ -163,24 +163,24 @@ def _job(
     return job, sum(o.cost for o in chosen.values()), _whole(_peak(reserved, spec, job), writing, probing)
 
 
-def _reserved() -> int:
-    """Bytes of the process before the fit allocates anything, and the allocator's slack."""
+def _reserved(solver: Solver) -> int:
+    """Bytes of the process before the fit allocates anything, PyTorch's among them where the solver learns, and the
+    allocator's slack."""
     from barefoot.core.measure import keep_no_freed_memory
     from barefoot.engine.fit_footprint import warm_up
     from barefoot.plan.reserved import SLACK_BYTES, reserved_expected, reserved_now
 
     keep_no_freed_memory()
-    warm_up()
+    warm_up(solver)
     return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES
 
 
 def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int | None:
-    """The predicted peak of a fit; None where its solver or a structure states no bytes of its own."""
+    """The predicted peak of a fit; None where a structure states no bytes of its own."""
     from barefoot.engine.fit_footprint import footprint
-    from barefoot.weights.solvers import LayerSolver
     from barefoot.weights.structures import Structure
 
-    if isinstance(job.solver, LayerSolver) or any(isinstance(how, Structure) for how in job.formats.values()):
+    if any(isinstance(how, Structure) for how in job.formats.values()):
         return None
     return reserved + footprint(spec, job).peak()[1]
 
@@ -211,8 +211,8 @@ def _within(limit: int | None, reserved: int, spec: ModelSpec, job: Fit) -> Fit:
         job = replace(job, texts=job.texts.reshape(2 * n_windows, window // 2))
     if peak is None:
         raise InvalidInput(
-            f"the bytes of a fit by {job.solver} are not known beforehand, so it can't be held within a limit",
-            cure="state --bits or --weights and no memory, or use the solver gptq, mse, hqq or range",
+            "the bytes of a fit to structures are not known beforehand, so it can't be held within a limit",
+            cure="state --weights and no memory, or formats without a structure",
         )
     return job
 

@@ -21,7 +21,7 @@ from barefoot.core.model import ModelSpec
 from barefoot.core.registry import techniques
 from barefoot.core.technique import Technique
 from barefoot.ops.grids import F32, U8, Grid, Table, Uniform
-from barefoot.weights.training import TILE
+from barefoot.weights.training import TILE, require_torch
 
 Knowledge = Literal["nothing", "squares", "hessian"]
 
@@ -169,6 +169,14 @@ class LayerSolver(Solver):
             # Attention with a mask keeps its scores, before and behind the softmax, and makes their gradients.
             terms.append(Term("scores", self.batch * window * window * spec.n_heads, 4 * 4))
         return tuple(terms)
+
+    def warm_up(self) -> None:
+        """Load PyTorch, and let it learn a step, so that its own buffers are there."""
+        require_torch(str(self))
+        import torch
+
+        x = torch.ones(256, 256, dtype=getattr(torch, self.precision), requires_grad=True)
+        torch.autograd.grad((x @ x).softmax(1).sum(), x)
 
     @abstractmethod
     def _learned(self, n_weights: int, n_groups: int, largest: int) -> tuple[Term, ...]:
