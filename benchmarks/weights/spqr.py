@@ -76,7 +76,7 @@ class ByMagnitude(Spqr, name="spqr_by_magnitude"):
         filled = np.where(mask, np.repeat(means, GROUP, axis=1), weight).astype(np.float32)
         base = Spqr(bits=self.bits, outliers=0).solve(filled, inputs)
         rest = weight - decode(base, weight.shape[1])
-        return Matrix(base.format, base.rows, {"outliers": (csr.KIND, csr.encode(rest, mask))})
+        return Matrix(base.format, base.rows, {"outliers": (csr.KIND.name, csr.encode(rest, mask))})
 
 
 CONTENDERS: dict[str, str | Structure] = {

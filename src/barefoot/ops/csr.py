@@ -28,7 +28,6 @@ from barefoot.ops.scratch import ALIGN
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-KIND = "csr"
 MAX_COLS = 1 << 16
 TOKENS = 16  # that are multiplied at a time, where there are as many
 
@@ -102,4 +101,4 @@ def _scratch_bytes(n_tokens: int, n_rows: int, n_cols: int, n_threads: int) -> i
     return 0 if n_tokens < TOKENS else ALIGN + n_threads * TOKENS * n_cols * 4
 
 
-parts.add(parts.PartKind(KIND, decode, flaw, _scratch_bytes))
+KIND = parts.add(parts.PartKind("csr", decode, flaw, _scratch_bytes))

@@ -87,7 +87,7 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         blocks.row_bytes(form.name, cols)
         job = Feedback(form, *feedback(inputs.hessian, self.damp, ELEMENTS))
         codes, rest = self._solved(job, np.ascontiguousarray(weight.T), self.most_outliers(rows, cols))
-        kept = {"outliers": (csr.KIND, csr.encode(rest, rest != 0))} if rest.any() else {}
+        kept = {"outliers": (csr.KIND.name, csr.encode(rest, rest != 0))} if rest.any() else {}
         return Matrix(form.name, codes, kept)
 
     def _solved(self, job: Feedback, columns: F32, most: int) -> tuple[U8, F32]:
