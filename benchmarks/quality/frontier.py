@@ -219,7 +219,6 @@ def main() -> None:
         judged = text_windows(Path(args.text).read_text(), tokenizer, WINDOW, args.tokens)
     card(f"frontier of {args.name}", {"parameters": spec.n_parameters, "windows": len(judged), "solver": args.solver})
     judge = Judge(args.reference, judged, work)
-    ours = our_points(args.reference, args, judge, work)
     peers: list[Point] = []
     n_vectors = sum(4 * w.n_elements for w in spec.weights if w.group == "norm")
     if args.llama_python:
@@ -230,6 +229,7 @@ def main() -> None:
     ):
         if python:
             peers += worker_points(name, worker, python, dense, work / "texts.npy", n_vectors, judge, work)
+    ours = our_points(args.reference, args, judge, work)
     claims, ratios = [], {}
     for bits, point in zip(args.bits, ours, strict=True):
         # The best peer of no more bytes, and what lies between peers at just these bytes.

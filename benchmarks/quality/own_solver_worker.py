@@ -14,7 +14,7 @@ from barefoot import ops
 from barefoot.core.measure import peak_resident
 from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
-from barefoot.engine.fitting import measure
+from barefoot.engine.calibration import measure
 from barefoot.ops import blocks
 from barefoot.weights.solvers import Solver
 

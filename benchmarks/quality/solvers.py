@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from barefoot.core.registry import techniques
 from barefoot.core.spec import parse_composition
-from barefoot.engine.fitting import Fit, fit, measure
+from barefoot.engine.calibration import measure
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.layer_pass import STAGES, LayerPass
 from barefoot.engine.source import Source, factors
 from barefoot.engine.specs import model_spec

@@ -21,6 +21,7 @@ TWO_OF_GEMMA = GEMMA | {"intermediate_size": 512, "num_hidden_layers": 2, "layer
 CASES = {
     "hessian, wide": (WIDE, Gptq(), "int4_g64_asym", (4, 64)),
     "hessian, much text": (LLAMA | {"num_hidden_layers": 2}, Gptq(), "int3_g32_asym", (24, 128)),
+    "hessian, nothing followed": (WIDE, Gptq(drift=0), "int4_g64_asym", (4, 64)),
     "squares": (WIDE, Mse(weighted=True), "int4_g32_sym", (8, 64)),
     "no text": (LLAMA | {"num_hidden_layers": 1, "vocab_size": 20_000}, Range(), "int8_g32_sym", (0, 0)),
     "gemma": (TWO_OF_GEMMA, Gptq(), "int4_g32_asym", (4, 64)),

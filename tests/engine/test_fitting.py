@@ -8,9 +8,10 @@ from random_files import GEMMA, LLAMA, write_random
 from tiny import all_logits, engine
 
 from barefoot.core.errors import InvalidInput
+from barefoot.engine.calibration import measure
 from barefoot.engine.exact import last_states
 from barefoot.engine.fit_state import STATE
-from barefoot.engine.fitting import Fit, fit, measure
+from barefoot.engine.fitting import Fit, fit
 from barefoot.engine.source import Source, decode
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint

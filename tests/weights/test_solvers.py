@@ -13,7 +13,7 @@ from barefoot.ops.grids import Uniform
 from barefoot.ops.superblocks import GRIDS
 from barefoot.weights.solvers import Inputs, expanded
 from barefoot.weights.solvers.gptq import Gptq, solve_bytes
-from barefoot.weights.solvers.hessian import feedback
+from barefoot.weights.solvers.hessian import corrected, corrected_bytes, feedback
 from barefoot.weights.solvers.hqq import Hqq
 from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.solvers.range import Range
@@ -56,6 +56,29 @@ def test_the_factors_multiply_to_the_damped_hessian(problem, step):
     # M and D are rounded to float32 once each; sums of COLS products of such numbers.
     bound = 4 * 2**-24 * (np.abs(factor) * diagonal @ np.abs(factor).T)
     assert (np.abs(factor * diagonal @ factor.T - damped) <= bound).all()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_drift_is_made_up_for_by_ridge_regression(problem, missing):
+    """Against the least squares over the inputs themselves, in double precision."""
+    weight, inputs, _ = problem
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((500, COLS))
+    exact = x + 0.3 * x[:, ::-1] + 0.1 * rng.standard_normal(x.shape)
+    late = rng.standard_normal((500, ROWS)) if missing else np.zeros((500, ROWS))
+    hessian = x.T @ x / 500
+    met = Inputs(
+        np.diag(hessian).astype(np.float32),
+        hessian.astype(np.float32),
+        ((exact - x).T @ x / 500).astype(np.float32),
+        (late.T @ x / 500).astype(np.float32) if missing else None,
+    )
+    # Rows √(500 λ) I below x, which want W itself, make the ridge.
+    pull = np.sqrt(500 * 0.2 * np.diag(hessian).mean()) * np.eye(COLS)
+    wanted = np.concatenate([exact @ weight.T + late, pull @ weight.T])
+    expected = np.linalg.lstsq(np.concatenate([x, pull]), wanted, rcond=None)[0].T
+    np.testing.assert_allclose(corrected(weight, met, 0.2), expected, atol=2e-5 * np.abs(expected).max())
+    assert corrected(weight, inputs, 0.2) is weight
 
 
 @pytest.mark.parametrize("grid", [Uniform(3, 64), Uniform(3, 32, symmetric=True), GRIDS["q2_k"]], ids=str)
@@ -134,6 +157,19 @@ def test_inputs_that_are_not_finite_are_refused(problem):
     hessian[3, 4] = np.inf
     with pytest.raises(InvalidInput, match="not finite"):
         Gptq().solve(weight, Uniform(4, 32), Inputs(inputs.squares, hessian))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(256, 1280), (4096, 512)])
+def test_making_up_for_drift_takes_the_bytes_that_are_stated(rows, cols):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((256, cols), np.float32), rng.standard_normal((rows, cols), np.float32)
+    hessian = x.T @ x
+    inputs = Inputs(np.diag(hessian).copy(), hessian, 0.1 * hessian, rng.standard_normal((rows, cols), np.float32))
+    tracemalloc.start()
+    corrected(weight, inputs, 0.3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.85 * corrected_bytes(rows, cols) <= peak <= corrected_bytes(rows, cols) + 65536
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(256, 1280), (4096, 512)])

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.core.model import ModelSpec
+from barefoot.engine.calibration import PIECE_TOKENS, pieces
 from barefoot.engine.layer_pass import STAGES, LayerPass
 from barefoot.engine.source import Source, factors, products
 
@@ -17,7 +18,7 @@ F32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
 ROLES = tuple(role for roles in STAGES.values() for role in roles)
-TOGETHER_BYTES = 8 << 20  # of hidden states that go through a layer while it is there
+TOGETHER_BYTES = 4 << 20  # of hidden states that go through a layer while it is there
 
 
 def embedded(source: Source, spec: ModelSpec, texts: Ids, change: Callable[[F32], F32] | None = None) -> F32:
@@ -60,7 +61,13 @@ def pass_bytes(spec: ModelSpec, n_windows: int, window: int) -> int:
     """What ``last_states`` holds at most: windows' hidden states, a layer's matrices, and a window's activations."""
     d, q, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     states = min(n_windows, together(spec, window)) * window * d
-    return 4 * (states + d * (2 * q + 2 * kv + 3 * spec.d_ff) + window * (4 * d + 3 * spec.d_ff + 4 * q + 4 * kv))
+    return 4 * (states + d * (2 * q + 2 * kv + 3 * spec.d_ff) + window_elements(spec, window))
+
+
+def window_elements(spec: ModelSpec, window: int) -> int:
+    """Numbers that a window's way through a layer takes at most."""
+    d, q, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    return max(window * (2 * d + 4 * q + 4 * kv), min(window, PIECE_TOKENS) * (3 * d + 3 * spec.d_ff))
 
 
 class ExactLayer:
@@ -102,5 +109,6 @@ class ExactLayer:
 
         attended = there.attend(*enter("attn_in", there.attn_in(hidden)))
         hidden[:] = there.after_attention(hidden, *enter("attn_out", attended))
-        active = there.activate(*enter("ffn_in", there.ffn_in(hidden)))
-        hidden[:] = there.after_ffn(hidden, *enter("ffn_out", active))
+        for x in pieces(hidden):
+            active = there.activate(*enter("ffn_in", there.ffn_in(x)))
+            x[:] = there.after_ffn(x, *enter("ffn_out", active))

@@ -12,8 +12,9 @@ import numpy as np
 
 from barefoot.core.ledger import Footprint, Term, entry
 from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.engine.calibration import HESSIAN_COLUMNS, KNOWLEDGE, PIECE_TOKENS
 from barefoot.engine.exact import ROLES, pass_bytes
-from barefoot.engine.fitting import CHUNK_WEIGHTS, HESSIAN_COLUMNS, PIECE_TOKENS, WITHOUT_TEXT, Fit
+from barefoot.engine.fitting import CHUNK_WEIGHTS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
 from barefoot.ops import blocks, kv_row_bytes
@@ -51,7 +52,7 @@ def _outer(spec: ModelSpec, job: Fit, weight: WeightSpec) -> int:
     """The embedding or the head, some rows of it at a time; or what measures its inputs before."""
     some = max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols))
     wanted = "nothing" if weight.name == "embed" and not spec.tied else job.wants(weight.name)
-    hessian = 4 * weight.cols**2 if wanted == "hessian" else 4 * weight.cols
+    hessian = 4 * weight.cols**2 if wanted in ("hessian", "drift") else 4 * weight.cols
     measuring = pass_bytes(spec, *job.texts.shape) if wanted != "nothing" and spec.tied else 0
     solving = packed_bytes(job, weight) * some // weight.rows + _solving(spec, job, weight, some * weight.cols)
     return hessian + max(measuring, solving)
@@ -98,14 +99,21 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
     for stage, roles in STAGES.items():
         of_stage = [weights[f"layers.{layer}.{role}"] for role in roles]
         width = of_stage[0].cols
-        whole = any(job.wants(w.name) == "hessian" for w in of_stage)
-        hessian = 4 * width**2 if whole else 4 * width
-        measuring = hessian + (4 * width * min(width, HESSIAN_COLUMNS) if whole else 4 * width)
+        wanted = max((job.wants(w.name) for w in of_stage), key=KNOWLEDGE.index)
+        moments = adding = 4 * width
+        if wanted in ("hessian", "drift"):
+            moments, adding = 4 * width**2, 4 * width * min(width, HESSIAN_COLUMNS)
+        n_ways = 2 if wanted == "drift" else 1
+        if wanted == "drift":
+            adds = stage in through and not any(w.name.startswith(f"layers.{layer}.post_") for w in spec.weights)
+            moments += 4 * width**2 + (4 * d * width if adds else 0)
+            adding += 4 * width * (piece if stage == "ffn_out" else window)
         arriving = going[stage] + (floats(through[stage]) if stage in through else 0)
         solving = max(_solving(spec, job, w, w.n_elements) for w in of_stage)
         packed = sum(packed_bytes(job, w) for w in of_stage)
         leaving = arriving + floats(stage) + 4 * window * 2 * d if stage in through else 0
-        most = max(most, kept + arriving + measuring, kept + hessian + packed + solving, kept + packed + leaving)
+        measuring = n_ways * arriving + moments + adding
+        most = max(most, kept + measuring, kept + moments + packed + solving, kept + packed + leaving)
         kept += packed
     return most
 

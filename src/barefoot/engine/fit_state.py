@@ -31,6 +31,15 @@ VERSION = 1
 HEADER_BYTES = 4096
 
 
+def key_of(folder: Path) -> str | None:
+    """The key of the fit that was interrupted in this folder; None where there is none."""
+    try:
+        with open(folder / STATE, "rb") as file:
+            return str(json.loads(file.read(HEADER_BYTES))["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @dataclass(frozen=True)
 class Stream:
     """Hidden states of one model in an open file, from ``offset`` on: windows of ``shape`` (n_windows, window, d)."""

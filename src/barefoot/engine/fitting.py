@@ -3,17 +3,18 @@
 First the embedding: where it is the head too, it is solved for the inputs that the head has in the exact model, since
 what rounding does to logits costs more than what it does to a layer's input. Then, for each layer, stage by stage
 (q k v, o, gate up, down): measure the inputs that the matrices meet, with everything before them already stored in its
-format; solve; go on with what is stored. So errors are seen, and partly undone, by all that follows. A layer solver
-then refines the layer as a whole, for which the hidden states that nothing rounded are kept too. Hidden states are on
-disk (:mod:`barefoot.engine.fit_state`), and an interrupted fit goes on behind the last whole layer; the same settings
-give the same bytes, whether interrupted or not.
+format, and, for solvers that undo it, how far they are from those of the exact model; solve; go on with what is stored.
+So errors are seen, and partly undone, by all that follows. A layer solver then refines the layer as a whole.
+
+Hidden states, where needed those of the exact model too, are on disk (:mod:`barefoot.engine.fit_state`), and an
+interrupted fit goes on behind the last whole layer; the same settings give the same bytes, whether interrupted or not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,13 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
-from barefoot.engine.exact import last_states
+from barefoot.engine.calibration import KNOWLEDGE, Passage, measure, measure_drift
+from barefoot.engine.exact import ROLES, last_states
 from barefoot.engine.fit_state import FitState, Stream
 from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
 from barefoot.engine.rows import decode as decode_blocks
 from barefoot.engine.saving import ModelFolder, Pieces
-from barefoot.engine.source import Source, decode, factors, products, source_key
+from barefoot.engine.source import Source, decode, factors, source_key
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks
 from barefoot.ops.grids import Grid
@@ -42,11 +44,8 @@ U8 = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int32]
 Progress = Callable[[int, int, str], None]  # matrices done, in all, and which is next
 
-PIECE_TOKENS = 128  # that are in the widest part of a layer at a time
-HESSIAN_COLUMNS = 256  # that are added to at a time
 CHUNK_WEIGHTS = 1 << 20  # that are solved at a time where rows don't depend on each other
 WITHOUT_TEXT = Mse()  # solves what meets no inputs: an embedding that is not the head
-KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian")  # each contains the ones before
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ class Fit:
     def reads(self) -> bool:
         """Whether any text is needed."""
         return any(self.wants(name) != "nothing" for name in self.formats)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the exact model's hidden states go along."""
+        return isinstance(self.solver, LayerSolver) or any(self.wants(name) == "drift" for name in self.formats)
 
     def key(self, checkpoint: Checkpoint) -> str:
         """What two runs must share for one to go on where the other stopped."""
@@ -121,9 +125,8 @@ class _Fitting:
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, job: Fit, path: Path, progress: Progress) -> None:
         self.source, self.spec, self.job = Source(checkpoint, spec), spec, job
         self.folder = ModelFolder(path, checkpoint, spec)
-        learns = isinstance(job.solver, LayerSolver)
         shape = job.texts.shape if job.reads else (0, 0)
-        self.state = FitState(path, job.key(checkpoint), (1 + learns, shape[0], shape[1], spec.d_model))
+        self.state = FitState(path, job.key(checkpoint), (1 + job.follows, shape[0], shape[1], spec.d_model))
         self.progress = progress
         self.total = sum(w.group != "norm" for w in spec.weights)
         self.done = 0
@@ -171,8 +174,8 @@ class _Fitting:
         self.progress(self.done, self.total, f"embed, after {done} of {total} layers")
 
     def _layer(self, layer: int, before: list[Stream], behind: list[Stream]) -> None:
-        """Store a layer, and pass hidden states through it: the first stream as it is stored, a second one, which layer
-        solvers need, as it was."""
+        """Store a layer, and pass hidden states through it: the first stream as it is stored, a second one, where a
+        solver compares them, as it was."""
         prefix = f"layers.{layer}."
         vectors = {
             weight.name.removeprefix(prefix): self._vector(weight.name)
@@ -181,68 +184,53 @@ class _Fitting:
         }
         kept = {prefix + role: Matrix("f32", rows) for role, rows in vectors.items()}
         there = LayerPass(self.folder.target, layer, factors(self.folder.target, vectors))
-        first, hidden = before[0], behind[0]
-
-        def solve(stage: str, inputs: Iterable[F32]) -> None:
-            """Choose the matrices of a stage."""
-            names = [prefix + role for role in STAGES[stage]]
-            wanted = max((self.job.wants(name) for name in names), key=KNOWLEDGE.index)
-            seen = measure(inputs, wanted)
-            for name in names:
-                found = self._solved(name, seen)
-                kept[name] = found.together() if isinstance(found, Pieces) else found
 
         def stored(stage: str) -> list[F32]:
-            """The matrices of a stage as they are stored; where there is text that goes through them."""
-            names = [prefix + role for role in STAGES[stage] if len(first)]
+            """Matrices as they are stored; none where no text goes through them."""
+            names = [prefix + role for role in STAGES[stage] if self.job.reads]
             return [decode(kept[name], self.source.weights[name].cols) for name in names]
 
-        # What lies between two matrices is made twice, for measuring and for passing on, rather than kept.
-        def attended() -> Iterator[F32]:
-            qkv = stored("attn_in")
-            for h in first:
-                yield there.attend(*products(there.attn_in(h), qkv))
+        def exact(stage: str) -> list[F32]:
+            return [self._exact(prefix + role) for role in STAGES[stage]]
 
-        def active(x: F32, gate_up: list[F32]) -> F32:
-            return there.activate(*products(there.ffn_in(x), gate_up))
-
-        def activated() -> Iterator[F32]:
-            gate_up = stored("ffn_in")
-            for h in hidden:
-                for x in pieces(h):
-                    yield active(x, gate_up)
-
-        solve("attn_in", map(there.attn_in, first))
-        solve("attn_out", attended())
-        o = stored("attn_out")
-        for i, a in enumerate(attended()):
-            hidden[i] = there.after_attention(first[i], *products(a, o))
-        del o
-        solve("ffn_in", map(there.ffn_in, hidden))
-        solve("ffn_out", activated())
-        gate_up, down = stored("ffn_in"), stored("ffn_out")
-        for i, h in enumerate(hidden):
-            for x in pieces(h):
-                x[:] = there.after_ffn(x, *products(active(x, gate_up), down))
-            hidden[i] = h
-        del gate_up, down
-        if len(before) > 1:
+        ways = [Passage(there, *each) for each in zip(before, behind, (stored, exact), strict=False)]
+        for stage, roles in STAGES.items():
+            seen = self._seen(stage, [prefix + role for role in roles], ways)
+            for role in roles:
+                found = self._solved(prefix + role, seen)
+                kept[prefix + role] = found.together() if isinstance(found, Pieces) else found
+            del seen
+            for way in ways:
+                if stage == "attn_out":
+                    way.pass_attention()
+                elif stage == "ffn_out":
+                    way.pass_ffn()
+        if isinstance(self.job.solver, LayerSolver):
             self._refine(there, kept, before, behind)
         self.folder.write(layer + 1, kept)
+
+    def _seen(self, stage: str, names: list[str], ways: list[Passage]) -> Inputs | None:
+        """What the solvers of a stage's matrices want to know."""
+        wanted = max(map(self.job.wants, names), key=KNOWLEDGE.index)
+        if wanted != "drift":
+            return measure((x for _, x in ways[0].meets(stage)), wanted)
+        norm = {"attn_out": "post_attn_norm", "ffn_out": "post_ffn_norm"}.get(stage)
+        adds = norm is not None and norm not in ways[0].there.vectors
+        return measure_drift(ways[0].meets(stage), ways[1].meets(stage), adds)
+
+    def _exact(self, name: str) -> F32:
+        return self.source.floats(name, order=self.folder.row_order(name))
 
     def _refine(self, there: LayerPass, kept: dict[str, Matrix], before: list[Stream], behind: list[Stream]) -> None:
         """Choose the matrices of a layer anew, all together; both streams are passed through it."""
         solver, prefix = self.job.solver, f"layers.{there.layer}."
         assert isinstance(solver, LayerSolver)
-        roles = [role for stage in STAGES.values() for role in stage]
-        weights = {r: self.source.floats(prefix + r, order=self.folder.row_order(prefix + r)) for r in roles}
-        for i, h in enumerate(before[1]):
-            behind[1][i] = there(h, weights)
-        grids = {r: grid for r in roles if (grid := self._grid(prefix + r)) is not None}
+        weights = {r: self._exact(prefix + r) for r in ROLES}
+        grids = {r: grid for r in ROLES if (grid := self._grid(prefix + r)) is not None}
         if not grids:
             return
         starts = {r: blocks.unpack(kept[prefix + r].format, kept[prefix + r].rows) for r in grids}
-        stored = {r: decode(kept[prefix + r], weights[r].shape[1]) for r in roles if r not in grids}
+        stored = {r: decode(kept[prefix + r], weights[r].shape[1]) for r in ROLES if r not in grids}
         inputs = before[0].whole()
         problem = LayerProblem(
             spec=there.spec,
@@ -295,12 +283,12 @@ class _Fitting:
         weight, how = self.source.weights[name], self.job.formats.get(name)
         order = self.folder.row_order(name)
         if isinstance(how, Structure):
-            return how.solve(self.source.floats(name, order=order), inputs)
+            return how.solve(self._exact(name), inputs)
         layout = self._layout(name)
         together = weight.layer is not None and inputs is not None and inputs.hessian is not None
         if order is not None or together:  # a Hessian's factor is made once
             if self._changes(name):
-                return Matrix(layout, self._packed(name, self.source.floats(name, order=order), inputs))
+                return Matrix(layout, self._packed(name, self._exact(name), inputs))
             return Matrix(layout, self.folder.arranged(name, self.source.stored(name)))
         return Pieces(layout, (weight.rows, blocks.row_bytes(layout, weight.cols)), self._pieces(name, inputs))
 
@@ -338,38 +326,3 @@ class _Fitting:
         if isinstance(self.job.formats.get(name), Structure) or not self._changes(name):
             return None
         return blocks.lookup(self._layout(name)).grid
-
-
-def pieces(window: F32) -> Iterator[F32]:
-    """Views of some tokens at a time of a window (n, d)."""
-    return (window[start : start + PIECE_TOKENS] for start in range(0, len(window), PIECE_TOKENS))
-
-
-def measure(inputs: Iterable[F32], wanted: Knowledge) -> Inputs | None:
-    """What a solver wants to know of inputs, (n, cols) each; None when it wants nothing."""
-    if wanted == "nothing":
-        return None
-    total: F32 | None = None
-    n = 0
-    for x in inputs:
-        if wanted == "squares":
-            each = np.einsum("nc,nc->c", x, x)
-            total = each if total is None else np.add(total, each, out=total)
-        else:
-            total = np.zeros((x.shape[1],) * 2, np.float32) if total is None else total
-            for panel, below in _panels(len(total)):
-                total[below, panel] += x[:, below].T @ x[:, panel]
-        n += len(x)
-    assert total is not None
-    total /= np.float32(n)
-    if wanted == "squares":
-        return Inputs(total)
-    for panel, below in _panels(len(total)):
-        total[panel, below] = total[below, panel].T
-    return Inputs(np.diag(total).copy(), total)
-
-
-def _panels(n: int) -> Iterator[tuple[slice, slice]]:
-    """The lower triangle of a square in panels: their columns, and their rows."""
-    for start in range(0, n, HESSIAN_COLUMNS):
-        yield slice(start, start + HESSIAN_COLUMNS), slice(start, n)

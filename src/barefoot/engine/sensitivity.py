@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.core.model import ModelSpec
-from barefoot.engine.exact import ROLES, ExactLayer, embedded
+from barefoot.engine.exact import ROLES, ExactLayer, embedded, window_elements
 from barefoot.engine.source import Source, factors
 from barefoot.ops import blocks
 
@@ -139,10 +139,11 @@ def workspace_bytes(spec: ModelSpec, n_windows: int, window: int) -> int:
     q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     matrices = d * (2 * q + 2 * kv + 3 * spec.d_ff)
     widest = max(d * spec.d_ff, d * q)
-    activations = window * (4 * d + 3 * spec.d_ff + 4 * q + 4 * kv)
     head = d * d + tokens * d
     making = min(TILE_ROWS, spec.vocab_size) * (4 * d + 3 * tokens) + d * d + 2 * tokens * d
-    probing = (len(ROLES) + 1) * tokens * d + matrices + widest + max(activations, 2 * ROUNDED_AT_A_TIME)
+    probing = (
+        (len(ROLES) + 1) * tokens * d + matrices + widest + max(window_elements(spec, window), 2 * ROUNDED_AT_A_TIME)
+    )
     return 4 * (head + max(probing, making))
 
 

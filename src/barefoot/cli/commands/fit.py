@@ -13,6 +13,8 @@ from barefoot.core.units import format_bytes, parse_bytes, parse_count
 from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from barefoot.core.model import ModelSpec
     from barefoot.engine.fitting import Fit, Ids
     from barefoot.io.inventory import Checkpoint
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW, TOKENS = 512, 16384
 SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
-SOLVER = "gptq"
+SOLVERS = "gptq", "gptq(drift=0)"  # the first one that memory has room for
 CONTEXT = 1024
 LEAST_WINDOW = 64  # tokens, below which a fit is refused rather than made worse
 SENSITIVITY = "fit-sensitivity.json"
@@ -67,7 +69,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fit-memory", metavar="SIZE", type=parse_bytes, help="bytes of the fit itself, where they are not --memory"
     )
-    parser.add_argument("--solver", metavar="SPEC", default=SOLVER, help=f"what chooses the codes; default {SOLVER}")
+    parser.add_argument(
+        "--solver",
+        metavar="SPEC",
+        help=f"what chooses the codes; default {SOLVERS[0]}, or {SOLVERS[1]} where memory has no room for it",
+    )
     parser.add_argument(
         "--text",
         metavar="FILE",
@@ -141,25 +147,36 @@ def _job(
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
     from barefoot.engine.allocation import choose, measured_options
+    from barefoot.engine.fit_state import key_of
     from barefoot.engine.fitting import Fit
     from barefoot.engine.sensitivity import workspace_bytes
     from barefoot.engine.source import Source
     from barefoot.io.tokenizer_files import export_bytes
 
-    (solver,) = cast("tuple[Solver]", parse_composition(args.solver, techniques("weights.solvers"), "weights.solvers"))
-    limit, reserved = args.fit_memory or args.memory, _reserved(solver)
+    stated = (args.solver,) if args.solver else SOLVERS
+    solvers = cast(
+        "list[Solver]",
+        [parse_composition(each, techniques("weights.solvers"), "weights.solvers")[0] for each in stated],
+    )
+    limit, reserved = args.fit_memory or args.memory, _reserved(solvers[0])
     writing = reserved + (export_bytes(checkpoint.config) if checkpoint.kind == "gguf" else 0)
     if limit is not None and writing > limit:
         raise _too_much("writing the tokenizer", writing, limit)
+
+    def begun(job: Fit) -> bool:
+        return job.key(checkpoint) == key_of(Path(args.output))
+
     if args.weights is not None:
-        job = _within(limit, reserved, spec, Fit(_stated(args.weights, spec), solver, texts))
+        formats = _stated(args.weights, spec)
+        job = _within(limit, reserved, spec, [Fit(formats, solver, texts) for solver in solvers], begun)
         return job, None, _whole(_peak(reserved, spec, job), writing)
     probing = reserved + workspace_bytes(spec, *probes.shape)
     if limit is not None and probing > limit:
         raise _too_much("measuring what rounding costs", probing, limit)
     choices = measured_options(Source(checkpoint, spec), spec, probes, Path(args.output) / SENSITIVITY, report)
     chosen = choose(spec, choices, _budget(args, spec))
-    job = _within(limit, reserved, spec, Fit({n: o.name for n, o in chosen.items()}, solver, texts))
+    jobs = [Fit({n: o.name for n, o in chosen.items()}, solver, texts) for solver in solvers]
+    job = _within(limit, reserved, spec, jobs, begun)
     return job, sum(o.cost for o in chosen.values()), _whole(_peak(reserved, spec, job), writing, probing)
 
 
@@ -190,8 +207,11 @@ def _whole(fit: int | None, *others: int) -> int | None:
     return None if fit is None else max(fit, *others)
 
 
-def _within(limit: int | None, reserved: int, spec: ModelSpec, job: Fit) -> Fit:
-    """The fit, its text in windows that the limit has room for.
+def _within(
+    limit: int | None, reserved: int, spec: ModelSpec, jobs: Sequence[Fit], begun: Callable[[Fit], bool]
+) -> Fit:
+    """The first of the jobs that the limit has room for; if it is none, with their text in shorter windows. One that is
+    begun and was interrupted goes on, whatever a few pages more or less would change.
 
     Raises
     ------
@@ -203,18 +223,25 @@ def _within(limit: int | None, reserved: int, spec: ModelSpec, job: Fit) -> Fit:
     from barefoot.core.errors import InvalidInput
 
     if limit is None:
-        return job
-    while (peak := _peak(reserved, spec, job)) is not None and peak > limit:
-        n_windows, window = job.texts.shape
-        if not job.reads or window % 2 or window <= LEAST_WINDOW:
-            raise _too_much("the fit", peak, limit)
-        job = replace(job, texts=job.texts.reshape(2 * n_windows, window // 2))
-    if peak is None:
-        raise InvalidInput(
-            "the bytes of a fit to structures are not known beforehand, so it can't be held within a limit",
-            cure="state --weights and no memory, or formats without a structure",
-        )
-    return job
+        return jobs[0]
+    least = None
+    n_windows, window = jobs[0].texts.shape
+    while n_windows == len(jobs[0].texts) or (jobs[0].reads and window >= LEAST_WINDOW):
+        for job in (replace(job, texts=job.texts.reshape(n_windows, window)) for job in jobs):
+            peak = _peak(reserved, spec, job)
+            if peak is None:
+                raise InvalidInput(
+                    "the bytes of a fit to structures are not known beforehand, so it can't be held within a limit",
+                    cure="state --weights and no memory, or formats without a structure",
+                )
+            if peak <= limit or begun(job):
+                return job
+            least = peak if least is None else min(least, peak)
+        if window % 2:
+            break
+        n_windows, window = 2 * n_windows, window // 2
+    assert least is not None
+    raise _too_much("the fit", least, limit)
 
 
 def _too_much(what: str, needed: int, limit: int) -> Exception:

@@ -23,7 +23,7 @@ from barefoot.core.technique import Technique
 from barefoot.ops.grids import F32, U8, Grid, Table, Uniform
 from barefoot.weights.training import TILE, require_torch
 
-Knowledge = Literal["nothing", "squares", "hessian"]
+Knowledge = Literal["nothing", "squares", "hessian", "drift"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,14 @@ class Inputs:
     """What calibration measured of a matrix's inputs x, float32 (n, cols).
 
     ``squares`` : mean of x², (cols,). ``hessian`` : mean of x xᵀ, (cols, cols), or None where no solver wants it.
+    ``drift`` : with x' what the exact model has there, mean of (x' − x) xᵀ, (cols, cols). ``missing`` : of a matrix
+    whose product is added to hidden states h, mean of (h' − h) xᵀ, (rows, cols). Both are None where nothing drifts.
     """
 
     squares: F32
     hessian: F32 | None = None
+    drift: F32 | None = None
+    missing: F32 | None = None
 
 
 @dataclass(frozen=True)
