@@ -61,8 +61,8 @@ LLAMA_CPP = (
     "iq2_s",
 )
 NEED_IMPORTANCE = ("q2_k_s", "iq2_s")
-GRIDS = ((4, 64), (4, 32), (3, 64), (3, 32), (2, 64), (2, 32), (8, 64))  # bits and group of HQQ and GPTQ
-EMBED_BITS = 4, 8  # of the embedding beside them
+# Of HQQ and GPTQ: bits and group, and bits of the embedding beside them.
+GRIDS = ((4, 64, 4), (4, 64, 8), (3, 64, 4), (3, 64, 8), (3, 32, 4), (3, 32, 8), (2, 64, 4), (2, 32, 4))
 
 
 class Judge:
@@ -161,9 +161,7 @@ def worker_points(
             f"{name} {bits} bits, groups of {group}, embedding {embed_bits} bits",
             functools.partial(quantized, bits, group, embed_bits),
         )
-        for bits, group in GRIDS
-        for embed_bits in EMBED_BITS
-        if embed_bits >= bits
+        for bits, group, embed_bits in GRIDS
     ]
 
 
