@@ -67,12 +67,9 @@ def test_drift_is_made_up_for_by_ridge_regression(problem, missing):
     exact = x + 0.3 * x[:, ::-1] + 0.1 * rng.standard_normal(x.shape)
     late = rng.standard_normal((500, ROWS)) if missing else np.zeros((500, ROWS))
     hessian = x.T @ x / 500
-    met = Inputs(
-        np.diag(hessian).astype(np.float32),
-        hessian.astype(np.float32),
-        ((exact - x).T @ x / 500).astype(np.float32),
-        (late.T @ x / 500).astype(np.float32) if missing else None,
-    )
+    drift = ((exact - x).T @ x / 500).astype(np.float32)
+    known = {"missing": (weight @ drift + late.T @ x / 500).astype(np.float32)} if missing else {"drift": drift}
+    met = Inputs(np.diag(hessian).astype(np.float32), hessian.astype(np.float32), **known)
     # Rows √(500 λ) I below x, which want W itself, make the ridge.
     pull = np.sqrt(500 * 0.2 * np.diag(hessian).mean()) * np.eye(COLS)
     wanted = np.concatenate([exact @ weight.T + late, pull @ weight.T])
@@ -164,7 +161,7 @@ def test_making_up_for_drift_takes_the_bytes_that_are_stated(rows, cols):
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((256, cols), np.float32), rng.standard_normal((rows, cols), np.float32)
     hessian = x.T @ x
-    inputs = Inputs(np.diag(hessian).copy(), hessian, 0.1 * hessian, rng.standard_normal((rows, cols), np.float32))
+    inputs = Inputs(np.diag(hessian).copy(), hessian, missing=rng.standard_normal((rows, cols), np.float32))
     tracemalloc.start()
     corrected(weight, inputs, 0.3)
     peak = tracemalloc.get_traced_memory()[1]

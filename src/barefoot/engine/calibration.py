@@ -17,8 +17,8 @@ F32 = npt.NDArray[np.float32]
 Met = tuple[F32, F32]  # hidden states (n, d), and what a stage's matrices meet there, (n, cols)
 
 KNOWLEDGE: tuple[Knowledge, ...] = ("nothing", "squares", "hessian", "drift")  # each contains the ones before
-PIECE_TOKENS = 128  # that are in the widest part of a layer at a time
-HESSIAN_COLUMNS = 256  # that are added to at a time
+PIECE_TOKENS = 64  # that are in the widest part of a layer at a time
+HESSIAN_COLUMNS = 128  # that are added to at a time
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,24 @@ def measure(inputs: Iterable[F32], wanted: Knowledge) -> Inputs | None:
     return moments.inputs()
 
 
-def measure_drift(stored: Iterable[Met], exact: Iterable[Met], adds: bool) -> Inputs:
+def measure_drift(stored: Iterable[Met], exact: Iterable[Met], alone: F32 | None, adds: bool) -> Inputs:
     """What is met behind all that is stored, and how far that is from what the exact model meets there.
 
-    ``adds``: what the matrices make is added to the hidden states as it is, so that it can make up for theirs too.
+    ``alone``: the matrix, where it is the only one that meets these inputs; what it misses takes less memory than how
+    they drift. ``adds``: its product is added to the hidden states as it is, and so it can make up for theirs too.
     """
     moments = _Moments()
     for (h, x), (h_exact, x_exact) in zip(stored, exact, strict=True):
         moments.add(x)
-        moments.add_drift(x, x_exact, h_exact - h if adds else None)
+        drift: F32 = x_exact - x
+        if alone is None:
+            moments.drift = _added(moments.drift, drift, x)
+            continue
+        missing = drift @ alone.T
+        if adds:
+            missing += h_exact
+            missing -= h
+        moments.missing = _added(moments.missing, missing, x)
     return moments.inputs()
 
 
@@ -105,43 +114,48 @@ def _squares(inputs: Iterable[F32]) -> F32:
 
 
 class _Moments:
-    """Sums of products of inputs, a panel of columns at a time."""
+    """Sums of products of inputs. Of xᵀ x only the lower triangle is added up, a panel of columns at a time."""
 
     def __init__(self) -> None:
         self.n = 0
-        self.hessian: F32 | None = None
+        self.panels: list[F32] = []
         self.drift: F32 | None = None
         self.missing: F32 | None = None
 
     def add(self, x: F32) -> None:
-        cols = x.shape[1]
-        self.hessian = np.zeros((cols, cols), np.float32) if self.hessian is None else self.hessian
-        for panel, below in _panels(cols):
-            self.hessian[below, panel] += x[:, below].T @ x[:, panel]
         self.n += len(x)
-
-    def add_drift(self, x: F32, exact: F32, missing: F32 | None) -> None:
-        cols = x.shape[1]
-        change = exact - x
-        self.drift = np.zeros((cols, cols), np.float32) if self.drift is None else self.drift
-        if missing is not None and self.missing is None:
-            self.missing = np.zeros((missing.shape[1], cols), np.float32)
-        for panel, _ in _panels(cols):
-            self.drift[:, panel] += change.T @ x[:, panel]
-            if missing is not None and self.missing is not None:
-                self.missing[:, panel] += missing.T @ x[:, panel]
+        starts = range(0, x.shape[1], HESSIAN_COLUMNS)
+        if not self.panels:
+            self.panels = [
+                np.zeros((x.shape[1] - start, min(HESSIAN_COLUMNS, x.shape[1] - start)), np.float32) for start in starts
+            ]
+        for start, panel in zip(starts, self.panels, strict=True):
+            panel += x[:, start:].T @ x[:, start : start + HESSIAN_COLUMNS]
 
     def inputs(self) -> Inputs:
-        assert self.hessian is not None
-        for panel, below in _panels(len(self.hessian)):
-            self.hessian[panel, below] = self.hessian[below, panel].T
-        for total in (self.hessian, self.drift, self.missing):
+        scale = np.float32(1 / self.n)
+        for total in (self.drift, self.missing):
             if total is not None:
-                total /= np.float32(self.n)
-        return Inputs(np.diag(self.hessian).copy(), self.hessian, self.drift, self.missing)
+                total *= scale
+        hessian = self._hessian()
+        hessian *= scale
+        return Inputs(np.diag(hessian).copy(), hessian, self.drift, self.missing)
+
+    def _hessian(self) -> F32:
+        cols = len(self.panels[0])
+        hessian = np.empty((cols, cols), np.float32)
+        while self.panels:  # they leave as the square fills
+            panel = self.panels.pop()
+            start = cols - len(panel)
+            hessian[start:, start : start + panel.shape[1]] = panel
+            hessian[start : start + panel.shape[1], start:] = panel.T
+        return hessian
 
 
-def _panels(n: int) -> Iterator[tuple[slice, slice]]:
-    """The lower triangle of a square in panels: their columns, and their rows."""
-    for start in range(0, n, HESSIAN_COLUMNS):
-        yield slice(start, start + HESSIAN_COLUMNS), slice(start, n)
+def _added(total: F32 | None, left: F32, right: F32) -> F32:
+    """``total`` + leftᵀ right, a panel of columns at a time."""
+    total = np.zeros((left.shape[1], right.shape[1]), np.float32) if total is None else total
+    for start in range(0, right.shape[1], HESSIAN_COLUMNS):
+        panel = slice(start, start + HESSIAN_COLUMNS)
+        total[:, panel] += left.T @ right[:, panel]
+    return total

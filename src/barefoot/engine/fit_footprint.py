@@ -100,20 +100,25 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
         of_stage = [weights[f"layers.{layer}.{role}"] for role in roles]
         width = of_stage[0].cols
         wanted = max((job.wants(w.name) for w in of_stage), key=KNOWLEDGE.index)
-        moments = adding = 4 * width
+        moments = adding = triangle = 4 * width
         if wanted in ("hessian", "drift"):
-            moments, adding = 4 * width**2, 4 * width * min(width, HESSIAN_COLUMNS)
+            step = min(width, HESSIAN_COLUMNS)
+            moments, adding, triangle = 4 * width**2, 4 * width * step, 2 * width * (width + step)
+        beside = 0  # the Hessian
         n_ways = 2 if wanted == "drift" else 1
         if wanted == "drift":
-            adds = stage in through and not any(w.name.startswith(f"layers.{layer}.post_") for w in spec.weights)
-            moments += 4 * width**2 + (4 * d * width if adds else 0)
-            adding += 4 * width * (piece if stage == "ffn_out" else window)
+            alone = len(roles) == 1
+            beside = 4 * (d * width if alone else width**2)
+            at_once = piece if stage == "ffn_out" else window
+            adding += 4 * at_once * width + (4 * (d * width + at_once * d) if alone else 0)
         arriving = going[stage] + (floats(through[stage]) if stage in through else 0)
         solving = max(_solving(spec, job, w, w.n_elements) for w in of_stage)
         packed = sum(packed_bytes(job, w) for w in of_stage)
         leaving = arriving + floats(stage) + 4 * window * 2 * d if stage in through else 0
-        measuring = n_ways * arriving + moments + adding
-        most = max(most, kept + measuring, kept + moments + packed + solving, kept + packed + leaving)
+        measuring = n_ways * arriving + triangle + beside + adding
+        summing = moments + beside + triangle // 2
+        solving += moments + beside + packed
+        most = max(most, *(kept + each for each in (measuring, summing, solving, packed + leaving)))
         kept += packed
     return most
 

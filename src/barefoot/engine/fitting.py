@@ -216,7 +216,8 @@ class _Fitting:
             return measure((x for _, x in ways[0].meets(stage)), wanted)
         norm = {"attn_out": "post_attn_norm", "ffn_out": "post_ffn_norm"}.get(stage)
         adds = norm is not None and norm not in ways[0].there.vectors
-        return measure_drift(ways[0].meets(stage), ways[1].meets(stage), adds)
+        alone = self._exact(names[0]) if len(names) == 1 else None
+        return measure_drift(ways[0].meets(stage), ways[1].meets(stage), alone, adds)
 
     def _exact(self, name: str) -> F32:
         return self.source.floats(name, order=self.folder.row_order(name))

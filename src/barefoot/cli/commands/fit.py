@@ -13,7 +13,7 @@ from barefoot.core.units import format_bytes, parse_bytes, parse_count
 from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from barefoot.core.model import ModelSpec
     from barefoot.engine.fitting import Fit, Ids
@@ -25,7 +25,7 @@ WINDOW, TOKENS = 512, 16384
 SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVERS = "gptq", "gptq(drift=0)"  # the first one that memory has room for
 CONTEXT = 1024
-LEAST_WINDOW = 64  # tokens, below which a fit is refused rather than made worse
+LEAST_WINDOW = 128  # tokens, below which a fit is refused rather than made worse
 SENSITIVITY = "fit-sensitivity.json"
 
 HELP = "make a model smaller: the best one that takes so many bytes"
@@ -218,30 +218,34 @@ def _within(
     OverBudget : not even with windows of ``LEAST_WINDOW``.
     InvalidInput : there is a limit, and the bytes are not known.
     """
-    from dataclasses import replace
-
     from barefoot.core.errors import InvalidInput
 
     if limit is None:
         return jobs[0]
     least = None
-    n_windows, window = jobs[0].texts.shape
-    while n_windows == len(jobs[0].texts) or (jobs[0].reads and window >= LEAST_WINDOW):
-        for job in (replace(job, texts=job.texts.reshape(n_windows, window)) for job in jobs):
-            peak = _peak(reserved, spec, job)
-            if peak is None:
-                raise InvalidInput(
-                    "the bytes of a fit to structures are not known beforehand, so it can't be held within a limit",
-                    cure="state --weights and no memory, or formats without a structure",
-                )
-            if peak <= limit or begun(job):
-                return job
-            least = peak if least is None else min(least, peak)
-        if window % 2:
-            break
-        n_windows, window = 2 * n_windows, window // 2
+    for job in (each for first in jobs for each in _shorter(first)):
+        peak = _peak(reserved, spec, job)
+        if peak is None:
+            raise InvalidInput(
+                "the bytes of a fit to structures are not known beforehand, so it can't be held within a limit",
+                cure="state --weights and no memory, or formats without a structure",
+            )
+        if peak <= limit or begun(job):
+            return job
+        least = peak if least is None else min(least, peak)
     assert least is not None
     raise _too_much("the fit", least, limit)
+
+
+def _shorter(job: Fit) -> Iterator[Fit]:
+    """The job, and where it reads text the same with windows of half the length, and so on."""
+    from dataclasses import replace
+
+    yield job
+    n_windows, window = job.texts.shape
+    while job.reads and window % 2 == 0 and window >= 2 * LEAST_WINDOW:
+        n_windows, window = 2 * n_windows, window // 2
+        yield replace(job, texts=job.texts.reshape(n_windows, window))
 
 
 def _too_much(what: str, needed: int, limit: int) -> Exception:

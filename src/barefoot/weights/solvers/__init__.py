@@ -31,8 +31,9 @@ class Inputs:
     """What calibration measured of a matrix's inputs x, float32 (n, cols).
 
     ``squares`` : mean of x², (cols,). ``hessian`` : mean of x xᵀ, (cols, cols), or None where no solver wants it.
-    ``drift`` : with x' what the exact model has there, mean of (x' − x) xᵀ, (cols, cols). ``missing`` : of a matrix
-    whose product is added to hidden states h, mean of (h' − h) xᵀ, (rows, cols). Both are None where nothing drifts.
+    ``drift`` : with x' what the exact model has there, mean of (x' − x) xᵀ, (cols, cols). ``missing`` : with y and y'
+    what the matrix makes of them, or the hidden states with that added, mean of (y' − y) xᵀ, (rows, cols). One of them,
+    or neither where nothing drifts.
     """
 
     squares: F32

@@ -50,19 +50,20 @@ def propagate(weight: F32, mixing: Sequence[F32], inner: Inner) -> F32:
 
 
 def corrected(weight: F32, inputs: Inputs, damp: float) -> F32:
-    """What to round instead of ``weight``: W + (W C + R) (H + λ I)⁻¹, C the drift, R what is missing.
+    """What to round instead of ``weight``: W + R (H + λ I)⁻¹, R what is missing, or W C with C the drift.
 
     Behind matrices that are rounded inputs are x, not x', and hidden states h, not h'. Of all matrices this one brings
-    W x nearest to W x' + h' − h, in the mean square with ``damp`` × the mean of H's diagonal as a ridge, without which
-    it would learn the text by heart. The first term is the optimum of asymmetric calibration (Li et al. 2025,
-    arXiv:2504.02692, section 3).
+    its product with x nearest to W x' (+ h' − h), in the mean square with ``damp`` × the mean of H's diagonal as a
+    ridge, without which it would learn the text by heart. Without h this is the optimum of asymmetric calibration (Li
+    et al. 2025, arXiv:2504.02692).
     """
     assert inputs.hessian is not None
-    if inputs.drift is None:
+    if inputs.drift is not None:
+        right = weight @ inputs.drift
+    elif inputs.missing is not None:
+        right = inputs.missing.copy()
+    else:
         return weight
-    right = weight @ inputs.drift
-    if inputs.missing is not None:
-        right += inputs.missing
     panels = _reversed_cholesky(inputs.hessian, float(ridge(inputs.hessian, damp)), BLOCK)
     # X U Uᵀ = right, panel by panel: first Y Uᵀ = right from the last one on, then X U = Y from the first one on.
     spans = [slice(len(panel) - panel.shape[1], len(panel)) for panel in panels]
