@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
+LOSSLESS = 1e-4  # nats; below that a logarithm says more about rounding errors than about what is lost
+
 
 @dataclass(frozen=True)
 class Point:
@@ -29,14 +31,17 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 def between(points: Sequence[Point], n_bytes: int) -> Point | None:
     """What to expect at ``n_bytes`` of a family of points: KL and perplexity between their neighbours, on a straight
-    line of their logarithms over bytes. None outside the points, where nothing was measured."""
+    line of their logarithms over bytes; of the numbers themselves where one point loses next to nothing. None outside
+    the points, where nothing was measured."""
     ordered = sorted(points, key=lambda p: p.n_bytes)
     for low, high in itertools.pairwise(ordered):
         if low.n_bytes <= n_bytes <= high.n_bytes:
             share = (n_bytes - low.n_bytes) / max(1, high.n_bytes - low.n_bytes)
 
             def mixed(a: float, b: float, share: float = share) -> float:
-                return exp((1 - share) * log(max(a, 1e-12)) + share * log(max(b, 1e-12)))
+                if min(a, b) < LOSSLESS:
+                    return (1 - share) * a + share * b
+                return exp((1 - share) * log(a) + share * log(b))
 
             return Point("between", n_bytes, mixed(low.kl, high.kl), mixed(low.perplexity, high.perplexity))
     return None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from barefoot.weights.solvers import Solver
 
 WINDOW, TOKENS, FIT_TOKENS = 512, 2048, 16384
-SIZES = (0.8, 0.9, 1.1, 1.25)  # of --memory, to which the model is fitted
+SIZES = (0.8, 0.95, 1.05, 1.2)  # of --memory, to which the model is fitted
 
 HELP = "draw the quality of a model over its bytes, for all formats"
 EXAMPLES = (
