@@ -205,9 +205,10 @@ class Tokenizer:
                 unk_at = None if parts.unk_id is None else ids.index(parts.unk_id)
                 return models.Unigram(pairs, unk_at, bool(parts.options.get("byte_fallback"))), ids
             if parts.merges is None:
-                merges = merges_by_score(vocabulary, words.tolist())
+                ways = merges_by_score(vocabulary, words)
+                merges = [(vocabulary.text(left), vocabulary.text(right)) for left, right in ways.tolist()]
             else:
-                merges = parts.merges.among(vocabulary, local, words)
+                merges = list(parts.merges.among(vocabulary, local, words))
             return models.BPE(local, merges, unk_token=unk, **parts.options), ids
         except (ValueError, TypeError) as error:
             raise CorruptFile(f"the tokenizer's data contradicts itself: {error}") from None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from barefoot.io.files import atomic_writer
 from barefoot.io.pretokenize import SPACE, Section
 from barefoot.io.tokenizer_files import TokenizerParts
 from barefoot.io.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, merges_by_score
+
+BATCH = 256  # items of a long array that are encoded together
 
 
 def export_tokenizer(parts: TokenizerParts, chat_template: str | None, folder: Path) -> None:
@@ -41,12 +46,41 @@ def export_tokenizer(parts: TokenizerParts, chat_template: str | None, folder: P
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     with atomic_writer(path) as file:
-        for piece in json.JSONEncoder(ensure_ascii=False, indent=1).iterencode(content):  # never the whole text
+        for piece in _encoded(content):
             file.write(piece.encode())
 
 
+@dataclass(frozen=True)
+class _Lazy:
+    """An object or an array of JSON whose items, encoded, come one at a time."""
+
+    brackets: str
+    items: Iterator[str]
+
+
+def _encoded(value: Any) -> Iterator[str]:
+    """JSON in pieces, so that a vocabulary's whole text is never there."""
+    if isinstance(value, _Lazy):
+        yield value.brackets[0]
+        for number, batch in enumerate(iter(lambda: list(islice(value.items, BATCH)), [])):
+            yield (",\n" if number else "\n") + ",\n".join(batch)
+        yield value.brackets[1]
+    elif isinstance(value, dict):
+        yield "{"
+        for number, (key, each) in enumerate(value.items()):
+            yield f"{',' if number else ''}\n{_json(key)}: "
+            yield from _encoded(each)
+        yield "}"
+    else:
+        yield _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def tokenizer_json(parts: TokenizerParts) -> dict[str, Any]:
-    """The content of a tokenizer.json with all entries; it encodes and decodes as ``parts`` do."""
+    """The content of a tokenizer.json with all entries, long ones lazy; it encodes and decodes as ``parts`` do."""
     vocabulary = parts.vocabulary
     added = [
         {
@@ -75,18 +109,21 @@ def tokenizer_json(parts: TokenizerParts) -> dict[str, Any]:
 
 def _model(parts: TokenizerParts) -> dict[str, Any]:
     vocabulary = parts.vocabulary
-    texts = [vocabulary.text(i) for i in range(len(vocabulary))]
+    text, every = vocabulary.text, range(len(vocabulary))
     if parts.model == "Unigram":
         assert vocabulary.scores is not None
-        scored = list(zip(texts, vocabulary.scores.tolist(), strict=True))
+        scored = _Lazy("[]", (_json([text(i), float(score)]) for i, score in enumerate(vocabulary.scores)))
         options = {"byte_fallback": bool(parts.options.get("byte_fallback"))}
         return {"type": "Unigram", "unk_id": parts.unk_id, "vocab": scored, **options}
-    entries = {text: i for i, text in reversed(list(enumerate(texts)))}  # of equal texts the first counts
+    repeated = set(vocabulary.repeated().tolist())  # of equal texts the first counts
+    entries = _Lazy("{}", (f"{_json(text(i))}: {i}" for i in every if i not in repeated))
     if parts.merges is None:
-        merges = merges_by_score(vocabulary, range(len(vocabulary)))
+        ways = merges_by_score(vocabulary, np.arange(len(vocabulary)))
+        merges = _Lazy("[]", (_json([text(left), text(right)]) for left, right in ways))
     else:
-        merges = parts.merges.among(vocabulary, entries, np.arange(len(vocabulary)))
-    unk = None if parts.unk_id is None else texts[parts.unk_id]
+        among = parts.merges.among(vocabulary, {text(i) for i in every}, np.arange(len(vocabulary)))
+        merges = _Lazy("[]", (_json(pair) for pair in among))
+    unk = None if parts.unk_id is None else text(parts.unk_id)
     return {"type": "BPE", "unk_token": unk, **parts.options, "vocab": entries, "merges": merges}
 
 

@@ -52,8 +52,7 @@ class TokenizerParts:
 
 # While loading, beyond what stays: sorting and hashing an entry, splitting and finding a merge, windows of the file.
 LOAD_BYTES_PER_ENTRY, LOAD_BYTES_PER_MERGE, LOAD_BYTES = 20, 60, 1 << 20
-# While it is written as JSON: texts and the tables that find them; scored entries come apart in about two ways each.
-EXPORT_BYTES_PER_ENTRY, EXPORT_BYTES_PER_MERGE, EXPORT_BYTES_PER_SCORED = 220, 180, 600
+EXPORT_BYTES_PER_ENTRY = 190  # while it is written: the set of all texts, or the ways to cut them
 
 
 def footprint_bytes(metadata: Mapping[str, Any]) -> int:
@@ -72,9 +71,7 @@ def load_bytes(metadata: Mapping[str, Any]) -> int:
 
 def export_bytes(metadata: Mapping[str, Any]) -> int:
     """The most that is held while that tokenizer is written as files, what loading it leaves included."""
-    tokens, n_merges, scored = _counts(metadata)
-    writing = tokens.count * (EXPORT_BYTES_PER_SCORED if scored else EXPORT_BYTES_PER_ENTRY)
-    return footprint_bytes(metadata) + writing + n_merges * EXPORT_BYTES_PER_MERGE
+    return footprint_bytes(metadata) + _counts(metadata)[0].count * EXPORT_BYTES_PER_ENTRY
 
 
 def _counts(metadata: Mapping[str, Any]) -> tuple[GGUFArray, int, bool]:

@@ -12,8 +12,7 @@ both are then reported, and a reported entry that does not occur is harmless, si
 from __future__ import annotations
 
 import re
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,6 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds
 _P32, _P64 = 0x9E3779B1, 0x9E3779B97F4A7C15  # odd, so that powers can be undone
 _BYTE_TEXT = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _CHUNK, _HASHED = 1 << 16, 1 << 10  # text positions, and entries, hashed at a time
+_CUT = 1 << 12  # entries cut in two at a time
 _MAX_ENTRIES = 1 << 24
 
 
@@ -86,6 +86,13 @@ class Vocabulary:
 
     def text(self, entry: int) -> str:
         return self.raw(entry).decode("utf-8", "replace")
+
+    def repeated(self) -> np.ndarray:
+        """Sorted ids of the entries whose text an earlier one has too."""
+        hashes = _hashes(self, np.arange(len(self)))
+        order = np.argsort(hashes, kind="stable")
+        again = np.flatnonzero(np.diff(hashes[order]) == 0) + 1
+        return np.sort(order[again])
 
     def of_kind(self, *kinds: int) -> np.ndarray:
         """Sorted ids of the entries of these kinds."""
@@ -159,17 +166,15 @@ class Merges:
     def resident_bytes(self) -> int:
         return self.results.nbytes + self.splits.nbytes
 
-    def among(self, vocabulary: Vocabulary, kept: dict[str, int], words: np.ndarray) -> list[tuple[str, str]]:
+    def among(self, vocabulary: Vocabulary, kept: Container[str], words: np.ndarray) -> Iterator[tuple[str, str]]:
         """The merges that make one of the entries ``words`` out of texts in ``kept``, best rank first."""
-        pairs = []
         is_word = np.zeros(len(vocabulary), bool)
         is_word[words] = True
         for rank in np.flatnonzero(is_word[self.results]).tolist():
             raw, split = vocabulary.raw(int(self.results[rank])), int(self.splits[rank])
             left, right = raw[:split].decode("utf-8", "replace"), raw[split:].decode("utf-8", "replace")
             if left in kept and right in kept:
-                pairs.append((left, right))
-        return pairs
+                yield left, right
 
 
 def split_at_space(blob: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -191,31 +196,58 @@ def split_at_space(blob: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, n
     return joined, (offsets - np.arange(len(offsets), dtype=np.uint32)).astype(np.uint32), separators - starts
 
 
-def merges_by_score(vocabulary: Vocabulary, entries: Iterable[int]) -> list[tuple[str, str]]:
-    """SentencePiece BPE: every way to make one of ``entries`` out of two others, best score first.
+def merges_by_score(vocabulary: Vocabulary, entries: np.ndarray) -> np.ndarray:
+    """SentencePiece BPE: every way to make one of ``entries`` (rising ids) out of two others, int32 (n, 2), best score
+    first.
 
     Ties as in transformers' conversion: in the order of the ids of left and right part within an entry, of ids between
-    entries, after longer left and right parts.
+    entries, after longer left and right parts. Of entries with one text the last one counts.
     """
     assert vocabulary.scores is not None
-    ids = {vocabulary.text(i): i for i in entries}
-    texts = list(ids)
-    place = {text: at for at, text in enumerate(texts)}
-    made, left, right = array("i"), array("i"), array("i")  # places in ``texts``: half a million tuples would be large
-    for at, text in enumerate(texts):
-        for k in range(1, len(text)):
-            if (head := place.get(text[:k])) is not None and (tail := place.get(text[k:])) is not None:
-                made.append(at)
-                left.append(head)
-                right.append(tail)
-    by_place = np.array(list(ids.values()), np.int64)
-    lengths = np.array([len(text) for text in texts], np.int64)
-    whole, heads, tails = (
-        np.frombuffer(each, np.intc) if each else np.empty(0, np.intc) for each in (made, left, right)
-    )
-    scores = np.asarray(vocabulary.scores)[by_place]
-    order = np.lexsort((by_place[tails], by_place[heads], whole, -lengths[tails], -lengths[heads], -scores[whole]))
-    return [(texts[heads[i]], texts[tails[i]]) for i in order]
+    hashes = _hashes(vocabulary, entries)
+    order = np.argsort(hashes, kind="stable")
+    last = np.append(np.diff(hashes[order]) != 0, True)[: len(order)]
+    known, by_hash = hashes[order][last], entries[order][last].astype(np.int32)
+    entries = np.sort(by_hash)
+    cuts = [_cuts(vocabulary, entries[begin : begin + _CUT], known) for begin in range(0, max(1, len(entries)), _CUT)]
+    whole, head, tail, n_left, n_right = (np.concatenate(each) for each in zip(*cuts, strict=True))
+    left, right = by_hash[head], by_hash[tail]
+    best = np.lexsort((right, left, whole, -n_right, -n_left, -np.asarray(vocabulary.scores)[whole]))
+    return np.stack([left[best], right[best]], axis=1)
+
+
+def _hashes(vocabulary: Vocabulary, entries: np.ndarray) -> np.ndarray:
+    blob, ends = _gathered(vocabulary, entries)
+    return hash_segments(blob, ends[:-1], ends[1:], np.uint64)
+
+
+def _gathered(vocabulary: Vocabulary, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The texts of ``entries`` one after the other, and where each begins, int64 (n + 1,)."""
+    starts = vocabulary.offsets[entries].astype(np.int64)
+    ends = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum(vocabulary.offsets[1:][entries] - starts, out=ends[1:])
+    return vocabulary.blob[np.repeat(starts - ends[:-1], np.diff(ends)) + np.arange(ends[-1])], ends
+
+
+def _cuts(vocabulary: Vocabulary, entries: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, ...]:
+    """All ways to cut ``entries`` between characters into two texts whose hashes are ``known`` (sorted): the entry, the
+    places of its parts' hashes, and the characters of its parts, int32 each."""
+    blob, ends = _gathered(vocabulary, entries)
+    at = np.flatnonzero((blob & 0xC0) != 0x80)  # a character begins
+    owner = np.searchsorted(ends, at, "right") - 1
+    inside = at > ends[owner]
+    at, owner = at[inside], owner[inside]
+    n_cuts = np.bincount(owner, minlength=len(entries))
+    n_left = np.arange(len(owner)) - (np.cumsum(n_cuts) - n_cuts)[owner] + 1
+    found = np.ones(len(owner), bool)
+    places = []
+    for low, high in ((ends[owner], at), (at, ends[owner + 1])):
+        hashes = hash_segments(blob, low, high, np.uint64)
+        place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        found &= known[place] == hashes
+        places.append(place)
+    n_right = n_cuts[owner] + 1 - n_left
+    return tuple(each[found].astype(np.int32) for each in (entries[owner], *places, n_left, n_right))
 
 
 def hash_segments(blob: np.ndarray, starts: np.ndarray, ends: np.ndarray, dtype: type) -> np.ndarray:
