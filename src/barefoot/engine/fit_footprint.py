@@ -25,13 +25,14 @@ from barefoot.weights.structures import Structure
 PACK_BYTES_PER_WEIGHT = 5  # of passing arrays while codes become blocks; a test measures it
 
 
-def warm_up(solver: Solver) -> None:
-    """Let libraries load and make their own buffers, which are then part of what the process has resident: BLAS,
-    LAPACK, and PyTorch where the solver learns."""
-    single, double = np.eye(512, dtype=np.float32), np.eye(512)
+def warm_up(spec: ModelSpec, solver: Solver) -> None:
+    """Let libraries load and make their own buffers, which are then part of what the process has resident: BLAS, whose
+    buffers are as wide as products are, LAPACK, and PyTorch where the solver learns."""
+    widest = max(w.cols for w in spec.weights if w.layer is not None)
+    double = np.eye(512)
+    np.matmul(double.astype(np.float32), np.ones((512, widest), np.float32))
     np.linalg.solve(double @ double, double[:, :128])
     np.linalg.cholesky(double)
-    np.matmul(single, single, out=single)
     if isinstance(solver, LayerSolver):
         solver.warm_up()
 

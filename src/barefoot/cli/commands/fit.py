@@ -158,7 +158,7 @@ def _job(
         "list[Solver]",
         [parse_composition(each, techniques("weights.solvers"), "weights.solvers")[0] for each in stated],
     )
-    limit, reserved = args.fit_memory or args.memory, _reserved(solvers[0])
+    limit, reserved = args.fit_memory or args.memory, _reserved(spec, solvers[0])
     writing = reserved + (export_bytes(checkpoint.config) if checkpoint.kind == "gguf" else 0)
     if limit is not None and writing > limit:
         raise _too_much("writing the tokenizer", writing, limit)
@@ -180,7 +180,7 @@ def _job(
     return job, sum(o.cost for o in chosen.values()), _whole(_peak(reserved, spec, job), writing, probing)
 
 
-def _reserved(solver: Solver) -> int:
+def _reserved(spec: ModelSpec, solver: Solver) -> int:
     """Bytes of the process before the fit allocates anything, PyTorch's among them where the solver learns, and the
     allocator's slack."""
     from barefoot.core.measure import keep_no_freed_memory
@@ -188,7 +188,7 @@ def _reserved(solver: Solver) -> int:
     from barefoot.plan.reserved import SLACK_BYTES, reserved_expected, reserved_now
 
     keep_no_freed_memory()
-    warm_up(solver)
+    warm_up(spec, solver)
     return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES
 
 

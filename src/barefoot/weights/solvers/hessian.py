@@ -83,9 +83,16 @@ def corrected(weight: F32, inputs: Inputs, damp: float) -> F32:
 
 
 def corrected_bytes(rows: int, cols: int) -> int:
-    """The most that :func:`corrected` allocates, its result included: the factor, and some columns three times."""
+    """The most that :func:`corrected` allocates, its result included: the factor, and some columns three times, with
+    what LAPACK copies."""
     step = min(BLOCK, cols)
-    return 4 * rows * cols + 4 * cols * (cols + step) + 3 * 8 * rows * step
+    return 4 * rows * cols + 4 * cols * (cols + step) + 3 * 8 * rows * step + lapack_bytes(step, rows)
+
+
+def lapack_bytes(step: int, most: int) -> int:
+    """What ``numpy.linalg.solve`` copies of a corner of ``step`` columns and up to ``most`` right-hand sides; numpy
+    does not tell tracemalloc of it."""
+    return 8 * step * (step + most)
 
 
 def ridge(hessian: F32, damp: float) -> np.float32:
