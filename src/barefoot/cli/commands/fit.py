@@ -25,6 +25,7 @@ WINDOW, TOKENS = 512, 16384
 SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVERS = "gptq", "gptq(drift=0)"  # the first one that memory has room for
 CONTEXT = 1024
+SLACK_BYTES = 8 << 20  # page tables, and what libraries keep between calls: up to 5 MiB were measured above the count
 LEAST_WINDOW = 128  # tokens, below which a fit is refused rather than made worse
 SENSITIVITY = "fit-sensitivity.json"
 
@@ -185,7 +186,7 @@ def _reserved(spec: ModelSpec, solver: Solver) -> int:
     allocator's slack."""
     from barefoot.core.measure import keep_no_freed_memory
     from barefoot.engine.fit_footprint import warm_up
-    from barefoot.plan.reserved import SLACK_BYTES, reserved_expected, reserved_now
+    from barefoot.plan.reserved import reserved_expected, reserved_now
 
     keep_no_freed_memory()
     warm_up(spec, solver)
