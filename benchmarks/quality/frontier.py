@@ -7,7 +7,8 @@ REFERENCE is a dithered file of floats (quality.dithered), so that no grid is pr
 interpreter that has it; a peer without one is left out. Importance matrices are the mean squares of the inputs on the
 same text that fits look at. Every contender is measured on its weights alone: they are decoded to floats, and the same
 engine computes with float32 activations. Bits count every stored byte of every tensor, embedding included. What is
-measured stands in DIR/points.json too, and a benchmark that was interrupted goes on behind it.
+measured stands in DIR/points.json too, and a benchmark that was interrupted goes on behind it: remove what other code
+has measured.
 """
 
 from __future__ import annotations
@@ -234,6 +235,9 @@ def main() -> None:
         below = [p.kl for p in peers if p.n_bytes <= point.n_bytes * 1.002]
         expected = between(_best(peers), point.n_bytes)
         at_equal = min([*below, *([expected.kl] if expected else [])], default=math.inf)
+        if at_equal == math.inf:
+            print(f"  no peer takes as few bytes as {bits} bits a weight")
+            continue
         ratios[f"KL over the best peer's at {bits} bits"] = round(point.kl / at_equal, 4)
         claims.append(claim(f"KL over the best peer's at {bits} bits", point.kl / at_equal, at_most=1.0))
         claims.append(claim(f"the same, the aim at {bits} bits", point.kl / at_equal, at_most=0.7))

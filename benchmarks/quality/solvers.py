@@ -149,7 +149,7 @@ def fits(args: argparse.Namespace, texts: npt.NDArray[np.int32], judged: list[li
             formats = {w.name: format_id for w in spec.weights if w.group in ("attn", "ffn")}
             formats["embed"] = "int8_g64_asym"
             fit(checkpoint, spec, Fit(formats, solver_of(text), texts), target).finish({})
-        found[f"{format_id} {text}"] = judge(f"{format_id} {text}", functools.partial(tuple, (str(target), 0))).kl
+        found[f"{format_id} {text}"] = judge(f"{format_id} {text}", lambda path=str(target): (path, 0)).kl
     return found
 
 

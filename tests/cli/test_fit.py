@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from barefoot.cli.commands import all_commands
+from barefoot.cli.commands import fit as fit_command
+from barefoot.core.errors import OverBudget
+from barefoot.engine.fitting import Fit
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks
+from barefoot.weights.solvers.gptq import Gptq
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +134,14 @@ def test_compare_measures_formats_and_what_to_expect_of_a_fit(barefoot, tiny_ggu
     assert len(fits) == 4
     assert fits[0]["n_bytes"] < 48_000 < fits[-1]["n_bytes"]
     assert fits[-1]["kl"] < record["expected"]["kl"] < fits[0]["kl"]
+
+
+def test_what_was_begun_goes_on_though_another_solver_has_room_now(monkeypatch):
+    texts = np.zeros((2, 512), np.int32)
+    jobs = [Fit({"embed": "int4_g32_asym"}, Gptq(), texts), Fit({"embed": "int4_g32_asym"}, Gptq(drift=0), texts)]
+    monkeypatch.setattr(fit_command, "_peak", lambda reserved, spec, job: 100)
+    assert fit_command._within(100, 0, None, jobs, lambda job: False) is jobs[0]
+    begun = fit_command._within(100, 0, None, jobs, lambda job: not job.solver.drift and job.texts.shape == (4, 256))
+    assert (begun.solver, begun.texts.shape) == (Gptq(drift=0), (4, 256))
+    with pytest.raises(OverBudget, match="the fit takes 100"):
+        fit_command._within(99, 0, None, jobs, lambda job: False)

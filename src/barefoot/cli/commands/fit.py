@@ -224,7 +224,8 @@ def _within(
     if limit is None:
         return jobs[0]
     least = None
-    for job in (each for first in jobs for each in _shorter(first)):
+    every = [each for first in jobs for each in _shorter(first)]
+    for job in [*filter(begun, every), *every]:
         peak = _peak(reserved, spec, job)
         if peak is None:
             raise InvalidInput(
