@@ -103,8 +103,9 @@ class ExactLayer:
 
         def enter(stage: str, x: F32) -> list[F32]:
             if squares is not None:
+                here = np.einsum("nc,nc->c", x, x)
                 for name in (self.prefix + role for role in STAGES[stage]):
-                    squares[name] = squares.get(name, np.float32(0)) + np.einsum("nc,nc->c", x, x)
+                    squares[name] = squares.get(name, np.float32(0)) + here
             return products(x, [matrices[role] for role in STAGES[stage]])
 
         attended = there.attend(*enter("attn_in", there.attn_in(hidden)))
