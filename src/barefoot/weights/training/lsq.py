@@ -1,0 +1,134 @@
+"""Fine-tuning with learned step sizes: weights and inputs of any PyTorch modules rounded in every forward pass.
+
+A Survey of Quantization Methods for Efficient Neural Network Inference (Gholami et al. 2021, arXiv:2103.13630), section
+III.G: quantization-aware training with the straight-through estimator, steps learned beside the weights as in LSQ
+(Learned Step Size Quantization, Esser et al. 2020, arXiv:1902.08153). With q levels above 0 and n values to a step s::
+
+    x̂ = s l,  l = clip(round(x / s), -q - 1 or 0, q)
+    dx̂/dx = 1 inside, 0 where clipped        dx̂/ds = (l - x / s inside, l where clipped) / sqrt(n q)
+
+Weights have a step for each row, inputs one for the whole array, without a sign where none was seen. Divided by
+sqrt(n q), gradients of steps let them learn at the weights' rate. *Differs from LSQ*: inside reaches half a step beyond
+the last levels, where rounding moves as far as elsewhere, and steps begin where the squared error is least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from barefoot.core.errors import InvalidInput
+from barefoot.weights import bitstream
+from barefoot.weights.affine import Affine
+from barefoot.weights.ranges import least_error
+from barefoot.weights.taxonomy import Encoded, Quantizer
+from barefoot.weights.training.grids import Levels
+
+SAMPLE = 1 << 16  # values of an input on which its first step is chosen
+
+
+class Bits(NamedTuple):
+    """Of a module: of its weight, and of its input (None leaves it as it is)."""
+
+    weight: int
+    inputs: int | None = 8
+
+
+class Steps(nn.Module):
+    """Rounds arrays to ``bits``, learning a step for each of their ``n_rows``."""
+
+    def __init__(self, bits: int, signed: bool, start: Tensor) -> None:
+        super().__init__()
+        zero = 1 << (bits - 1) if signed else 0
+        codes = range(1 << bits)
+        self.levels = Levels(tuple(float(code - zero) for code in codes), tuple(codes), True, False)
+        self.bits, self.step = bits, nn.Parameter(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(len(self.step), -1)
+        pace = (rows.shape[1] * self.levels.values[-1]) ** -0.5
+        step = self.step * pace + (self.step * (1 - pace)).detach()
+        return self.levels.rounded(rows, step, torch.zeros_like(step)).reshape(x.shape)
+
+
+@contextmanager
+def rounding(modules: Mapping[nn.Module, Bits], calibrate: Callable[[], object]) -> Iterator[None]:
+    """While this lasts, the ``weight`` of each module and the input of its ``forward`` are rounded.
+
+    ``calibrate`` runs the model once on typical inputs. Steps are parameters of the modules, so any training loop
+    learns them with the weights; optimizers must be made inside. Afterwards the modules hold their masters again:
+    take ``stored`` before.
+
+    Raises
+    ------
+    InvalidInput : weights of fewer than 2 bits or more than 8, inputs of fewer than 1 or more than 8; ``calibrate``
+        leaves a module out whose inputs are to be rounded.
+    """
+    starts: dict[nn.Module, Steps] = {}
+
+    def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        bits, x = modules[module].inputs, inputs[0].detach().reshape(1, -1)
+        if bits is not None and module not in starts:
+            signed = bool((x < 0).any())
+            if signed and bits < 2:
+                raise InvalidInput("1 bit has no level below 0", cure="give inputs with a sign at least 2 bits")
+            x = x[:, :: -(-x.shape[1] // SAMPLE)]
+            starts[module] = Steps(bits, signed, _start(x, bits, signed))
+
+    for bits in modules.values():
+        Affine(bits.weight, "full")
+        if bits.inputs is not None:
+            Affine(bits.inputs)
+    hooks = [module.register_forward_pre_hook(measure) for module in modules]
+    try:
+        with torch.no_grad():
+            calibrate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [module for module, bits in modules.items() if bits.inputs is not None and module not in starts]
+    if missed:
+        raise InvalidInput(f"calibration met no input of {missed[0]}", cure="run all of the model in it")
+    hooks = []
+    try:
+        for module, bits in modules.items():
+            rows = module.weight.detach().reshape(len(module.weight), -1)  # type: ignore[arg-type, operator]
+            steps = Steps(bits.weight, True, _start(rows, bits.weight, True))
+            parametrize.register_parametrization(module, "weight", steps, unsafe=True)
+            if module in starts:
+                module.register_module("input_steps", starts[module])
+                hooks.append(module.register_forward_pre_hook(lambda it, inputs: (it.input_steps(inputs[0]),)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in modules:
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            if hasattr(module, "input_steps"):
+                del module.input_steps
+
+
+def _start(rows: Tensor, bits: int, signed: bool) -> Tensor:
+    """The steps (n, 1) of least squared error of ``rows`` (n, k)."""
+    grid = Affine(bits, "full" if signed else "asymmetric")
+    low, high = least_error(rows.float(), grid)
+    return grid.parameters(low if signed else torch.zeros_like(high), high)[0]
+
+
+def stored(module: nn.Module) -> Encoded:
+    """The bytes of a module's rounded weight, a matrix of as many rows: what it multiplies by, inside ``rounding``."""
+    weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    steps: Steps = module.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
+    rows = weight.detach().reshape(len(weight), -1)
+    shape = (rows.shape[0], rows.shape[1])
+    solution = steps.levels.solution(rows, steps.step, torch.zeros_like(steps.step), shape)
+    codes = bitstream.pack(solution.codes.astype(np.uint16).reshape(-1), steps.bits)
+    scales = solution.params.reshape(-1).astype(np.float16)
+    return Encoded(Quantizer(steps.bits, symmetry="full"), shape, codes, scales, None, None)
