@@ -36,7 +36,7 @@ JSON_KEYS = {
     "model": "what was stored in all these ways",
     "text": "what quality was measured on",
     "reference_perplexity": "of the model as it comes",
-    "points": "name, n_bytes, kl and perplexity of each way of storing it",
+    "points": "name, n_bytes, kl and perplexity of each way of storing it; of fits also the cost that was foreseen",
     "frontier": "names of the points that no other one beats, by rising bytes",
     "memory": "the size that was asked for, or null",
     "expected": "KL and perplexity to expect of a fit to that size, from the fits around it; or null",
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from barefoot.engine.specs import model_spec
-    from barefoot.evals.frontier import between, frontier
+    from barefoot.evals.frontier import expected, frontier
     from barefoot.evals.scoring import text_windows
     from barefoot.evals.texts import read_text
     from barefoot.io.inventory import Checkpoint
@@ -84,11 +84,13 @@ def execute(args: argparse.Namespace) -> int:
         measure = _Measure(checkpoint, spec, text_windows(text, tokenizer, WINDOW, args.tokens), report)
         points = list(_uniform(spec, args.formats, measure))
         fitted: list[Point] = []
+        foreseen: Point | None = None
         if args.memory is not None:
             folder = Path(args.keep or stack.enter_context(tempfile.TemporaryDirectory()))
-            fitted = list(_fits(args, checkpoint, spec, tokenizer, fit_text, folder, measure, report))
+            cost, fits = _fits(args, checkpoint, spec, tokenizer, fit_text, folder, measure, report)
+            fitted = list(fits)
+            foreseen = expected(fitted, args.memory, cost)
     best = frontier([*points, *fitted])
-    expected = None if args.memory is None else between(fitted, args.memory)
     result = {
         "model": args.model,
         "text": Path(args.text).name,
@@ -96,7 +98,7 @@ def execute(args: argparse.Namespace) -> int:
         "points": [asdict(p) for p in sorted([*points, *fitted], key=lambda p: p.n_bytes)],
         "frontier": [p.name for p in best],
         "memory": args.memory,
-        "expected": None if expected is None else {"kl": expected.kl, "perplexity": expected.perplexity},
+        "expected": None if foreseen is None else {"kl": foreseen.kl, "perplexity": foreseen.perplexity},
     }
     if args.png:
         _draw(args.png, args.model, points, fitted, args.memory)
@@ -116,7 +118,15 @@ class _Measure:
         self.checkpoint, self.spec, self.texts, self.report = checkpoint, spec, texts, report
         self.reference_perplexity = float("nan")
 
-    def __call__(self, name: str, n_bytes: int, checkpoint: Checkpoint, spec: ModelSpec, layout: str | None) -> Point:
+    def __call__(
+        self,
+        name: str,
+        n_bytes: int,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        layout: str | None = None,
+        cost: float | None = None,
+    ) -> Point:
         from barefoot.engine.runner import Engine
         from barefoot.evals.frontier import Point
         from barefoot.evals.scoring import score
@@ -127,7 +137,7 @@ class _Measure:
         ):
             found = score(self.texts, engine, reference, lambda done, total: self.report(done, total, name))
         self.reference_perplexity = found["reference_perplexity"]
-        return Point(name, n_bytes, found["kl_mean"], found["perplexity"])
+        return Point(name, n_bytes, found["kl_mean"], found["perplexity"], cost)
 
 
 def _config(spec: ModelSpec, layout: str | None) -> EngineConfig:
@@ -170,8 +180,8 @@ def _fits(
     folder: Path,
     measure: _Measure,
     report: progress.Report,
-) -> Iterator[Point]:
-    """The model fitted to sizes around ``--memory``, as ``barefoot fit`` does it."""
+) -> tuple[float, Iterator[Point]]:
+    """The cost that is foreseen at ``--memory``, and the model fitted to sizes around it, as ``barefoot fit`` does."""
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
     from barefoot.engine.allocation import choose, measured_options
@@ -186,17 +196,22 @@ def _fits(
     texts = spread_windows(text, tokenizer, WINDOW, args.fit_tokens // WINDOW)
     probes = spread_windows(text, tokenizer, PROBE_WINDOW, PROBE_WINDOWS)
     choices = measured_options(Source(checkpoint, spec), spec, probes, folder / "sensitivity.json", report)
-    for share in SIZES:
+
+    def fitted(share: float) -> Point:
         chosen = choose(spec, choices, int(share * args.memory))
         job = Fit({name: option.name for name, option in chosen.items()}, solver, texts)
         path = folder / f"{int(share * args.memory)}-{job.key(checkpoint)[:12]}"
         if not (path / "config.json").is_file():
             fit(checkpoint, spec, job, path, report).finish({"solver": str(solver)})
-        with Checkpoint(path) as fitted:
-            its_spec = model_spec(fitted)
+        with Checkpoint(path) as small:
+            its_spec = model_spec(small)
             n_bytes = sum(map(stored_bytes, its_spec.weights))
             bits = 8 * n_bytes / spec.n_parameters
-            yield measure(f"fit, {bits:.2f} bits", n_bytes, fitted, its_spec, None)
+            cost = sum(option.cost for option in chosen.values())
+            return measure(f"fit, {bits:.2f} bits", n_bytes, small, its_spec, cost=cost)
+
+    cost = sum(option.cost for option in choose(spec, choices, args.memory).values())
+    return cost, map(fitted, SIZES)
 
 
 def _show(result: dict[str, Any], spec: ModelSpec) -> None:
