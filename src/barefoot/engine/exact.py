@@ -12,6 +12,7 @@ from barefoot import ops
 from barefoot.core.model import ModelSpec
 from barefoot.engine.calibration import PIECE_TOKENS, pieces
 from barefoot.engine.layer_pass import STAGES, LayerPass
+from barefoot.engine.rows import decode as decode_blocks
 from barefoot.engine.source import Source, factors, products
 
 F32 = npt.NDArray[np.float32]
@@ -24,7 +25,8 @@ TOGETHER_BYTES = 4 << 20  # of hidden states that go through a layer while it is
 def embedded(source: Source, spec: ModelSpec, texts: Ids, change: Callable[[F32], F32] | None = None) -> F32:
     """The hidden states (n_windows, window, d) that ``texts`` begin with; ``change`` may replace embeddings (n, d)."""
     ids, places = np.unique(texts, return_inverse=True)
-    rows = np.concatenate([source.floats("embed", int(i), 1) for i in ids])
+    weight = source.weights["embed"]
+    rows = decode_blocks(weight.format, np.concatenate([source.stored("embed", int(i), 1) for i in ids]), weight.cols)
     rows = rows if change is None else change(rows)
     rows *= np.float32(spec.embed_scale)
     return rows[places].reshape(*texts.shape, spec.d_model)

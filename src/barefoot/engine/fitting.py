@@ -25,7 +25,7 @@ from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec
 from barefoot.engine.calibration import KNOWLEDGE, Passage, measure, measure_drift
-from barefoot.engine.exact import ROLES, last_states
+from barefoot.engine.exact import ROLES, embedded, last_states
 from barefoot.engine.fit_state import FitState, Stream
 from barefoot.engine.layer_pass import STAGES, LayerPass, rotations
 from barefoot.engine.rows import decode as decode_blocks
@@ -152,17 +152,15 @@ class _Fitting:
 
     def _embed(self, hidden: Stream, as_stored: bool) -> None:
         """The hidden states that the text begins with: of the embedding as it is stored now, or as it was."""
-        weight = self.source.weights["embed"]
-        layout = self._layout("embed") if as_stored else weight.format
+        cols = self.source.weights["embed"].cols
         for i in range(len(hidden)):
-            tokens, places = np.unique(self.job.texts[i], return_inverse=True)
             if as_stored:
-                rows = self.folder.rows("embed", tokens)
+                tokens, places = np.unique(self.job.texts[i], return_inverse=True)
+                floats = decode_blocks(self._layout("embed"), self.folder.rows("embed", tokens), cols)
+                floats *= np.float32(self.spec.embed_scale)
+                hidden[i] = floats[places]
             else:
-                rows = np.concatenate([self.source.stored("embed", int(token), 1) for token in tokens])
-            floats = decode_blocks(layout, rows, weight.cols)
-            floats *= np.float32(self.spec.embed_scale)
-            hidden[i] = floats[places]
+                hidden[i] = embedded(self.source, self.spec, self.job.texts[i : i + 1])[0]
 
     def _seen_by_head(self) -> Inputs | None:
         """What the embedding meets where it is the head too: the exact model's last hidden states."""

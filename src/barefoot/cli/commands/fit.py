@@ -236,7 +236,7 @@ def _within(
             return job
         least = peak if least is None else min(least, peak)
     assert least is not None
-    raise _too_much("the fit", least, limit)
+    raise _too_much("the fit", least, limit, "; the solver mse takes least")
 
 
 def _shorter(job: Fit) -> Iterator[Fit]:
@@ -250,14 +250,14 @@ def _shorter(job: Fit) -> Iterator[Fit]:
         yield replace(job, texts=job.texts.reshape(n_windows, window))
 
 
-def _too_much(what: str, needed: int, limit: int) -> Exception:
+def _too_much(what: str, needed: int, limit: int, or_else: str = "") -> Exception:
     from barefoot.core.errors import OverBudget
 
     return OverBudget(
         f"{what} takes {format_bytes(needed)}, {format_bytes(limit)} are allowed",
         needed=needed,
         available=limit,
-        cure=f"allow it more: --fit-memory {-(-needed // 2**20)}MiB; the solver mse takes least",
+        cure=f"allow it more: --fit-memory {-(-needed // 2**20)}MiB{or_else}",
     )
 
 
