@@ -62,6 +62,7 @@ def test_exit_codes_are_those_of_the_exceptions():
         (["plan", "smollm2", "--memory", "12 apples"], "error: '12 apples' is not a size in bytes"),
         (["papers", "93"], "error: there is no paper 93; they are numbered 1 to 92"),
         (["papers", "14", "--status", "done"], "error: argument --status: invalid choice: 'done'"),
+        (["run", "model.gguf", "--prompt", "Hello"], "error: unrecognized arguments: --prompt"),
     ],
 )
 def test_wrong_input_is_one_line_and_a_cure(barefoot, arguments, first_line):

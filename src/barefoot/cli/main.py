@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=command.HELP,
             epilog="examples:\n" + "\n".join(f"  {line}" for line in command.EXAMPLES),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # --prompt is no short --prompts
         )
         command.configure(sub)
         sub.add_argument(
