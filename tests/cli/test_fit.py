@@ -67,6 +67,24 @@ def test_stated_formats_are_kept(barefoot, tiny_gguf, tmp_path):
     }
 
 
+def test_a_stack_is_fitted_and_sorted_within_what_was_predicted(barefoot, tiny_gguf, text, tmp_path):
+    command = ["fit", tiny_gguf.path, "--weights", "ffn=bitstack(blocks=3) attn=spqr", "--text", text, "--window", 128]
+
+    def fit(memory, name):
+        return barefoot(*command, "--fit-memory", memory, "-o", tmp_path / name, "--json", tmp_path / "fit.json")
+
+    assert fit("1GiB", "out").returncode == 0
+    record = json.loads((tmp_path / "fit.json").read_text())
+    predicted, measured = record["predicted_peak_bytes"], record["measured_peak_bytes"]
+    assert measured is None or predicted - (16 << 20) < measured <= predicted
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        assert len(model_spec(checkpoint).stack) == tiny_gguf.n_layers * 3 * 2
+    refused = fit(predicted - (4 << 20), "less")
+    assert refused.returncode == 3
+    assert "--fit-memory" in refused.stderr
+    assert not (tmp_path / "less" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

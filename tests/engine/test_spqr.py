@@ -124,5 +124,5 @@ def test_the_folder_has_the_bytes_of_the_formula(folders):
             n = part.n_bytes // 4 - weight.rows - 1
             size = weight.rows * weight.cols
             assert stored_bytes(weight) * 8 == size * (3 + 0.625) + 32 * n + 32 * (weight.rows + 1)
-            assert stored_bytes(weight) <= SPQR.most_bytes(weight.rows, weight.cols)
+            assert stored_bytes(weight) <= SPQR.most(weight.rows, weight.cols).n_bytes
             assert 0.8 * 0.02 * size <= n <= 0.02 * size

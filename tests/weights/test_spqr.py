@@ -57,15 +57,15 @@ def test_bytes_are_the_papers_bits_and_the_share_that_was_asked_for(bits, outlie
     stored = solved.rows.nbytes + sum(data.nbytes for _, data in solved.parts.values())
     offsets = 32 * (ROWS + 1) / size if outliers else 0
     assert 8 * stored / size == pytest.approx(bits + 6 / 16 + 64 / 256 + 32 * n / size + offsets, abs=1e-12)
-    assert stored == solved.n_bytes <= technique.most_bytes(ROWS, COLS)
-    assert technique.most_bytes(ROWS, COLS) - stored <= 4 * 0.2 * outliers * size + 4
+    assert stored == solved.n_bytes <= technique.most(ROWS, COLS).n_bytes
+    assert technique.most(ROWS, COLS).n_bytes - stored <= 4 * 0.2 * outliers * size + 4
     assert 0.8 * outliers * size <= n <= outliers * size
 
 
 def test_three_bits_and_one_percent_are_the_papers_figure():
     """3.945 bits a weight for r = 1 % (section 4.2's formula), where rows are long."""
     n_weights = 4096 * 65536
-    assert Spqr(bits=3).most_bytes(4096, 65536) * 8 / n_weights == pytest.approx(3.945 + 32 / 65536, abs=1e-3)
+    assert Spqr(bits=3).most(4096, 65536).n_bytes * 8 / n_weights == pytest.approx(3.945 + 32 / 65536, abs=1e-3)
 
 
 def test_outliers_are_kept_to_f16_of_what_their_codes_miss(matrix):
@@ -165,7 +165,7 @@ def test_what_can_not_be_is_refused():
         with pytest.raises(InvalidInput, match=message):
             Spqr(**knobs)
     with pytest.raises(Incompatible, match="96 columns are not a multiple"):
-        Spqr().most_bytes(8, 96)
+        Spqr().most(8, 96)
 
 
 def test_its_spec_string_round_trips():

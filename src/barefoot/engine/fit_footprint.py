@@ -6,33 +6,40 @@ writing hold no more than these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from barefoot.core.ledger import Footprint, Term, entry
-from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.core.model import ModelSpec, PartSpec, WeightSpec
 from barefoot.engine.calibration import HESSIAN_COLUMNS, KNOWLEDGE, PIECE_TOKENS
 from barefoot.engine.exact import ROLES, pass_bytes
 from barefoot.engine.fitting import CHUNK_WEIGHTS, WITHOUT_TEXT, Fit
 from barefoot.engine.layer_pass import STAGES
 from barefoot.engine.placement import stored_bytes
+from barefoot.engine.stacks import level_by_level
 from barefoot.ops import blocks, kv_row_bytes
 from barefoot.ops.grids import Grid
-from barefoot.weights.solvers import LayerSolver, Solver
+from barefoot.weights.solvers import Inputs, LayerSolver, Solver
 from barefoot.weights.structures import Structure
 
-PACK_BYTES_PER_WEIGHT = 5  # of passing arrays while codes become blocks; a test measures it
+# Of passing arrays; tests measure them.
+PACK_BYTES_PER_WEIGHT = 5  # while codes become blocks
+PART_BYTES_PER_WEIGHT = 5  # while a part becomes floats
 
 
-def warm_up(spec: ModelSpec, solver: Solver) -> None:
+def warm_up(spec: ModelSpec, solver: Solver, structures: Iterable[Structure] = ()) -> None:
     """Let libraries load and make their own buffers, which are then part of what the process has resident: BLAS, whose
-    buffers are as wide as products are, LAPACK, and PyTorch where the solver learns."""
+    buffers are as wide as products are, LAPACK, what structures use, and PyTorch where the solver learns."""
     widest = max(w.cols for w in spec.weights if w.layer is not None)
     double = np.eye(512)
     np.matmul(double.astype(np.float32), np.ones((512, widest), np.float32))
     np.linalg.solve(double @ double, double[:, :128])
     np.linalg.cholesky(double)
+    small = np.sin(np.arange(64 * 64, dtype=np.float32)).reshape(64, 64)
+    for structure in structures:
+        structure.solve(small, Inputs(np.ones(64, np.float32), np.eye(64, dtype=np.float32)))
     if isinstance(solver, LayerSolver):
         solver.warm_up()
 
@@ -49,6 +56,21 @@ def footprint(spec: ModelSpec, job: Fit) -> Footprint:
     return result
 
 
+def fitted(spec: ModelSpec, job: Fit) -> ModelSpec:
+    """The model as ``engine.fitting.fit`` will store it, with the most that structures take."""
+
+    def stored(weight: WeightSpec) -> WeightSpec:
+        how = job.formats.get(weight.name, weight.format)
+        if not isinstance(how, Structure):
+            return replace(weight, format=how, packed_bytes=0)
+        most = how.most(weight.rows, weight.cols)
+        parts = (PartSpec(label, *part, f"{weight.name}.{label}") for label, part in most.parts.items())
+        return replace(weight, format=most.format, parts=tuple(parts), packed_bytes=0)
+
+    weights = tuple(map(stored, spec.weights))
+    return replace(spec, weights=weights, stack=level_by_level(weights))
+
+
 def _outer(spec: ModelSpec, job: Fit, weight: WeightSpec) -> int:
     """The embedding or the head, some rows of it at a time; or what measures its inputs before."""
     some = max(1, min(weight.rows, CHUNK_WEIGHTS // weight.cols))
@@ -61,15 +83,19 @@ def _outer(spec: ModelSpec, job: Fit, weight: WeightSpec) -> int:
 
 def _solving(spec: ModelSpec, job: Fit, weight: WeightSpec, n: int) -> int:
     """``n`` weights of a matrix: as floats, beside the file's bytes, or codes and what choosing or packing takes."""
-    stored = stored_bytes(weight) * n // weight.n_elements
+    stored, how = stored_bytes(weight) * n // weight.n_elements, job.formats.get(weight.name)
+    if isinstance(how, Structure):
+        return 4 * n + max(stored, how.workspace_bytes(weight.rows, weight.cols))
     choosing, packing = n + _solve_bytes(spec, job, weight, n // weight.cols), (1 + PACK_BYTES_PER_WEIGHT) * n
     return 4 * n + max(stored, choosing, packing)
 
 
 def packed_bytes(job: Fit, weight: WeightSpec) -> int:
-    """Bytes of a matrix as it will be stored; of a structure those of 8 bits a weight."""
+    """Bytes of a matrix as it will be stored, at most."""
     how = job.formats.get(weight.name, weight.format)
-    return weight.n_elements if isinstance(how, Structure) else weight.rows * blocks.row_bytes(how, weight.cols)
+    if isinstance(how, Structure):
+        return how.most(weight.rows, weight.cols).n_bytes
+    return weight.rows * blocks.row_bytes(how, weight.cols)
 
 
 def _solve_bytes(spec: ModelSpec, job: Fit, weight: WeightSpec, n_rows: int) -> int:
@@ -93,8 +119,16 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
     }
     through = {"attn_out": "attn_in", "ffn_out": "ffn_in"}  # the matrices that it meets there
 
+    def of(stage: str) -> list[WeightSpec]:
+        return [weights[f"layers.{layer}.{role}"] for role in STAGES[stage]] if window else []
+
     def floats(stage: str) -> int:
-        return sum(4 * weights[f"layers.{layer}.{role}"].n_elements for role in STAGES[stage]) if window else 0
+        return sum(4 * w.n_elements for w in of(stage))
+
+    def decoding(stage: str) -> int:
+        """What comes beside these floats while parts are decoded, one by one, and added."""
+        sums = (w.n_elements for w in of(stage) if isinstance(job.formats.get(w.name), Structure))
+        return PART_BYTES_PER_WEIGHT * max(sums, default=0)
 
     kept = most = 0
     for stage, roles in STAGES.items():
@@ -112,10 +146,12 @@ def _layer(spec: ModelSpec, job: Fit, weights: Mapping[str, WeightSpec], layer: 
             beside = 4 * (d * width if alone else width**2)
             at_once = piece if stage == "ffn_out" else window
             adding += 4 * at_once * width + (4 * (d * width + at_once * d) if alone else 0)
-        arriving = going[stage] + (floats(through[stage]) if stage in through else 0)
+        arriving = going[stage]
+        if stage in through:
+            arriving = floats(through[stage]) + max(arriving, decoding(through[stage]))
         solving = max(_solving(spec, job, w, w.n_elements) for w in of_stage)
         packed = sum(packed_bytes(job, w) for w in of_stage)
-        leaving = arriving + floats(stage) + 4 * window * 2 * d if stage in through else 0
+        leaving = arriving + floats(stage) + max(4 * window * 2 * d, decoding(stage)) if stage in through else 0
         measuring = n_ways * arriving + triangle + beside + adding
         summing = moments + beside + triangle // 2
         solving += moments + beside + packed

@@ -151,8 +151,8 @@ def factors(rows: int, cols: int, block: U8) -> tuple[F16, F16]:
 def decode(rows: int, cols: int, block: U8) -> F32:
     """The weights float32 (rows, cols) of one block."""
     negative, u, v = unpack(rows, cols, block)
-    magnitude = u.astype(np.float32) @ v.astype(np.float32)
-    return np.where(negative, -magnitude, magnitude)
+    weights: F32 = u.astype(np.float32) @ v.astype(np.float32)
+    return np.negative(weights, out=weights, where=negative)
 
 
 def _flaw(rows: int, cols: int, block: U8) -> str | None:

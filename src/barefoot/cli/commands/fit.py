@@ -13,9 +13,10 @@ from barefoot.core.units import format_bytes, parse_bytes, parse_count
 from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from barefoot.core.model import ModelSpec
+    from barefoot.engine.config import EngineConfig
     from barefoot.engine.fitting import Fit, Ids
     from barefoot.io.inventory import Checkpoint
     from barefoot.weights.solvers import Solver
@@ -143,7 +144,7 @@ def _job(
     texts: Ids,
     probes: Ids,
     report: progress.Report,
-) -> tuple[Fit, float | None, int | None]:
+) -> tuple[Fit, float | None, int]:
     """What to do with each matrix; what rounding should cost where that was chosen here; and the predicted peak."""
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
@@ -159,7 +160,8 @@ def _job(
         "list[Solver]",
         [parse_composition(each, techniques("weights.solvers"), "weights.solvers")[0] for each in stated],
     )
-    limit, reserved = args.fit_memory or args.memory, _reserved(spec, solvers[0])
+    formats = {} if args.weights is None else _stated(args.weights, spec)
+    limit, reserved = args.fit_memory or args.memory, _reserved(spec, solvers[0], formats)
     writing = reserved + (export_bytes(checkpoint.config) if checkpoint.kind == "gguf" else 0)
     if limit is not None and writing > limit:
         raise _too_much("writing the tokenizer", writing, limit)
@@ -168,9 +170,8 @@ def _job(
         return job.key(checkpoint) == key_of(Path(args.output))
 
     if args.weights is not None:
-        formats = _stated(args.weights, spec)
         job = _within(limit, reserved, spec, [Fit(formats, solver, texts) for solver in solvers], begun)
-        return job, None, _whole(_peak(reserved, spec, job), writing)
+        return job, None, max(_peak(reserved, spec, job), writing)
     probing = reserved + workspace_bytes(spec, *probes.shape)
     if limit is not None and probing > limit:
         raise _too_much("measuring what rounding costs", probing, limit)
@@ -178,34 +179,33 @@ def _job(
     chosen = choose(spec, choices, _budget(args, spec))
     jobs = [Fit({n: o.name for n, o in chosen.items()}, solver, texts) for solver in solvers]
     job = _within(limit, reserved, spec, jobs, begun)
-    return job, sum(o.cost for o in chosen.values()), _whole(_peak(reserved, spec, job), writing, probing)
+    return job, sum(o.cost for o in chosen.values()), max(_peak(reserved, spec, job), writing, probing)
 
 
-def _reserved(spec: ModelSpec, solver: Solver) -> int:
+def _reserved(spec: ModelSpec, solver: Solver, formats: Mapping[str, str | Structure]) -> int:
     """Bytes of the process before the fit allocates anything, PyTorch's among them where the solver learns, and the
     allocator's slack."""
     from barefoot.core.measure import keep_no_freed_memory
     from barefoot.engine.fit_footprint import warm_up
     from barefoot.plan.reserved import reserved_expected, reserved_now
+    from barefoot.weights.structures import Structure
 
     keep_no_freed_memory()
-    warm_up(spec, solver)
+    warm_up(spec, solver, {how for how in formats.values() if isinstance(how, Structure)})
     return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES
 
 
-def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int | None:
-    """The predicted peak of a fit; None where a structure states no bytes of its own."""
-    from barefoot.engine.fit_footprint import footprint
-    from barefoot.weights.structures import Structure
+def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int:
+    """The predicted peak of a fit, and of sorting the stack that it may lead to."""
+    from barefoot.engine import footprint as running
+    from barefoot.engine.fit_footprint import fitted, footprint
+    from barefoot.evals.scoring import workspace_bytes
 
-    if any(isinstance(how, Structure) for how in job.formats.values()):
-        return None
-    return reserved + footprint(spec, job).peak()[1]
-
-
-def _whole(fit: int | None, *others: int) -> int | None:
-    """The peak of a fit and of what comes before and behind it; None where the fit's own is not known."""
-    return None if fit is None else max(fit, *others)
+    peak, small = footprint(spec, job).peak()[1], fitted(spec, job)
+    if small.stack:
+        sorting = running.footprint(small, _sorting(job.texts.shape[1])).peak()[1]
+        peak = max(peak, sorting + workspace_bytes(spec.vocab_size))
+    return reserved + peak
 
 
 def _within(
@@ -217,21 +217,13 @@ def _within(
     Raises
     ------
     OverBudget : not even with windows of ``LEAST_WINDOW``.
-    InvalidInput : there is a limit, and the bytes are not known.
     """
-    from barefoot.core.errors import InvalidInput
-
     if limit is None:
         return jobs[0]
     least = None
     every = [each for first in jobs for each in _shorter(first)]
     for job in [*filter(begun, every), *every]:
         peak = _peak(reserved, spec, job)
-        if peak is None:
-            raise InvalidInput(
-                "the bytes of a fit to structures are not known beforehand, so it can't be held within a limit",
-                cure="state --weights and no memory, or formats without a structure",
-            )
         if peak <= limit or begun(job):
             return job
         least = peak if least is None else min(least, peak)
@@ -285,25 +277,29 @@ def _stated(text: str, spec: ModelSpec) -> dict[str, str | Structure]:
 
 def _sort(output: Path, texts: Ids, report: progress.Report) -> None:
     """Put the residual blocks of a stack, if it is one, into the order in which to load them."""
-    from barefoot.engine.config import EngineConfig
     from barefoot.engine.runner import Engine
     from barefoot.engine.specs import model_spec
     from barefoot.engine.stacks import write_order
     from barefoot.evals.sorting import sort_stack
     from barefoot.io.inventory import Checkpoint
-    from barefoot.kv.stores.f16 import HalfStore
-    from barefoot.ops import n_threads
 
     with Checkpoint(output) as checkpoint:
         spec = model_spec(checkpoint)
         if not spec.stack:
             return
         windows = texts[:SORT_WINDOWS].tolist()
-        context = len(windows[0])
-        chunk = max(1, context // 2)
-        config = EngineConfig(context, HalfStore(), chunk=chunk, n_logits=min(16, chunk), n_threads=n_threads())
-        with Engine(checkpoint, spec, config) as engine:
+        with Engine(checkpoint, spec, _sorting(len(windows[0]))) as engine:
             write_order(output, sort_stack(engine, windows, progress=report))
+
+
+def _sorting(window: int) -> EngineConfig:
+    """How a stack runs while it is sorted."""
+    from barefoot.engine.config import EngineConfig
+    from barefoot.kv.stores.f16 import HalfStore
+    from barefoot.ops import n_threads
+
+    chunk = max(1, window // 2)
+    return EngineConfig(window, HalfStore(), chunk=chunk, n_logits=min(16, chunk), n_threads=n_threads())
 
 
 def _sizes(output: Path) -> dict[str, Any]:

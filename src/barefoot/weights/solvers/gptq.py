@@ -28,7 +28,16 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.ops.grids import F32, Grid, row_sums
 from barefoot.weights.solvers import Inputs, Knowledge, Solution, Solver, plain
-from barefoot.weights.solvers.hessian import BLOCK, corrected, corrected_bytes, feedback, lapack_bytes, propagate, ridge
+from barefoot.weights.solvers.hessian import (
+    BLOCK,
+    corrected,
+    corrected_bytes,
+    feedback,
+    feedback_bytes,
+    mixing_bytes,
+    propagate,
+    ridge,
+)
 from barefoot.weights.solvers.mse import least_error, settle
 
 
@@ -109,15 +118,14 @@ def _step(grid: Grid) -> int:
 def solve_bytes(rows: int, cols: int, grid: Grid) -> int:
     """The most that a solve allocates at a time beside the weight, H and the parameters, for groups with a minimum.
 
-    The codes, and the most of: the factor in double precision and a panel of M, or LAPACK's copies of one of its own;
-    M, all errors, and weights and targets of a block, with those of a group and its codes or what the group adds to the
-    block; all errors, what pulls at a block, and nine arrays of a group.
+    The codes, and the most of: what finding M takes; M, all errors, and weights and targets of a block, with those of
+    a group and its codes or what the group adds to the block; all errors, what pulls at a block, and nine arrays of a
+    group.
     """
     group, step = grid.group, min(_step(grid), cols)
     block = max(step, group)
-    in_panels = cols * (cols + step) // 2
-    factor = 8 * in_panels + max(4 * cols * step, 16 * step**2, lapack_bytes(step, cols))
-    forward = 4 * in_panels + rows * (4 * cols + 8 * block + max(9 * group, 4 * block))
+    factor = feedback_bytes(cols, step)
+    forward = mixing_bytes(cols, step) + rows * (4 * cols + 8 * block + max(9 * group, 4 * block))
     sweep = rows * (4 * cols + 4 * block + 36 * group)
     return rows * cols + max(factor, forward, sweep)
 

@@ -128,6 +128,18 @@ def feedback(hessian: F32, damp: float, step: int = BLOCK) -> tuple[list[F32], F
     return mixing[::-1], (diagonal**2).astype(np.float32)
 
 
+def mixing_bytes(cols: int, step: int = BLOCK) -> int:
+    """Of the panels that :func:`feedback` returns."""
+    return 2 * cols * (cols + min(step, cols))
+
+
+def feedback_bytes(cols: int, step: int = BLOCK) -> int:
+    """The most that :func:`feedback` allocates: the factor in double precision and a panel of M, or LAPACK's copies of
+    one of its own."""
+    step = min(step, cols)
+    return 2 * mixing_bytes(cols, step) + max(4 * cols * step, 16 * step**2, lapack_bytes(step, cols))
+
+
 def _reversed_cholesky(hessian: F32, added: float, step: int) -> list[F64]:
     """U, upper triangular, of H + ``added`` I = U Uᵀ, in panels like those of M; below its diagonal is anything.
 

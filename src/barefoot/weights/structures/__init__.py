@@ -35,6 +35,19 @@ class Matrix:
         return self.rows.nbytes + sum(data.nbytes for _, data in self.parts.values())
 
 
+@dataclass(frozen=True)
+class Stored:
+    """The bytes of a matrix: of its blocks of a format, and (kind, bytes) of its parts by label."""
+
+    format: str
+    block_bytes: int
+    parts: Mapping[str, tuple[str, int]]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.block_bytes + sum(size for _, size in self.parts.values())
+
+
 class Structure(Technique):
     """The role. ``wants`` says what calibration must measure; without it, a fit needs no text at all."""
 
@@ -49,6 +62,14 @@ class Structure(Technique):
         ------
         Incompatible : a shape that the structure can't have.
         """
+
+    @abstractmethod
+    def most(self, rows: int, cols: int) -> Stored:
+        """What a matrix (rows, cols) takes at most; Incompatible as :meth:`solve`."""
+
+    @abstractmethod
+    def workspace_bytes(self, rows: int, cols: int) -> int:
+        """What :meth:`solve` allocates at most at a time, beside the weight, its inputs and what it returns."""
 
 
 ROLE = Structure

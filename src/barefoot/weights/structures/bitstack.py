@@ -37,7 +37,7 @@ import numpy.typing as npt
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.ops import signs
 from barefoot.weights.solvers import Inputs, Knowledge
-from barefoot.weights.structures import Matrix, Structure
+from barefoot.weights.structures import Matrix, Stored, Structure
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -69,6 +69,14 @@ class BitStack(Structure, name="bitstack", papers=(22,), status="stable"):
     def wants(self) -> Knowledge:  # type: ignore[override]
         return "squares" if self.scale else "nothing"
 
+    def most(self, rows: int, cols: int) -> Stored:
+        size = signs.block_bytes(rows, cols, rank_for(rows, cols, self.rank))
+        return Stored("zero", 0, {_label(i): (signs.KIND.name, size) for i in range(1, self.blocks + 1)})
+
+    def workspace_bytes(self, rows: int, cols: int) -> int:
+        """What is left of the weight, a block's signs and magnitudes; and a few times the vectors of its factors."""
+        return 9 * rows * cols + 5 * 4 * (rank_for(rows, cols, self.rank) + OVERSAMPLING) * (rows + cols)
+
     def solve(self, weight: F32, inputs: Inputs | None) -> Matrix:
         if not np.isfinite(weight).all():
             raise Incompatible("a matrix that holds NaN or infinity has no stack")
@@ -78,8 +86,13 @@ class BitStack(Structure, name="bitstack", papers=(22,), status="stable"):
             scales = channel_scales(inputs.squares)
         rank = rank_for(len(weight), weight.shape[1], self.rank)
         blocks = decompose(weight, scales, self.blocks, rank, self.stretch)
-        parts = {f"{i:02}": (signs.KIND.name, block) for i, block in enumerate(blocks, 1)}
+        parts = {_label(i): (signs.KIND.name, block) for i, block in enumerate(blocks, 1)}
         return Matrix("zero", np.empty((len(weight), 0), np.uint8), parts)
+
+
+def _label(block: int) -> str:
+    """Of the part that a block is, counted from 1."""
+    return f"{block:02}"
 
 
 def rank_for(rows: int, cols: int, most: int) -> int:
@@ -106,8 +119,11 @@ def decompose(weight: F32, scales: F32, n_blocks: int, rank: int, stretch: float
         negative = rest < 0
         u, v = truncated(np.abs(rest), rank)
         u16, v16 = as_halves(u * np.float32(stretch), v / scales)
-        part = (u16.astype(np.float32) @ v16.astype(np.float32)) * scales
-        rest -= np.where(negative, -part, part)
+        part = u16.astype(np.float32) @ v16.astype(np.float32)
+        part *= scales
+        np.negative(part, out=part, where=negative)
+        rest -= part
+        del part
         yield signs.pack(negative, u16, v16)
 
 

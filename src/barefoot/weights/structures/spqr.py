@@ -38,13 +38,15 @@ from barefoot.ops import blocks, csr
 from barefoot.ops.bilevel import BITS, ELEMENTS, GROUP, MOST, Bilevel, nearest_step, step_of
 from barefoot.ops.grids import to_f16
 from barefoot.weights.solvers import Inputs, Knowledge
-from barefoot.weights.solvers.hessian import feedback
-from barefoot.weights.structures import Matrix, Structure
+from barefoot.weights.solvers.hessian import feedback, feedback_bytes, mixing_bytes
+from barefoot.weights.structures import Matrix, Stored, Structure
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
+OUTLIERS = "outliers"  # the label of the sparse part
+GROUP_BYTES = 1360  # for each row, while a group is taken apart; a test measures it
 TRIES = 3  # of finding τ, before the number of outliers is cut
 ENOUGH, AIMED = 0.93, 0.97  # of the outliers that there may be: what a try must find, and what it goes for
 
@@ -67,18 +69,22 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         if not 0 < self.damp < 10:
             raise InvalidInput(f"spqr: damp must lie between 0 and 10, got {self.damp}")
 
-    def most_bytes(self, rows: int, cols: int) -> int:
-        """What a (rows, cols) matrix takes at most; with fewer outliers it is less.
-
-        Raises
-        ------
-        Incompatible : ``cols`` is no multiple of 64.
-        """
+    def most(self, rows: int, cols: int) -> Stored:
         n = self.most_outliers(rows, cols)
-        return rows * blocks.row_bytes(Bilevel(self.bits).name, cols) + (csr.n_bytes(rows, n) if n else 0)
+        parts = {OUTLIERS: (csr.KIND.name, csr.n_bytes(rows, n))} if n else {}
+        name = Bilevel(self.bits).name
+        return Stored(name, rows * blocks.row_bytes(name, cols), parts)
 
     def most_outliers(self, rows: int, cols: int) -> int:
         return int(self.outliers * rows * cols)
+
+    def workspace_bytes(self, rows: int, cols: int) -> int:
+        """The factor; or M, a group's arrays, and of the weight's size: itself on its side, errors, what outliers add,
+        and what weights lose."""
+        found = 4 if self.outliers and not self.tau else 3
+        return max(
+            feedback_bytes(cols, ELEMENTS), mixing_bytes(cols, ELEMENTS) + rows * (GROUP_BYTES + 4 * found * cols)
+        )
 
     def solve(self, weight: F32, inputs: Inputs | None) -> Matrix:
         assert inputs is not None
@@ -87,7 +93,7 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         blocks.row_bytes(form.name, cols)
         job = Feedback(form, *feedback(inputs.hessian, self.damp, ELEMENTS))
         codes, rest = self._solved(job, np.ascontiguousarray(weight.T), self.most_outliers(rows, cols))
-        kept = {"outliers": (csr.KIND.name, csr.encode(rest, rest != 0))} if rest.any() else {}
+        kept = {OUTLIERS: (csr.KIND.name, csr.encode(rest, rest != 0))} if rest.any() else {}
         return Matrix(form.name, codes, kept)
 
     def _solved(self, job: Feedback, columns: F32, most: int) -> tuple[U8, F32]:
@@ -104,6 +110,7 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
             if ENOUGH * most <= n <= most:
                 return codes, rest
             aim = float(min(aim * AIMED * most / max(n, 1), 1.0))
+            del codes, rest  # before the next ones come
         return job.solve(columns, _exceeded_by(losses, aim), most)
 
 
@@ -156,6 +163,7 @@ class Feedback:
                     targets[k - start + 1 :] += mixing[k, k + 1 - start :, None] * errors[k]
                     codes.append(code)
             solved[:, block] = form.join(np.empty((rows, 0), np.uint8), np.stack(scales, 1), np.stack(codes, 1))
+        del errors
         return solved.reshape(rows, -1), np.ascontiguousarray(rest.T)
 
     def losses(self, columns: F32) -> F32:
