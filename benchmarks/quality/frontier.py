@@ -36,7 +36,7 @@ from barefoot.engine.sensitivity import input_squares
 from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence
-from barefoot.evals.frontier import Point, between
+from barefoot.evals.frontier import Point, frontier
 from barefoot.evals.scoring import spread_windows, text_windows
 from barefoot.evals.texts import PROBE_WINDOW, PROBE_WINDOWS
 from barefoot.io.inventory import Checkpoint
@@ -63,7 +63,10 @@ LLAMA_CPP = (
 )
 NEED_IMPORTANCE = ("q2_k_s", "iq2_s")
 # Of HQQ and GPTQ: bits and group, and bits of the embedding beside them.
-GRIDS = ((4, 64, 4), (4, 64, 8), (3, 64, 4), (3, 64, 8), (3, 32, 4), (3, 32, 8), (2, 64, 4), (2, 32, 4))
+GRIDS = (
+    (4, 64, 4), (4, 64, 8), (3, 64, 4), (3, 64, 8), (3, 32, 4), (3, 32, 8), (2, 64, 4), (2, 32, 4),
+    (3, 64, 3), (3, 64, 2), (2, 64, 2),
+)  # fmt: skip
 
 
 class Judge:
@@ -233,8 +236,7 @@ def main() -> None:
     for bits, point in zip(args.bits, ours, strict=True):
         # The best peer of no more bytes, and what lies between peers at just these bytes.
         below = [p.kl for p in peers if p.n_bytes <= point.n_bytes * 1.002]
-        expected = between(_best(peers), point.n_bytes)
-        at_equal = min([*below, *([expected.kl] if expected else [])], default=math.inf)
+        at_equal = min([*below, _between(peers, point.n_bytes)])
         if at_equal == math.inf:
             print(f"  no peer takes as few bytes as {bits} bits a weight")
             continue
@@ -261,10 +263,13 @@ def main() -> None:
     save(f"quality/frontier_{args.name}", record, "gguf")
 
 
-def _best(points: list[Point]) -> list[Point]:
-    from barefoot.evals.frontier import frontier
-
-    return frontier(points)
+def _between(points: list[Point], n_bytes: int) -> float:
+    """KL at ``n_bytes`` on straight lines of its logarithm between the points that no other one beats; infinite outside
+    of them."""
+    best = frontier(points)
+    if not best or not best[0].n_bytes <= n_bytes <= best[-1].n_bytes:
+        return math.inf
+    return float(np.exp(np.interp(n_bytes, [p.n_bytes for p in best], [math.log(p.kl) for p in best])))
 
 
 if __name__ == "__main__":
