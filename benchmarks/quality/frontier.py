@@ -36,7 +36,7 @@ from barefoot.engine.sensitivity import input_squares
 from barefoot.engine.source import Source
 from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence
-from barefoot.evals.frontier import Point, frontier
+from barefoot.evals.frontier import Point, between, frontier
 from barefoot.evals.scoring import spread_windows, text_windows
 from barefoot.evals.texts import PROBE_WINDOW, PROBE_WINDOWS
 from barefoot.io.inventory import Checkpoint
@@ -236,7 +236,8 @@ def main() -> None:
     for bits, point in zip(args.bits, ours, strict=True):
         # The best peer of no more bytes, and what lies between peers at just these bytes.
         below = [p.kl for p in peers if p.n_bytes <= point.n_bytes * 1.002]
-        at_equal = min([*below, _between(peers, point.n_bytes)])
+        expected = between(frontier(peers), point.n_bytes)
+        at_equal = min([*below, *([expected.kl] if expected else [])], default=math.inf)
         if at_equal == math.inf:
             print(f"  no peer takes as few bytes as {bits} bits a weight")
             continue
@@ -261,15 +262,6 @@ def main() -> None:
     }
     (work / "record.json").write_text(json.dumps(record, indent=1))
     save(f"quality/frontier_{args.name}", record, "gguf")
-
-
-def _between(points: list[Point], n_bytes: int) -> float:
-    """KL at ``n_bytes`` on straight lines of its logarithm between the points that no other one beats; infinite outside
-    of them."""
-    best = frontier(points)
-    if not best or not best[0].n_bytes <= n_bytes <= best[-1].n_bytes:
-        return math.inf
-    return float(np.exp(np.interp(n_bytes, [p.n_bytes for p in best], [math.log(p.kl) for p in best])))
 
 
 if __name__ == "__main__":

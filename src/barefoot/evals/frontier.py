@@ -12,16 +12,12 @@ LOSSLESS = 1e-4  # nats; below that a logarithm says more about rounding errors 
 
 @dataclass(frozen=True)
 class Point:
-    """A way of storing the weights: its name, its bytes, and KL to the reference and perplexity on one text.
-
-    ``cost`` : of a fit, the nats a token that its allocation foresaw.
-    """
+    """A way of storing the weights: its name, its bytes, and KL to the reference and perplexity on one text."""
 
     name: str
     n_bytes: int
     kl: float
     perplexity: float
-    cost: float | None = None
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -33,31 +29,19 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def expected(fits: Sequence[Point], n_bytes: int, cost: float) -> Point | None:
-    """What to expect of a fit to ``n_bytes`` whose allocation foresees ``cost``, from fits around it.
+def between(points: Sequence[Point], n_bytes: int) -> Point | None:
+    """What to expect at ``n_bytes`` of a family of points: KL and perplexity between their neighbours, on a straight
+    line of their logarithms over bytes; of the numbers themselves where one point loses next to nothing. None outside
+    the points, where nothing was measured."""
+    ordered = sorted(points, key=lambda p: p.n_bytes)
+    for low, high in itertools.pairwise(ordered):
+        if low.n_bytes <= n_bytes <= high.n_bytes:
+            share = (n_bytes - low.n_bytes) / max(1, high.n_bytes - low.n_bytes)
 
-    A solver leaves a share of what an allocation foresees, much the same one at neighbouring sizes, even where formats
-    that lose nothing come in and KL over bytes has a kink. So it is the share that lies between the neighbours', by the
-    logarithm of the cost, and perplexity follows KL. None outside the fits, where nothing was measured.
-    """
-    ordered = sorted((p for p in fits if p.cost is not None), key=lambda p: _cost(p), reverse=True)
-    for coarse, fine in itertools.pairwise(ordered):
-        if _cost(fine) <= cost <= _cost(coarse):
-            kl = cost * _share(coarse, fine, cost) if _cost(coarse) > LOSSLESS else coarse.kl
-            rise = (coarse.perplexity - fine.perplexity) / (coarse.kl - fine.kl) if coarse.kl > fine.kl else 0.0
-            return Point("expected", n_bytes, kl, fine.perplexity + rise * (kl - fine.kl), cost)
+            def mixed(a: float, b: float, share: float = share) -> float:
+                if min(a, b) < LOSSLESS:
+                    return (1 - share) * a + share * b
+                return exp((1 - share) * log(a) + share * log(b))
+
+            return Point("between", n_bytes, mixed(low.kl, high.kl), mixed(low.perplexity, high.perplexity))
     return None
-
-
-def _share(coarse: Point, fine: Point, cost: float) -> float:
-    if _cost(fine) < LOSSLESS or fine.kl < LOSSLESS:
-        return coarse.kl / _cost(coarse)
-    if _cost(fine) == _cost(coarse):
-        return fine.kl / cost
-    part = log(_cost(coarse) / cost) / log(_cost(coarse) / _cost(fine))
-    return exp((1 - part) * log(coarse.kl / _cost(coarse)) + part * log(fine.kl / _cost(fine)))
-
-
-def _cost(fit: Point) -> float:
-    assert fit.cost is not None
-    return fit.cost

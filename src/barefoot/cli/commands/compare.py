@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from barefoot.weights.solvers import Solver
 
 WINDOW, TOKENS, FIT_TOKENS = 512, 2048, 16384
-SIZES = (0.8, 0.95, 1.05, 1.2)  # of --memory, to which the model is fitted
+SIZES = (0.8, 0.97, 1.03, 1.2)  # of --memory, to which the model is fitted
 
 HELP = "draw the quality of a model over its bytes, for all formats"
 EXAMPLES = (
@@ -36,7 +36,7 @@ JSON_KEYS = {
     "model": "what was stored in all these ways",
     "text": "what quality was measured on",
     "reference_perplexity": "of the model as it comes",
-    "points": "name, n_bytes, kl and perplexity of each way of storing it; of fits also the cost that was foreseen",
+    "points": "name, n_bytes, kl and perplexity of each way of storing it",
     "frontier": "names of the points that no other one beats, by rising bytes",
     "memory": "the size that was asked for, or null",
     "expected": "KL and perplexity to expect of a fit to that size, from the fits around it; or null",
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from barefoot.engine.specs import model_spec
-    from barefoot.evals.frontier import expected, frontier
+    from barefoot.evals.frontier import between, frontier
     from barefoot.evals.scoring import text_windows
     from barefoot.evals.texts import read_text
     from barefoot.io.inventory import Checkpoint
@@ -84,12 +84,12 @@ def execute(args: argparse.Namespace) -> int:
         measure = _Measure(checkpoint, spec, text_windows(text, tokenizer, WINDOW, args.tokens), report)
         points = list(_uniform(spec, args.formats, measure))
         fitted: list[Point] = []
-        foreseen: Point | None = None
+        expected: Point | None = None
         if args.memory is not None:
             folder = Path(args.keep or stack.enter_context(tempfile.TemporaryDirectory()))
-            cost, fits = _fits(args, checkpoint, spec, tokenizer, fit_text, folder, measure, report)
+            n_bytes, fits = _fits(args, checkpoint, spec, tokenizer, fit_text, folder, measure, report)
             fitted = list(fits)
-            foreseen = expected(fitted, args.memory, cost)
+            expected = between(fitted, n_bytes)
     best = frontier([*points, *fitted])
     result = {
         "model": args.model,
@@ -98,7 +98,7 @@ def execute(args: argparse.Namespace) -> int:
         "points": [asdict(p) for p in sorted([*points, *fitted], key=lambda p: p.n_bytes)],
         "frontier": [p.name for p in best],
         "memory": args.memory,
-        "expected": None if foreseen is None else {"kl": foreseen.kl, "perplexity": foreseen.perplexity},
+        "expected": None if expected is None else {"kl": expected.kl, "perplexity": expected.perplexity},
     }
     if args.png:
         _draw(args.png, args.model, points, fitted, args.memory)
@@ -125,7 +125,6 @@ class _Measure:
         checkpoint: Checkpoint,
         spec: ModelSpec,
         layout: str | None = None,
-        cost: float | None = None,
     ) -> Point:
         from barefoot.engine.runner import Engine
         from barefoot.evals.frontier import Point
@@ -137,7 +136,7 @@ class _Measure:
         ):
             found = score(self.texts, engine, reference, lambda done, total: self.report(done, total, name))
         self.reference_perplexity = found["reference_perplexity"]
-        return Point(name, n_bytes, found["kl_mean"], found["perplexity"], cost)
+        return Point(name, n_bytes, found["kl_mean"], found["perplexity"])
 
 
 def _config(spec: ModelSpec, layout: str | None) -> EngineConfig:
@@ -180,8 +179,9 @@ def _fits(
     folder: Path,
     measure: _Measure,
     report: progress.Report,
-) -> tuple[float, Iterator[Point]]:
-    """The cost that is foreseen at ``--memory``, and the model fitted to sizes around it, as ``barefoot fit`` does."""
+) -> tuple[int, Iterator[Point]]:
+    """The bytes that a fit to ``--memory`` comes to, and the model fitted to sizes around it, as ``barefoot fit``
+    does."""
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
     from barefoot.engine.allocation import choose, measured_options
@@ -207,11 +207,11 @@ def _fits(
             its_spec = model_spec(small)
             n_bytes = sum(map(stored_bytes, its_spec.weights))
             bits = 8 * n_bytes / spec.n_parameters
-            cost = sum(option.cost for option in chosen.values())
-            return measure(f"fit, {bits:.2f} bits", n_bytes, small, its_spec, cost=cost)
+            return measure(f"fit, {bits:.2f} bits", n_bytes, small, its_spec)
 
-    cost = sum(option.cost for option in choose(spec, choices, args.memory).values())
-    return cost, map(fitted, SIZES)
+    vectors = sum(4 * w.n_elements for w in spec.weights if w.group == "norm")
+    n_bytes = vectors + sum(option.n_bytes for option in choose(spec, choices, args.memory).values())
+    return n_bytes, map(fitted, SIZES)
 
 
 def _show(result: dict[str, Any], spec: ModelSpec) -> None:
