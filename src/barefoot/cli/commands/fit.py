@@ -26,7 +26,9 @@ WINDOW, TOKENS = 512, 16384
 SORT_WINDOWS = 2  # of the text, whose perplexity orders the blocks of a stack
 SOLVERS = "gptq", "gptq(drift=0)"  # the first one that memory has room for
 CONTEXT = 1024
-SLACK_BYTES = 8 << 20  # page tables, and what libraries keep between calls: up to 5 MiB were measured above the count
+SLACK_BYTES = 7680 << 10  # page tables, and what libraries keep between calls: 5 MiB were measured above the count
+RETURNED = 512  # of the memory allowed: arrays larger than this part go back to the system as soon as they are freed
+UNLIMITED = 2 << 30  # what is taken for allowed where nothing is said
 LEAST_WINDOW = 128  # tokens, below which a fit is refused rather than made worse
 SENSITIVITY = "fit-sensitivity.json"
 
@@ -161,7 +163,8 @@ def _job(
         [parse_composition(each, techniques("weights.solvers"), "weights.solvers")[0] for each in stated],
     )
     formats = {} if args.weights is None else _stated(args.weights, spec)
-    limit, reserved = args.fit_memory or args.memory, _reserved(spec, solvers[0], formats)
+    limit = args.fit_memory or args.memory
+    reserved = _reserved(spec, solvers[0], formats, limit or UNLIMITED)
     writing = reserved + (export_bytes(checkpoint.config) if checkpoint.kind == "gguf" else 0)
     if limit is not None and writing > limit:
         raise _too_much("writing the tokenizer", writing, limit)
@@ -182,17 +185,18 @@ def _job(
     return job, sum(o.cost for o in chosen.values()), max(_peak(reserved, spec, job), writing, probing)
 
 
-def _reserved(spec: ModelSpec, solver: Solver, formats: Mapping[str, str | Structure]) -> int:
+def _reserved(spec: ModelSpec, solver: Solver, formats: Mapping[str, str | Structure], limit: int) -> int:
     """Bytes of the process before the fit allocates anything, PyTorch's among them where the solver learns, and the
     allocator's slack."""
-    from barefoot.core.measure import keep_no_freed_memory
+    from barefoot.core.measure import KEPT, keep_no_freed_memory
     from barefoot.engine.fit_footprint import warm_up
     from barefoot.plan.reserved import reserved_expected, reserved_now
     from barefoot.weights.structures import Structure
 
-    keep_no_freed_memory()
+    at_once = max(256 << 10, limit // RETURNED)
+    keep_no_freed_memory(at_once)
     warm_up(spec, solver, {how for how in formats.values() if isinstance(how, Structure)})
-    return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES
+    return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES + KEPT * at_once
 
 
 def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int:
