@@ -64,7 +64,7 @@ def main() -> None:
         rng = np.random.default_rng(SEED)
         killed = 0
         for _ in range(args.kills):
-            done = fit("killed", float(rng.uniform(0.02, 0.15) * seconds))
+            done = fit("killed", float(rng.uniform(0.02, 0.12) * seconds))
             killed += done.killed
             print(
                 f"  killed: {done.killed}, files {len(list(Path(folder, 'killed').glob('*.safetensors')))}", flush=True

@@ -3,6 +3,7 @@
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,14 @@ def test_cgroup_kills_what_exceeds_it_and_spares_what_does_not():
     assert (small.returncode, small.killed) == (0, False)
     assert 32 * MIB <= small.peak_bytes <= 64 * MIB
     assert large.killed
+
+
+@needs_cgroup
+def test_a_cgroup_goes_when_the_last_of_its_processes_does():
+    before = set(Path("/sys/fs/cgroup/memory").glob("barefoot-*"))
+    done = measure.run_limited(["sh", "-c", "sleep 0.5 > /dev/null 2>&1 &"], 64 * MIB)
+    assert done.returncode == 0
+    assert set(Path("/sys/fs/cgroup/memory").glob("barefoot-*")) <= before
 
 
 @needs_linux

@@ -20,10 +20,12 @@ None, never 0.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -232,7 +234,19 @@ def _cgroup(limit_bytes: int) -> Iterator[Path]:
         (folder / "memory.limit_in_bytes").write_text(str(limit_bytes))
         yield folder
     finally:
-        folder.rmdir()
+        _remove(folder)
+
+
+def _remove(cgroup: Path, seconds: float = 30.0) -> None:
+    """A process that was killed still belongs to its cgroup for a while."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return cgroup.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def run_limited(command: Sequence[str], limit_bytes: int, **kwargs: Any) -> LimitedRun:
