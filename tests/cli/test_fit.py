@@ -136,6 +136,32 @@ def test_eval_agrees_with_the_logits(small, barefoot, tiny_gguf, text, tmp_path)
     assert record["perplexity"] == pytest.approx(math.exp(-q[np.arange(len(targets)), targets].mean()), rel=1e-4)
 
 
+def test_pytorch_scores_a_folder_as_the_engine_does(small, barefoot, tiny_gguf, text, tmp_path):
+    pytest.importorskip("transformers", reason="the PyTorch driver runs transformers' modules")
+    folder, fit = small
+    command = ["eval", folder, "--text", text, "--window", 32, "--tokens", 96, "--reference", folder]
+    found = {}
+    for driver in ("engine", "torch"):
+        done = barefoot(*command, "--driver", driver, "--json", tmp_path / "eval.json")
+        assert done.returncode == 0, done.stderr
+        found[driver] = json.loads((tmp_path / "eval.json").read_text())
+        assert found[driver]["driver"] == driver
+    assert 0 <= found["torch"]["kl_mean"] < 1e-6
+    assert found["torch"]["perplexity"] == pytest.approx(found["torch"]["reference_perplexity"], rel=1e-4)
+    assert found["torch"]["n_tokens"] == found["engine"]["n_tokens"]
+    # Stored bytes and a few frequencies: nothing became floats.
+    assert 0 <= found["torch"]["weight_bytes"] - fit["weight_bytes"] < 1000
+
+    for arguments, says in (
+        ([folder, "--driver", "torch", "--memory", "1GiB"], "--memory says how the engine computes"),
+        ([tiny_gguf.path, "--driver", "torch"], "is no folder that transformers reads"),
+    ):
+        done = barefoot("eval", *arguments, "--text", text, "--window", 32)
+        assert done.returncode in (2, 4)
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_compare_measures_formats_and_what_to_expect_of_a_fit(barefoot, tiny_gguf, text, tmp_path):
     out = tmp_path / "compare.json"
     command = ["compare", tiny_gguf.path, "--formats", "int[48]_g64_asym", "--memory", 48_000, "--text", text]

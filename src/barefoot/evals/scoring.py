@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,8 @@ from barefoot.core.errors import InvalidInput
 from barefoot.evals.divergence import Divergence, windows
 
 if TYPE_CHECKING:
-    from barefoot.engine.runner import Engine
+    from barefoot.core.model import ModelSpec
+    from barefoot.engine.config import EngineConfig
     from barefoot.io.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
@@ -21,6 +22,17 @@ LONGEST_TOKEN = 12  # characters; few are longer
 COMPARE_ROWS = 4  # rows of logits whose probabilities are held in double precision at a time
 
 Progress = Callable[[int, int], None]  # tokens scored, tokens to score
+
+
+class Scored(Protocol):
+    """What can be scored: an ``Engine``, or another driver with the same methods for one sequence."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def config(self) -> EngineConfig: ...
+    def reset(self) -> None: ...
+    def prefill(self, ids: Sequence[int], *, all_logits: Callable[[int, Floats], None] | None = None) -> Floats: ...
 
 
 def text_windows(text: str, tokenizer: Tokenizer, window: int, n_tokens: int | None = None) -> list[list[int]]:
@@ -64,7 +76,7 @@ def workspace_bytes(vocab_size: int) -> int:
 
 
 def score(
-    texts: Sequence[Sequence[int]], engine: Engine, reference: Engine | None = None, progress: Progress | None = None
+    texts: Sequence[Sequence[int]], engine: Scored, reference: Scored | None = None, progress: Progress | None = None
 ) -> dict[str, float]:
     """Score the second half of each window; the first half is its context.
 
@@ -100,7 +112,7 @@ def _keep(tiles: list[Floats], _: int, logits: Floats) -> None:
     tiles.append(logits.copy())
 
 
-def _tiles(engines: Sequence[Engine], ids: Sequence[int]) -> Iterator[tuple[list[Floats], NDArray[np.int64]]]:
+def _tiles(engines: Sequence[Scored], ids: Sequence[int]) -> Iterator[tuple[list[Floats], NDArray[np.int64]]]:
     """The logits of each engine for some tokens of the second half, and the tokens that follow them."""
     half, last = len(ids) // 2, len(ids) - 1
     step = min(engine.config.n_logits for engine in engines)

@@ -25,10 +25,12 @@ EXAMPLES = (
     "barefoot eval smollm2 --tokens 4096",
     "barefoot eval fitted/ --reference smollm2 --text wiki.test.raw",
     'barefoot eval smollm2 --weights "int(bits=3)" --reference smollm2 --json eval.json',
+    "barefoot eval fitted/ --driver torch --reference fitted/",
 )
 JSON_KEYS = {
     "model": "what was measured",
     "reference": "what it was compared with, or null",
+    "driver": "what computed the model: engine or torch",
     "text": "the text's name",
     "window": "tokens of a window; the second half of each is scored",
     "n_tokens": "tokens scored",
@@ -57,15 +59,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", metavar="N", type=parse_count, default=TOKENS, help=f"of the text that are used; default {TOKENS}"
     )
-    parser.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="bytes that may be used")
-    parser.add_argument("--weights", metavar="SPEC", help="convert the model at loading, as in run")
-    parser.add_argument("--kv", metavar="SPEC", default="f16", help="the model's KV store; default f16")
+    parser.add_argument(
+        "--driver",
+        choices=("engine", "torch"),
+        default="engine",
+        help="what computes the model; torch: transformers' modules, in float32, of a folder; default engine",
+    )
+    parser.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="bytes that may be used; engine only")
+    parser.add_argument("--weights", metavar="SPEC", help="convert the model at loading, as in run; engine only")
+    parser.add_argument("--kv", metavar="SPEC", help="the model's KV store; default f16; engine only")
     parser.add_argument("--threads", metavar="N", type=int, help="compute threads; default all")
     parser.add_argument(
         "--activations",
         choices=("int8", "float32"),
-        default="float32",
-        help="inputs of the model's matrices; default float32",
+        help="inputs of the model's matrices; default float32; engine only",
     )
 
 
@@ -75,9 +82,12 @@ def execute(args: argparse.Namespace) -> int:
     from barefoot.engine.specs import model_spec
     from barefoot.evals.scoring import score, text_windows
     from barefoot.evals.texts import read_text
+    from barefoot.evals.torch_driver import TorchModel
     from barefoot.io.inventory import Checkpoint
     from barefoot.io.tokenizer import load_tokenizer
 
+    if args.driver != "engine":
+        _check_options(args)
     text = read_text(args.text)
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(Checkpoint(models.fetch(n))) for n in (args.model, args.reference) if n]
@@ -86,18 +96,28 @@ def execute(args: argparse.Namespace) -> int:
         _check_memory(args, specs, configs)
         texts = text_windows(text, load_tokenizer(checkpoints[0]), args.window, args.tokens)
         with progress.line() as report:
-            engines = [
-                stack.enter_context(Engine(c, s, e, progress=lambda done, total: report(done, total, "loading")))
-                for c, s, e in zip(checkpoints, specs, configs, strict=True)
-            ]
+
+            def engine(i: int) -> Engine:
+                def loading(done: int, total: int) -> None:
+                    report(done, total, "loading")
+
+                return stack.enter_context(Engine(checkpoints[i], specs[i], configs[i], progress=loading))
+
+            model: Engine | TorchModel
+            if args.driver == "torch":
+                model = stack.enter_context(TorchModel(checkpoints[0].path, specs[0], configs[0]))
+                weight_bytes = model.weight_bytes
+            else:
+                model = engine(0)
+                weight_bytes = model.arena.used().get("weights", 0)
+            reference = engine(1) if args.reference else None
             started = time.perf_counter()
-            reference = engines[1] if args.reference else None
-            found = score(texts, engines[0], reference, lambda done, total: report(done, total, "scoring"))
+            found = score(texts, model, reference, lambda done, total: report(done, total, "scoring"))
         seconds = time.perf_counter() - started
-    weight_bytes = engines[0].arena.used().get("weights", 0)
     result = {
         "model": args.model,
         "reference": args.reference,
+        "driver": args.driver,
         "text": Path(args.text).name,
         "window": args.window,
         **found,
@@ -113,6 +133,17 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse what only the engine can do."""
+    from barefoot.core.errors import InvalidInput
+
+    for option in ("memory", "weights", "kv", "activations"):
+        if getattr(args, option) is not None:
+            raise InvalidInput(
+                f"--{option} says how the engine computes, and --driver is {args.driver}", cure=f"leave --{option} out"
+            )
+
+
 def _config(args: argparse.Namespace, spec: ModelSpec, *, is_reference: bool) -> EngineConfig:
     from barefoot.engine.config import EngineConfig
     from barefoot.ops import n_threads
@@ -121,10 +152,10 @@ def _config(args: argparse.Namespace, spec: ModelSpec, *, is_reference: bool) ->
     n_logits = max(1, min(64, args.window, LOGIT_BYTES // (4 * spec.vocab_size)))
     return EngineConfig(
         context=args.window,
-        kv=parse_kv("f32" if is_reference else args.kv),
+        kv=parse_kv("f32" if is_reference else args.kv or "f16"),
         weights={} if is_reference or args.weights is None else parse_weights(args.weights),
         chunk=min(CHUNK, args.window),
-        activations="float32" if is_reference else args.activations,
+        activations="float32" if is_reference else args.activations or "float32",
         n_logits=n_logits,
         n_threads=args.threads or n_threads(),
     )
