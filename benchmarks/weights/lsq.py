@@ -93,7 +93,7 @@ def measured(examples: Data, test: Data, args: argparse.Namespace, seed: int) ->
     print(
         f"  seed {seed} float32: {found['float32']:.2f} %, trained on {found['float32, trained on']:.2f} %", flush=True
     )
-    is_step = lambda name: name.endswith("step")  # noqa: E731
+    is_step = lambda name: name.endswith("growth")  # noqa: E731
     rounded("W8A8, rounded", Bits(8), None)
     rounded("W2A4, rounded", Bits(2, 4), None)
     rounded("W2A4, learned steps", Bits(2, 4), lambda _: False)

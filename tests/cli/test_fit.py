@@ -183,7 +183,7 @@ def test_compare_measures_formats_and_what_to_expect_of_a_fit(barefoot, tiny_ggu
 def test_what_was_begun_goes_on_though_another_solver_has_room_now(monkeypatch):
     texts = np.zeros((2, 512), np.int32)
     jobs = [Fit({"embed": "int4_g32_asym"}, Gptq(), texts), Fit({"embed": "int4_g32_asym"}, Gptq(drift=0), texts)]
-    monkeypatch.setattr(fit_command, "_peak", lambda reserved, spec, job: 100)
+    monkeypatch.setattr(fit_command, "_peak", lambda reserved, spec, job: (100, "the fit"))
     assert fit_command._within(100, 0, None, jobs, lambda job: False) is jobs[0]
     begun = fit_command._within(100, 0, None, jobs, lambda job: not job.solver.drift and job.texts.shape == (4, 256))
     assert (begun.solver, begun.texts.shape) == (Gptq(drift=0), (4, 256))

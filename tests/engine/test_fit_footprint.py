@@ -5,12 +5,15 @@ import pytest
 from random_files import GEMMA, LLAMA, write_random
 
 from barefoot.core.measure import TracedPeak
+from barefoot.engine.config import EngineConfig
 from barefoot.engine.fit_footprint import PACK_BYTES_PER_WEIGHT, PART_BYTES_PER_WEIGHT, fitted, footprint
 from barefoot.engine.fitting import Fit, fit
+from barefoot.engine.footprint import footprint as running
 from barefoot.engine.sensitivity import sensitivity, workspace_bytes
 from barefoot.engine.source import Source, decode
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
+from barefoot.kv.stores.f16 import HalfStore
 from barefoot.ops import blocks
 from barefoot.weights.solvers import Inputs
 from barefoot.weights.solvers.gptq import Gptq
@@ -65,6 +68,10 @@ def test_the_fitted_model_takes_what_is_predicted(layout, tmp_path):
         assert [(p.label, p.kind) for p in ours.parts] == [(p.label, p.kind) for p in theirs.parts]
         for most, part in zip(ours.parts, theirs.parts, strict=True):
             assert 0.9 * most.n_bytes <= part.n_bytes <= most.n_bytes
+    # So a run takes what is predicted, as sorting a stack does.
+    config = EngineConfig(context=64, kv=HalfStore(), chunk=32, n_logits=16)
+    taken, predicted = (running(each, config).peak()[1] for each in (found, foreseen))
+    assert taken <= predicted <= 1.05 * taken
     assert [p.n_bytes for p in foreseen.stack] == [p.n_bytes for p in found.stack]
 
 

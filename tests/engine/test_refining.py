@@ -112,14 +112,16 @@ def test_a_format_whose_parameters_cannot_move_is_refused_before_anything_is_wri
     assert not (tmp_path / "out").exists()
 
 
-def test_refining_allocates_what_is_predicted(tmp_path):
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some matrices"])
+def test_refining_allocates_what_is_predicted(some, tmp_path):
     """numpy's part of it, traced; PyTorch's is held against dispatched storages in tests/weights."""
     write_random(tmp_path / "source", LLAMA | {"num_hidden_layers": 1, "hidden_size": 192, "intermediate_size": 640})
     texts = np.random.default_rng(4).integers(0, 259, (32, 64)).astype(np.int32)
     solver = Qat(start="range", epochs=1, batch=2)
     with Checkpoint(tmp_path / "source") as checkpoint:
         spec = model_spec(checkpoint)
-        layouts = {w.name: LAYOUT for w in spec.weights if w.layer is not None and w.group != "norm"}
+        groups = ("ffn",) if some else ("attn", "ffn")
+        layouts = {w.name: LAYOUT for w in spec.weights if w.group in groups}
         job = Fit(layouts, solver, texts)
         fit(checkpoint, spec, job, tmp_path / "first")  # imports are not counted
         with TracedPeak() as peak:

@@ -55,8 +55,8 @@ def test_gradients_are_the_paper_s(bits, signed):
     level = np.clip(np.round(u), least, most)
     np.testing.assert_allclose(steps(x).detach(), level * np.array([[0.5], [0.25], [1.0]]))
     np.testing.assert_array_equal(x.grad, np.where(inside, g, 0))
-    expected = (g.numpy() * np.where(inside, level - u, level)).sum(axis=1, keepdims=True) / np.sqrt(40 * most)
-    np.testing.assert_allclose(steps.step.grad, expected, rtol=1e-4, atol=1e-5)
+    of_steps = (g.numpy() * np.where(inside, level - u, level)).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(steps.growth.grad, of_steps * np.array([[0.5], [0.25], [1.0]]), rtol=1e-4, atol=1e-5)
 
 
 def test_learned_steps_beat_rounding_afterwards_and_frozen_steps():
@@ -67,7 +67,7 @@ def test_learned_steps_beat_rounding_afterwards_and_frozen_steps():
         plain = loss(net)
         with rounding({net[0]: Bits(2, 2), net[3]: Bits(2, 2)}, lambda net=net: net(images()[0])):
             rounded = loss(net)
-            frozen = [p for n, p in net.named_parameters() if n.endswith("step")] if name == "frozen" else []
+            frozen = [p for n, p in net.named_parameters() if n.endswith("growth")] if name == "frozen" else []
             assert len(frozen) == (4 if name == "frozen" else 0)
             train(net, 200, 3e-3, frozen)
             results[name] = loss(net)
@@ -97,6 +97,29 @@ def test_what_is_stored_is_what_is_multiplied_and_masters_come_back():
         torch.testing.assert_close(module.weight.detach(), master, rtol=0, atol=0)
         assert not hasattr(module, "input_steps")
         assert not module._forward_pre_hooks
+
+
+def test_all_calls_of_a_calibration_count_and_other_arguments_pass():
+    bilinear = nn.Bilinear(4, 4, 3)
+    quiet, loud = torch.full((2, 4), 0.1), torch.tensor([[-3.0, 0.0, 1.0, 3.0]] * 2)
+
+    def calibrate():
+        bilinear(quiet, quiet)
+        bilinear(loud, quiet)
+
+    with rounding({bilinear: Bits(8, 4)}, calibrate):
+        assert bilinear(loud, loud).shape == (2, 3)
+        steps = bilinear.input_steps
+        assert steps.levels.values[0] == -8  # negatives came in the second call only
+        assert float(steps(loud).detach().min()) == pytest.approx(-3, rel=0.1)
+
+
+def test_other_types_are_rounded_in_float32():
+    net, x = nn.Linear(16, 4).bfloat16(), torch.randn(5, 16).bfloat16()
+    with rounding({net: Bits(4, 8)}, lambda: net(x)):
+        y = net(x)
+        assert y.dtype == torch.bfloat16
+        assert stored(net).decode().shape == (4, 16)
 
 
 def test_bad_input_is_named():

@@ -33,6 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+KEPT_FREE = 2  # times what ``return_freed_memory`` is told
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
@@ -101,16 +102,13 @@ def release_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-KEPT = 2  # times ``at_once``: what the allocator may keep of small arrays
-
-
-def keep_no_freed_memory(at_once: int = 256 << 10) -> None:
-    """Let the C allocator return arrays of ``at_once`` bytes and more to the system as soon as they are freed (glibc),
-    and of what smaller ones leave free all but ``KEPT`` times as much.
+def return_freed_memory(at_once: int = 256 << 10) -> None:
+    """Let the C allocator (glibc) return arrays of ``at_once`` bytes and more as soon as they are freed, and the end of
+    the heap that smaller ones live in, beyond ``KEPT_FREE`` times as much.
 
     By itself it learns from the first ones to keep such memory, and what a process then has resident at its peak
     depends on all that it did before. What is returned must be made resident again: at 256 KiB that takes a third more
-    time where matrices of 2,048 columns are solved, at 3 MiB nothing.
+    time where matrices of 2,048 columns are solved, at 3 MiB nothing. Free memory before the heap's end stays.
     """
     import ctypes
 
@@ -118,7 +116,7 @@ def keep_no_freed_memory(at_once: int = 256 << 10) -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, at_once)
-        libc.mallopt(trim_threshold, KEPT * at_once)
+        libc.mallopt(trim_threshold, KEPT_FREE * at_once)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def fitted(spec: ModelSpec, job: Fit) -> ModelSpec:
     """The model as ``engine.fitting.fit`` will store it, with the most that structures take."""
 
     def stored(weight: WeightSpec) -> WeightSpec:
-        how = job.formats.get(weight.name, weight.format)
+        how = job.formats.get(weight.name, "f32" if weight.group == "norm" else weight.format)
         if not isinstance(how, Structure):
             return replace(weight, format=how, packed_bytes=0)
         most = how.most(weight.rows, weight.cols)

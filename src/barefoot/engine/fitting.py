@@ -224,12 +224,13 @@ class _Fitting:
         """Choose the matrices of a layer anew, all together; both streams are passed through it."""
         solver, prefix = self.job.solver, f"layers.{there.layer}."
         assert isinstance(solver, LayerSolver)
-        weights = {r: self._exact(prefix + r) for r in ROLES}
         grids = {r: grid for r in ROLES if (grid := self._grid(prefix + r)) is not None}
         if not grids:
             return
+        cols = {r: self.source.weights[prefix + r].cols for r in ROLES}
+        weights = {r: self._exact(prefix + r) for r in grids}
         starts = {r: blocks.unpack(kept[prefix + r].format, kept[prefix + r].rows) for r in grids}
-        stored = {r: decode(kept[prefix + r], weights[r].shape[1]) for r in ROLES if r not in grids}
+        stored = {r: decode(kept[prefix + r], cols[r]) for r in ROLES if r not in grids}
         inputs = before[0].whole()
         problem = LayerProblem(
             spec=there.spec,
@@ -245,7 +246,7 @@ class _Fitting:
         for role, solution in found.matrices.items():
             layout = kept[prefix + role].format
             kept[prefix + role] = Matrix(layout, blocks.pack(layout, solution.codes, solution.params))
-            stored[role] = decode(kept[prefix + role], weights[role].shape[1])
+            stored[role] = decode(kept[prefix + role], cols[role])
         for role, vector in found.vectors.items():
             shift = np.float32(there.spec.norm_plus_one and role.endswith("norm"))
             kept[prefix + role] = Matrix("f32", (vector - shift).reshape(1, -1).view(np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from barefoot.core.errors import BackendMissing, Incompatible, InvalidInput
+from barefoot import ops
+from barefoot.core.errors import BackendMissing, Incompatible
 from barefoot.core.model import ModelSpec
 from barefoot.engine.config import EngineConfig
+from barefoot.engine.sequences import Sequences
 
 Floats = NDArray[np.float32]
+LEAST_TRANSFORMERS = (4, 56)  # caches that know a model's layers, and dtype as the argument's name
 
 
 class TorchModel:
@@ -30,10 +34,7 @@ class TorchModel:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec, config: EngineConfig) -> None:
-        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-        if missing:
-            cure = f"pip install {' '.join(missing)}"
-            raise BackendMissing(f"scoring in PyTorch needs {' and '.join(missing)}", cure=cure)
+        _require_transformers()
         if not (folder / "config.json").is_file():
             cure = f"write one: barefoot export {folder} --to barefoot -o DIR"
             raise Incompatible(f"{folder.name} is no folder that transformers reads", cure=cure)
@@ -44,6 +45,7 @@ class TorchModel:
 
         library: Any = transformers  # much of it has no types
         library.utils.logging.disable_progress_bar()
+        ops.set_threads(config.n_threads)  # of what decodes packed rows
         torch.set_num_threads(config.n_threads)
         self.spec, self.config, self._torch = spec, config, torch
         try:
@@ -71,12 +73,11 @@ class TorchModel:
     def reset(self) -> None:
         from transformers import DynamicCache
 
-        self._past, self._n_past = DynamicCache(config=self._model.config), 0
+        self._past, self._sequences = DynamicCache(config=self._model.config), Sequences(self.spec, self.config)
 
     def prefill(self, ids: Sequence[int], *, all_logits: Callable[[int, Floats], None] | None = None) -> Floats:
         """As ``Engine.prefill``."""
-        if not ids or self._n_past + len(ids) > self.config.context:
-            raise InvalidInput(f"{self._n_past} + {len(ids)} tokens do not fit a context of {self.config.context}")
+        self._sequences.check(ids, 0)
         with self._torch.inference_mode():
             found = self._model(
                 input_ids=self._torch.tensor([list(ids)]),
@@ -84,9 +85,22 @@ class TorchModel:
                 use_cache=True,
                 logits_to_keep=1 if all_logits is None else 0,
             )
-        self._n_past += len(ids)
+        self._sequences.grow({0: len(ids)})
         logits: Floats = found.logits[0].float().numpy()
         if all_logits is not None:
             all_logits(0, logits)
         last: Floats = logits[-1]
         return last
+
+
+def _require_transformers() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        cure = f"pip install {' '.join(missing)}"
+        raise BackendMissing(f"scoring in PyTorch needs {' and '.join(missing)}", cure=cure)
+    version = importlib.metadata.version("transformers")
+    if tuple(map(int, version.split(".")[:2])) < LEAST_TRANSFORMERS:
+        least = ".".join(map(str, LEAST_TRANSFORMERS))
+        raise BackendMissing(
+            f"scoring in PyTorch needs transformers {least}, here is {version}", cure="pip install -U transformers"
+        )

@@ -174,7 +174,7 @@ def _job(
 
     if args.weights is not None:
         job = _within(limit, reserved, spec, [Fit(formats, solver, texts) for solver in solvers], begun)
-        return job, None, max(_peak(reserved, spec, job), writing)
+        return job, None, max(_peak(reserved, spec, job)[0], writing)
     probing = reserved + workspace_bytes(spec, *probes.shape)
     if limit is not None and probing > limit:
         raise _too_much("measuring what rounding costs", probing, limit)
@@ -182,34 +182,35 @@ def _job(
     chosen = choose(spec, choices, _budget(args, spec))
     jobs = [Fit({n: o.name for n, o in chosen.items()}, solver, texts) for solver in solvers]
     job = _within(limit, reserved, spec, jobs, begun)
-    return job, sum(o.cost for o in chosen.values()), max(_peak(reserved, spec, job), writing, probing)
+    return job, sum(o.cost for o in chosen.values()), max(_peak(reserved, spec, job)[0], writing, probing)
 
 
 def _reserved(spec: ModelSpec, solver: Solver, formats: Mapping[str, str | Structure], limit: int) -> int:
     """Bytes of the process before the fit allocates anything, PyTorch's among them where the solver learns, and the
     allocator's slack."""
-    from barefoot.core.measure import KEPT, keep_no_freed_memory
+    from barefoot.core.measure import KEPT_FREE, return_freed_memory
     from barefoot.engine.fit_footprint import warm_up
     from barefoot.plan.reserved import reserved_expected, reserved_now
     from barefoot.weights.structures import Structure
 
-    at_once = max(256 << 10, limit // RETURNED)
-    keep_no_freed_memory(at_once)
+    at_once = min(max(256 << 10, limit // RETURNED), 4 << 20)
+    return_freed_memory(at_once)
     warm_up(spec, solver, {how for how in formats.values() if isinstance(how, Structure)})
-    return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES + KEPT * at_once
+    return (reserved_now() or reserved_expected()).bytes + SLACK_BYTES + KEPT_FREE * at_once
 
 
-def _peak(reserved: int, spec: ModelSpec, job: Fit) -> int:
-    """The predicted peak of a fit, and of sorting the stack that it may lead to."""
+def _peak(reserved: int, spec: ModelSpec, job: Fit) -> tuple[int, str]:
+    """The predicted peak of a fit, or of sorting the stack that it leads to, and which of them it is."""
     from barefoot.engine import footprint as running
     from barefoot.engine.fit_footprint import fitted, footprint
     from barefoot.evals.scoring import workspace_bytes
 
-    peak, small = footprint(spec, job).peak()[1], fitted(spec, job)
+    fitting, small = footprint(spec, job).peak()[1], fitted(spec, job)
+    sorting = 0
     if small.stack:
-        sorting = running.footprint(small, _sorting(job.texts.shape[1])).peak()[1]
-        peak = max(peak, sorting + workspace_bytes(spec.vocab_size))
-    return reserved + peak
+        engine = running.footprint(small, _sorting(job.texts.shape[1]))
+        sorting = engine.peak()[1] + workspace_bytes(spec.vocab_size)
+    return reserved + max(fitting, sorting), "the fit" if fitting >= sorting else "sorting the stack"
 
 
 def _within(
@@ -227,12 +228,13 @@ def _within(
     least = None
     every = [each for first in jobs for each in _shorter(first)]
     for job in [*filter(begun, every), *every]:
-        peak = _peak(reserved, spec, job)
+        peak, what = _peak(reserved, spec, job)
         if peak <= limit or begun(job):
             return job
-        least = peak if least is None else min(least, peak)
+        least = (peak, what) if least is None else min(least, (peak, what))
     assert least is not None
-    raise _too_much("the fit", least, limit, "; the solver mse takes least")
+    solved = any(isinstance(how, str) for how in jobs[0].formats.values())
+    raise _too_much(least[1], least[0], limit, "; the solver mse takes least" if solved else "")
 
 
 def _shorter(job: Fit) -> Iterator[Fit]:

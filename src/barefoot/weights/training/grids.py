@@ -146,7 +146,7 @@ class _Rounded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(t, s, m, s0, m0)
         ctx.levels = levels
-        out = torch.empty(t.shape, dtype=dtype)
+        out = torch.empty(t.shape, dtype=dtype, device=t.device)
         for rows in _tiles(t):
             u = _position(t[rows], s[rows], m[rows], s0[rows], m0[rows])
             out[rows] = levels.nearest(u).mul_(s[rows]).add_(m[rows])

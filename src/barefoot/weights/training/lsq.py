@@ -2,14 +2,15 @@
 
 A Survey of Quantization Methods for Efficient Neural Network Inference (Gholami et al. 2021, arXiv:2103.13630), section
 III.G: quantization-aware training with the straight-through estimator, steps learned beside the weights as in LSQ
-(Learned Step Size Quantization, Esser et al. 2020, arXiv:1902.08153). With q levels above 0 and n values to a step s::
+(Learned Step Size Quantization, Esser et al. 2020, arXiv:1902.08153). With q levels above 0::
 
     x̂ = s l,  l = clip(round(x / s), -q - 1 or 0, q)
-    dx̂/dx = 1 inside, 0 where clipped        dx̂/ds = (l - x / s inside, l where clipped) / sqrt(n q)
+    dx̂/dx = 1 inside, 0 where clipped        dx̂/ds = l - x / s inside, l where clipped
 
-Weights have a step for each row, inputs one for the whole array, without a sign where none was seen. Divided by
-sqrt(n q), gradients of steps let them learn at the weights' rate. *Differs from LSQ*: inside reaches half a step beyond
-the last levels, where rounding moves as far as elsewhere, and steps begin where the squared error is least.
+Weights have a step for each row, inputs one for the whole array, without a sign where none was seen. *Differs from
+LSQ*: what is learned is the logarithm of s over where it began, so that no step reaches 0 and a learning rate is a
+relative change, for which LSQ divides its gradients; inside reaches half a step beyond the last levels, where rounding
+moves as far as elsewhere; steps begin where the squared error is least.
 """
 
 from __future__ import annotations
@@ -41,20 +42,28 @@ class Bits(NamedTuple):
 
 
 class Steps(nn.Module):
-    """Rounds arrays to ``bits``, learning a step for each of their ``n_rows``."""
+    """Rounds arrays to ``bits``, learning the ``growth`` of the step of each of their rows from ``start``, (n_rows, 1).
+
+    Computes in float32, whatever the array's type.
+    """
+
+    start: Tensor
 
     def __init__(self, bits: int, signed: bool, start: Tensor) -> None:
         super().__init__()
         zero = 1 << (bits - 1) if signed else 0
         codes = range(1 << bits)
         self.levels = Levels(tuple(float(code - zero) for code in codes), tuple(codes), True, False)
-        self.bits, self.step = bits, nn.Parameter(start)
+        self.bits, self.growth = bits, nn.Parameter(torch.zeros_like(start))
+        self.register_buffer("start", start)
+
+    @property
+    def steps(self) -> Tensor:
+        return self.start * self.growth.exp()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(len(self.step), -1)
-        pace = (rows.shape[1] * self.levels.values[-1]) ** -0.5
-        step = self.step * pace + (self.step * (1 - pace)).detach()
-        return self.levels.rounded(rows, step, torch.zeros_like(step)).reshape(x.shape)
+        rows = x.reshape(len(self.start), -1).float()
+        return self.levels.rounded(rows, self.steps, torch.zeros_like(self.start)).reshape(x.shape).to(x.dtype)
 
 
 @contextmanager
@@ -67,34 +76,40 @@ def rounding(modules: Mapping[nn.Module, Bits], calibrate: Callable[[], object])
 
     Raises
     ------
-    InvalidInput : weights of fewer than 2 bits or more than 8, inputs of fewer than 1 or more than 8; ``calibrate``
-        leaves a module out whose inputs are to be rounded.
+    InvalidInput : weights of fewer than 2 bits or more than 8, inputs of fewer than 1 or more than 8, or of 1 where
+        some are negative; ``calibrate`` leaves a module out whose inputs are to be rounded, or names them.
     """
-    starts: dict[nn.Module, Steps] = {}
+    seen: dict[nn.Module, Tensor] = {}
 
     def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        bits, x = modules[module].inputs, inputs[0].detach().reshape(1, -1)
-        if bits is not None and module not in starts:
-            signed = bool((x < 0).any())
-            if signed and bits < 2:
-                raise InvalidInput("1 bit has no level below 0", cure="give inputs with a sign at least 2 bits")
-            x = x[:, :: -(-x.shape[1] // SAMPLE)]
-            starts[module] = Steps(bits, signed, _start(x, bits, signed))
+        if not inputs:
+            raise InvalidInput(f"{module} was called without a positional argument, which is what is rounded")
+        x = inputs[0].detach().float().reshape(1, -1)
+        least = x.min().reshape(1, 1)  # what has a sign must not be thinned out
+        x = torch.cat([seen.get(module, x[:, :0]), least, x], dim=1)
+        seen[module] = torch.cat([x[:, :: -(-x.shape[1] // SAMPLE)], x.min().reshape(1, 1)], dim=1)
 
     for bits in modules.values():
         Affine(bits.weight, "full")
         if bits.inputs is not None:
             Affine(bits.inputs)
-    hooks = [module.register_forward_pre_hook(measure) for module in modules]
+    rounds_inputs = [module for module, bits in modules.items() if bits.inputs is not None]
+    hooks = [module.register_forward_pre_hook(measure) for module in rounds_inputs]
     try:
         with torch.no_grad():
             calibrate()
     finally:
         for hook in hooks:
             hook.remove()
-    missed = [module for module, bits in modules.items() if bits.inputs is not None and module not in starts]
+    missed = [module for module in rounds_inputs if module not in seen]
     if missed:
         raise InvalidInput(f"calibration met no input of {missed[0]}", cure="run all of the model in it")
+    starts: dict[nn.Module, Steps] = {}
+    for module, x in seen.items():
+        n_bits, signed = modules[module].inputs or 0, bool((x < 0).any())
+        if signed and n_bits < 2:
+            raise InvalidInput("1 bit has no level below 0", cure="give inputs with a sign at least 2 bits")
+        starts[module] = Steps(n_bits, signed, _start(x, n_bits, signed))
     hooks = []
     try:
         for module, bits in modules.items():
@@ -103,7 +118,9 @@ def rounding(modules: Mapping[nn.Module, Bits], calibrate: Callable[[], object])
             parametrize.register_parametrization(module, "weight", steps, unsafe=True)
             if module in starts:
                 module.register_module("input_steps", starts[module])
-                hooks.append(module.register_forward_pre_hook(lambda it, inputs: (it.input_steps(inputs[0]),)))
+                hooks.append(
+                    module.register_forward_pre_hook(lambda it, inputs: (it.input_steps(inputs[0]), *inputs[1:]))
+                )
         yield
     finally:
         for hook in hooks:
@@ -126,9 +143,9 @@ def stored(module: nn.Module) -> Encoded:
     """The bytes of a module's rounded weight, a matrix of as many rows: what it multiplies by, inside ``rounding``."""
     weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
     steps: Steps = module.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
-    rows = weight.detach().reshape(len(weight), -1)
+    rows, scales = weight.detach().float().reshape(len(weight), -1).cpu(), steps.steps.detach().cpu()
     shape = (rows.shape[0], rows.shape[1])
-    solution = steps.levels.solution(rows, steps.step, torch.zeros_like(steps.step), shape)
+    solution = steps.levels.solution(rows, scales, torch.zeros_like(scales), shape)
     codes = bitstream.pack(solution.codes.astype(np.uint16).reshape(-1), steps.bits)
-    scales = solution.params.reshape(-1).astype(np.float16)
-    return Encoded(Quantizer(steps.bits, symmetry="full"), shape, codes, scales, None, None)
+    stored_scales = solution.params.reshape(-1).astype(np.float16)
+    return Encoded(Quantizer(steps.bits, symmetry="full"), shape, codes, stored_scales, None, None)
