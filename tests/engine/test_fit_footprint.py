@@ -17,6 +17,7 @@ from barefoot.kv.stores.f16 import HalfStore
 from barefoot.ops import blocks
 from barefoot.weights.solvers import Inputs
 from barefoot.weights.solvers.gptq import Gptq
+from barefoot.weights.solvers.hqq import Hqq
 from barefoot.weights.solvers.mse import Mse
 from barefoot.weights.solvers.range import Range
 from barefoot.weights.structures.bitstack import BitStack
@@ -30,6 +31,7 @@ CASES = {
     "hessian, nothing followed": (WIDE, Gptq(drift=0), "int4_g64_asym", (4, 64)),
     "squares": (WIDE, Mse(weighted=True), "int4_g32_sym", (8, 64)),
     "no text": (LLAMA | {"num_hidden_layers": 1, "vocab_size": 20_000}, Range(), "int8_g32_sym", (0, 0)),
+    "hqq": (LLAMA | {"num_hidden_layers": 1, "vocab_size": 20_000}, Hqq(), "int4_g32_asym", (0, 0)),
     "spqr": (WIDE, Gptq(), Spqr(), (4, 64)),
     "bitstack": (WIDE, Gptq(), BitStack(blocks=4), (4, 64)),
     "gemma": (TWO_OF_GEMMA, Gptq(), "int4_g32_asym", (4, 64)),

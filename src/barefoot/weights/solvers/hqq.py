@@ -7,8 +7,9 @@ Half-Quadratic Quantization (Badri and Shaji 2023, mobiusml). With few outliers 
     minimum ← mean of (W − E − scale × code) over the group
     β       ← κ β
 
-is repeated until the error no longer falls. Scales stay those of the range; only asymmetric uniform grids have a
-minimum to move, and other grids get the least squares of :mod:`mse` instead.
+is repeated, for some groups at a time whose arrays stay in the cache, until the error of none of them falls. Scales stay
+those of the range; only asymmetric uniform grids have a minimum to move, and other grids get the least squares of
+:mod:`mse` instead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from barefoot.core.errors import InvalidInput
 from barefoot.ops.grids import F32, Grid, Uniform, to_f16
 from barefoot.weights.solvers import Inputs, Solution, Solver, solve_groups
 from barefoot.weights.solvers.mse import least_error
+
+TILE = 1 << 16  # weights that are gone over at a time
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,19 @@ class Hqq(Solver, name="hqq", papers=(), status="stable"):
     def solve(self, weight: F32, grid: Grid, inputs: Inputs | None) -> Solution:
         if not isinstance(grid, Uniform) or grid.symmetric:
             return solve_groups(weight, grid, least_error(weight, grid))
-        x = weight.reshape(-1, grid.group)
+        groups = weight.reshape(-1, grid.group)
+        best = np.empty((len(groups), 2), np.float32)
+        step = max(1, TILE // grid.group)
+        for start in range(0, len(groups), step):
+            best[start : start + step] = self._fitted(groups[start : start + step], grid)
+        return solve_groups(weight, grid, best.reshape(len(weight), -1, 2))
+
+    def workspace_bytes(self, rows: int, cols: int, grid: Grid) -> int:
+        """All parameters twice, while they are stored, and ten arrays of a tile."""
+        return super().workspace_bytes(rows, cols, grid) + 10 * 4 * min(TILE, rows * cols)
+
+    def _fitted(self, x: F32, grid: Uniform) -> F32:
+        """The best parameters (n, 2) that are found for groups x (n, group)."""
         best = grid.plain(x)
         params, beta = best.copy(), self.beta
         least = np.full(len(x), np.inf, np.float32)
@@ -52,7 +67,7 @@ class Hqq(Solver, name="hqq", papers=(), status="stable"):
             rest = x - shrink(error, beta, self.p) - params[:, :1] * codes
             params[:, 1] = to_f16(rest.mean(axis=1))
             beta *= self.kappa
-        return solve_groups(weight, grid, best.reshape(len(weight), -1, 2))
+        return best
 
 
 def shrink(x: F32, beta: float, p: float) -> F32:
