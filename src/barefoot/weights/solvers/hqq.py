@@ -7,8 +7,8 @@ Half-Quadratic Quantization (Badri and Shaji 2023, mobiusml). With few outliers 
     minimum ← mean of (W − E − scale × code) over the group
     β       ← κ β
 
-is repeated, for some groups at a time whose arrays stay in the cache, until the error of none of them falls. Scales stay
-those of the range; only asymmetric uniform grids have a minimum to move, and other grids get the least squares of
+is repeated, for some groups at a time whose arrays stay in the cache, until the error of none of them falls. Scales
+stay those of the range; only asymmetric uniform grids have a minimum to move, and other grids get the least squares of
 :mod:`mse` instead.
 """
 
