@@ -86,8 +86,12 @@ def choose(spec: ModelSpec, choices: Mapping[str, Sequence[Option]], budget_byte
     ------
     OverBudget : even the smallest formats don't fit.
     """
-    vectors = sum(4 * w.n_elements for w in spec.weights if w.group == "norm")
-    return allocate(choices, budget_bytes - vectors)
+    return allocate(choices, budget_bytes - vector_bytes(spec))
+
+
+def vector_bytes(spec: ModelSpec) -> int:
+    """Of norms and biases, which fits store in float32."""
+    return sum(4 * w.n_elements for w in spec.weights if w.group == "norm")
 
 
 def _sample(source: Source, weight: WeightSpec) -> F32:

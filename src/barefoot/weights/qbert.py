@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,7 +159,8 @@ def rounding(knobs: QBert, modules: Mapping[nn.Module, int]) -> Iterator[None]:
     hold their masters again, for ``store``. Optimizers must be made inside, where the masters are the parameters.
     """
     from torch import nn
-    from torch.nn.utils import parametrize
+
+    from barefoot.weights.training.modules import replaced
 
     class Rounded(nn.Module):
         def __init__(self, bits: int) -> None:
@@ -168,19 +170,12 @@ def rounding(knobs: QBert, modules: Mapping[nn.Module, int]) -> Iterator[None]:
         def forward(self, weight: Any) -> Any:
             return straight_through(weight, knobs.rounded(weight.detach(), self.bits))
 
-    hooks = []
-    try:
-        for module, bits in modules.items():
-            parametrize.register_parametrization(module, "weight", Rounded(bits), unsafe=True)
-            if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(knobs, *inputs),)))
+    linear = (module for module in modules if isinstance(module, nn.Linear))
+    with replaced(
+        {module: Rounded(bits) for module, bits in modules.items()},
+        dict.fromkeys(linear, partial(rounded_inputs, knobs)),
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in modules:
-            if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
 def rounded_inputs(knobs: QBert, x: Any) -> Any:

@@ -159,14 +159,13 @@ def _config(spec: ModelSpec, layout: str | None) -> EngineConfig:
 
 def _uniform(spec: ModelSpec, pattern: str, measure: _Measure) -> Iterator[Point]:
     """All matrices in one format, rounded as they are loaded; those that can't have it keep 8 bits."""
-    from barefoot.engine.allocation import candidates
+    from barefoot.engine.allocation import candidates, vector_bytes
     from barefoot.ops import blocks
 
     matrices = [w for w in spec.weights if w.group != "norm"]
-    vectors = sum(4 * w.n_elements for w in spec.weights if w.group == "norm")
     for layout in candidates():
         if fnmatch(layout, pattern) and all(w.cols % blocks.block_elements(layout) == 0 for w in matrices):
-            n_bytes = vectors + sum(w.rows * blocks.row_bytes(layout, w.cols) for w in matrices)
+            n_bytes = vector_bytes(spec) + sum(w.rows * blocks.row_bytes(layout, w.cols) for w in matrices)
             yield measure(layout, n_bytes, measure.checkpoint, spec, layout)
 
 
@@ -184,7 +183,7 @@ def _fits(
     does."""
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
-    from barefoot.engine.allocation import choose, measured_options
+    from barefoot.engine.allocation import choose, measured_options, vector_bytes
     from barefoot.engine.fitting import Fit, fit
     from barefoot.engine.placement import stored_bytes
     from barefoot.engine.source import Source
@@ -209,8 +208,7 @@ def _fits(
             bits = 8 * n_bytes / spec.n_parameters
             return measure(f"fit, {bits:.2f} bits", n_bytes, small, its_spec)
 
-    vectors = sum(4 * w.n_elements for w in spec.weights if w.group == "norm")
-    n_bytes = vectors + sum(option.n_bytes for option in choose(spec, choices, args.memory).values())
+    n_bytes = vector_bytes(spec) + sum(option.n_bytes for option in choose(spec, choices, args.memory).values())
     return n_bytes, map(fitted, SIZES)
 
 

@@ -1,6 +1,7 @@
 """Training one decoder layer at a time, in PyTorch: the driver of the solvers that learn.
 
-``layer`` is the layer's function, ``grids`` the differentiable side of the grids, ``blockwise`` the loop. They import
+``layer`` is the layer's function, ``grids`` the differentiable side of the grids, ``blockwise`` the loop. ``lsq``
+trains any modules instead, with steps that learn; ``modules`` puts rounded weights in their place. All of them import
 torch; the solvers that use them do so inside their functions.
 """
 

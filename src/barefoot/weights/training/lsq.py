@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from barefoot.core.errors import InvalidInput
 from barefoot.weights import bitstream
@@ -30,6 +29,7 @@ from barefoot.weights.affine import Affine
 from barefoot.weights.ranges import least_error
 from barefoot.weights.taxonomy import Encoded, Quantizer
 from barefoot.weights.training.grids import Levels
+from barefoot.weights.training.modules import replaced
 
 SAMPLE = 1 << 16  # values of an input on which its first step is chosen
 
@@ -70,8 +70,8 @@ class Steps(nn.Module):
 def rounding(modules: Mapping[nn.Module, Bits], calibrate: Callable[[], object]) -> Iterator[None]:
     """While this lasts, the ``weight`` of each module and the input of its ``forward`` are rounded.
 
-    ``calibrate`` runs the model once on typical inputs. Steps are parameters of the modules, so any training loop
-    learns them with the weights; optimizers must be made inside. Afterwards the modules hold their masters again:
+    ``calibrate`` runs the model on typical inputs, once or more. Steps are parameters of the modules, so any training
+    loop learns them with the weights; optimizers must be made inside. Afterwards the modules hold their masters again:
     take ``stored`` before.
 
     Raises
@@ -85,8 +85,8 @@ def rounding(modules: Mapping[nn.Module, Bits], calibrate: Callable[[], object])
         if not inputs:
             raise InvalidInput(f"{module} was called without a positional argument, which is what is rounded")
         x = inputs[0].detach().float().reshape(1, -1)
-        least = x.min().reshape(1, 1)  # what has a sign must not be thinned out
-        x = torch.cat([seen.get(module, x[:, :0]), least, x], dim=1)
+        x = torch.cat([seen.get(module, x[:, :0]), x], dim=1)
+        # Thinned out, but not of what tells whether there is a sign.
         seen[module] = torch.cat([x[:, :: -(-x.shape[1] // SAMPLE)], x.min().reshape(1, 1)], dim=1)
 
     for bits in modules.values():
@@ -104,30 +104,23 @@ def rounding(modules: Mapping[nn.Module, Bits], calibrate: Callable[[], object])
     missed = [module for module in rounds_inputs if module not in seen]
     if missed:
         raise InvalidInput(f"calibration met no input of {missed[0]}", cure="run all of the model in it")
-    starts: dict[nn.Module, Steps] = {}
+    inputs: dict[nn.Module, Steps] = {}
     for module, x in seen.items():
         n_bits, signed = modules[module].inputs or 0, bool((x < 0).any())
         if signed and n_bits < 2:
             raise InvalidInput("1 bit has no level below 0", cure="give inputs with a sign at least 2 bits")
-        starts[module] = Steps(n_bits, signed, _start(x, n_bits, signed))
-    hooks = []
+        inputs[module] = Steps(n_bits, signed, _start(x, n_bits, signed))
+    weights: dict[nn.Module, nn.Module] = {}
+    for module, bits in modules.items():
+        rows = module.weight.detach().reshape(len(module.weight), -1)  # type: ignore[arg-type, operator]
+        weights[module] = Steps(bits.weight, True, _start(rows, bits.weight, True))
     try:
-        for module, bits in modules.items():
-            rows = module.weight.detach().reshape(len(module.weight), -1)  # type: ignore[arg-type, operator]
-            steps = Steps(bits.weight, True, _start(rows, bits.weight, True))
-            parametrize.register_parametrization(module, "weight", steps, unsafe=True)
-            if module in starts:
-                module.register_module("input_steps", starts[module])
-                hooks.append(
-                    module.register_forward_pre_hook(lambda it, inputs: (it.input_steps(inputs[0]), *inputs[1:]))
-                )
-        yield
+        for module, steps in inputs.items():
+            module.register_module("input_steps", steps)  # so that optimizers find them
+        with replaced(weights, inputs):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module in modules:
-            if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for module in inputs:
             if hasattr(module, "input_steps"):
                 del module.input_steps
 
