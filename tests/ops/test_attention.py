@@ -33,7 +33,7 @@ def queries(case, rng):
 def rounds_to_16_bits(case, n_tokens):
     """Whether the kernels multiply the codes of this case as integers."""
     few = n_tokens == 1 and case.n_heads // case.n_kv_heads <= 32
-    return ops.isa() != "numpy" and case.format in ("q8", "q4") and case.head_dim % 32 == 0 and few
+    return ops.isa() != "numpy" and case.format in kvrows.INTEGERS and case.head_dim % 32 == 0 and few
 
 
 def rounded_queries(q):
@@ -159,6 +159,7 @@ def test_the_reference_equals_sums_written_out(window, softcap, n_past, rng):
 @pytest.mark.parametrize("fmt", kvrows.FORMATS)
 @pytest.mark.parametrize("head_dim", [16, 34, 80, 128])
 def test_kv_append_stores_the_reference_bytes(isa, fmt, head_dim, rng):
+    head_dim = head_dim // kvrows.whole(fmt) * kvrows.whole(fmt)
     rows = rng.standard_normal((9, 3 * head_dim)).astype(np.float32) * np.float32([[1e-9], [1], [100]] * 3)
     rows[4] = 0
     rows[5, ::2] = -0.25  # few distinct values: many exact ties
@@ -170,7 +171,7 @@ def test_kv_append_stores_the_reference_bytes(isa, fmt, head_dim, rng):
     assert stores[0][0, :, 0].any()
 
 
-@pytest.mark.parametrize(("fmt", "levels"), [("q8", 254), ("q4", 15)])
+@pytest.mark.parametrize(("fmt", "levels"), [("q8", 254), ("q4", 15), ("q3", 7), ("q2", 3)])
 def test_kv_rows_round_to_half_a_step(fmt, levels, rng):
     rows = rng.standard_normal((50, 80)).astype(np.float32)
     decoded = kvrows.decode(fmt, kvrows.encode(fmt, rows), 80)
@@ -180,7 +181,9 @@ def test_kv_rows_round_to_half_a_step(fmt, levels, rng):
         assert (np.abs(part - back).max(1) <= 0.5 * span / levels * 1.01 + 2e-3).all()
 
 
-@pytest.mark.parametrize(("fmt", "n_bytes"), [("f16", 160), ("q8", 86), ("q4", 52)])
+@pytest.mark.parametrize(
+    ("fmt", "n_bytes"), [("f16", 160), ("q8", 86), ("q4", 52), ("q3", 42), ("q2", 32), ("bfp4", 43)]
+)
 def test_kv_row_bytes(fmt, n_bytes):
     assert ops.kv_row_bytes(fmt, 80) == n_bytes == kvrows.encode(fmt, np.zeros((1, 80), np.float32)).size
     with pytest.raises(InvalidInput):
@@ -228,7 +231,7 @@ def test_nan_in_one_row_spoils_one_token_no_further_than_it_must(isa, fmt, rng):
         spoiled = np.isnan(out)
         assert spoiled[1, :, 1, 8].all()
         assert np.array_equal(out[~spoiled], good[~spoiled])
-        assert spoiled.sum() == (2 * 32 if fmt in ("q8", "q4") else 2)
+        assert spoiled.sum() == (2 * 32 if fmt not in ("f32", "f16") else 2)
     bad = q.copy()
     bad[0, 70] = np.nan
     out = output(k, v, bad)
@@ -247,7 +250,7 @@ def test_one_token_for_any_number_of_queries_a_key(isa, fmt, sharing, rng):
     assert (np.abs(got - exact) < bound).all()
     alone = cases.AttentionCase(fmt, 2, 2, 32, 66, 100, 1, 65, 0.0)
     first = q.reshape(2, sharing, 32)[:, 0].reshape(1, -1).copy()
-    if sharing <= (32 if fmt in ("q8", "q4") else 4):  # beyond, tiles are copied to float32
+    if sharing <= (32 if fmt in kvrows.INTEGERS else 4):  # beyond, tiles are copied to float32
         assert np.array_equal(got.reshape(2, sharing, 32)[:, 0].reshape(1, -1), attend(alone, first, k_buf, v_buf))
 
 

@@ -80,7 +80,7 @@ def test_attention_is_what_each_sequence_gives_alone(isa, case, fmt, threads, rn
         got = attend(case, fmt, q, keys, values)
         assert np.array_equal(got, attend_alone(case, fmt, q, keys, values))
     # Codes are multiplied as integers, see test_attention.py; floats differ in the order of sums only.
-    bound = 5e-4 if fmt in ("q8", "q4") and case.head_dim % 32 == 0 else 3e-6
+    bound = 5e-4 if fmt in kvrows.INTEGERS and case.head_dim % 32 == 0 else 3e-6
     assert np.abs(got - attend(case, fmt, q, keys, values, reference)).max() < bound
 
 

@@ -18,6 +18,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
+from barefoot.kv.ruled import Ruled
 from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
 from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
@@ -50,6 +51,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + _streams(spec, placement)
         + _staging(placement)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
+        + _ruled(spec, config)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
@@ -176,15 +178,31 @@ def _staging(placement: Placement) -> Footprint:
 
 def kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int) -> int:
     """Bytes of one layer's keys, of all sequences; values take the same."""
-    slots = spec.kv_positions(layer, config.context, config.chunk)
+    slots = config.kv.slots(spec, layer, config.context, config.chunk)
     return config.n_sequences * spec.n_kv_heads * slots * config.kv.row_bytes(spec.head_dim)
 
 
 def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
     of_one = config.kv.terms(spec, config.context, config.chunk)
     terms = [Term(t.name, config.n_sequences * t.count, t.bytes_each) for t in of_one]
-    padding = _padding(2 * [kv_bytes(spec, config, layer) for layer in range(spec.n_layers)])
-    return [*terms, padding]
+    arrays = [kv_bytes(spec, config, layer) for layer in range(spec.n_layers) for _ in range(2)]
+    if isinstance(config.kv, Ruled):
+        windows = set(range(spec.n_layers)) - set(config.kv.ruled(spec))
+        arrays = [kv_bytes(spec, config, layer) for layer in windows for _ in range(2)]
+        arrays += config.n_sequences * config.kv.layout(spec, config.context, config.chunk).own_arrays()
+    return [*terms, _padding(arrays)]
+
+
+def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
+    """Where a policy rules the entries: a prompt's hidden states between layers, and what caches use in turn."""
+    if not isinstance(config.kv, Ruled):
+        return Footprint()
+    layout = config.kv.layout(spec, config.context, config.chunk)
+    shared = [*layout.workspace(config.n_threads), _padding(layout.shared_arrays(config.n_threads))]
+    states = _block("hidden states", 4 * config.context * spec.d_model)
+    return entry("kv workspace", "workspace", shared, phases=RUNNING) + entry(
+        "prompt", "activations", [states], phases=RUNNING
+    )
 
 
 def _logits(spec: ModelSpec, config: EngineConfig) -> list[Term]:

@@ -7,7 +7,7 @@ token of each sequence that takes part, so that the matrices are read once for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,41 +15,26 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.measure import release_free_memory
-from barefoot.core.model import LayerSpec, ModelSpec, WeightSpec
+from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
+from barefoot.engine.by_layer import ByLayer
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
+from barefoot.engine.programs import Layer, Recorder
 from barefoot.engine.sequences import Sequences
 from barefoot.engine.stacks import Stacks, n_stacked
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
 from barefoot.engine.weights import Progress, Sum, load
 from barefoot.io.inventory import Checkpoint
+from barefoot.kv.ruled import Ruled
 from barefoot.ops import PackedWeight, blocks
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 AllLogits = Callable[[int, F32], None]  # index in the prompt of the first row, logits (n, vocab) valid during the call
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer's weights, and the keys and values of all sequences. ``matrices`` are q, k, v, o, gate, up, down; those
-    of a streamed layer are bound to a buffer when it is run, in the order of ``streamed``."""
-
-    spec: LayerSpec
-    rope: int
-    capacity: int
-    keys: U8
-    values: U8
-    qkv: list[Sum]
-    o: list[Sum]
-    gate_up: list[Sum]
-    down: list[Sum]
-    vectors: dict[str, F32]
-    streamed: tuple[tuple[WeightSpec, Sum], ...]
 
 
 class Engine:
@@ -111,8 +96,13 @@ class Engine:
         self._scratch = self.arena.take("scratch", scratch_bytes(spec, config, placement))
         self._layers = [self._layer(i) for i in range(spec.n_layers)]
         first_streamed = spec.n_layers - len(placement.streamed)
-        self._resident_layers = self._program(self._layers[:first_streamed])
-        self._streamed_layers = [(layer, self._program([layer])) for layer in self._layers[first_streamed:]]
+        recorder = Recorder(spec, config, self._buffers.views(config.n_rows), self._scratch)
+        self._by_layer: ByLayer | None = None
+        if isinstance(config.kv, Ruled):
+            self._by_layer = ByLayer(spec, config, self.arena, self._buffers, recorder, self._layers)
+        else:
+            self._resident_layers = recorder.whole(self._layers[:first_streamed])
+            self._streamed_layers = [(layer, recorder.whole([layer])) for layer in self._layers[first_streamed:]]
         self._stream, self._n_tiles = None, 0
         if placement.streamed or placement.head_tile_rows:
             n_bytes = stream_buffer_bytes(spec, placement)
@@ -132,7 +122,7 @@ class Engine:
                 self._n_tiles += 1
         return items
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int) -> Layer:
         spec, config = self.spec, self.config
         prefix = f"layers.{index}."
         first_streamed = spec.n_layers - len(self._placement.streamed)
@@ -143,15 +133,17 @@ class Engine:
             matrices = {w.name: Sum.of(w, w.format, "rows") for w in specs}
             streamed = {w.name: (w, matrices[w.name]) for w in specs}
         matrix = {name: matrices[prefix + name] for name in _MATRICES}
-        capacity = spec.kv_positions(index, config.context, config.chunk)
-        shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
-        n_bytes = kv_bytes(spec, config, index)
-        return _Layer(
+        capacity = config.kv.slots(spec, index, config.context, config.chunk)
+        keys = values = None
+        if not (isinstance(config.kv, Ruled) and index in config.kv.ruled(spec)):
+            shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
+            keys, values = (self.arena.take("kv", kv_bytes(spec, config, index)).reshape(shape) for _ in range(2))
+        return Layer(
             spec=spec.layers[index],
             rope=self._buffers.tables.ropes.index(spec.layers[index].rope),
             capacity=capacity,
-            keys=self.arena.take("kv", n_bytes).reshape(shape),
-            values=self.arena.take("kv", n_bytes).reshape(shape),
+            keys=keys,
+            values=values,
             qkv=[matrix["q"], matrix["k"], matrix["v"]],
             o=[matrix["o"]],
             gate_up=[matrix["gate"], matrix["up"]],
@@ -211,15 +203,22 @@ class Engine:
     def reset(self, sequence: int = 0) -> None:
         """Forget the sequence."""
         self._sequences.reset(sequence)
+        if self._by_layer is not None:
+            self._by_layer.caches[sequence].clear()
 
     def truncate(self, n: int, sequence: int = 0) -> None:
         """Forget all but the first ``n`` tokens of the sequence.
 
         Raises
         ------
-        InvalidInput : ``n`` is not 0 to its length, or a window layer has already overwritten what token n would see.
+        InvalidInput : ``n`` is not 0 to its length, a window layer has already overwritten what token n would see, or a
+            policy has sent entries away since; nothing has changed.
         """
+        if self._by_layer is not None and 0 < n < self._sequences.length(sequence):
+            self._by_layer.caches[sequence].check_trim(n)
         self._sequences.truncate(n, sequence)
+        if self._by_layer is not None:
+            self._by_layer.caches[sequence].trim(n)
 
     def prefill(
         self,
@@ -240,19 +239,60 @@ class Engine:
         CorruptFile : streamed weights can't be read; the chunks before are kept.
         """
         self._sequences.check(ids, sequence)
+        if self._by_layer is not None:
+            return self._prefill_by_layer(self._by_layer, ids, progress, sequence, all_logits)
         for start in range(0, len(ids), self.config.chunk):
             part = ids[start : start + self.config.chunk]
             last = start + len(part) == len(ids)
             views = self._append(part, sequence, logits_follow=last or all_logits is not None)
             if all_logits is not None:
-                for first in range(0, len(part), self.config.n_logits):
-                    all_logits(start + first, self._head(views, first, min(len(part), first + self.config.n_logits)))
+                self._give_logits(views, start, all_logits)
             if progress is not None:
                 progress(start + len(part), len(ids))
         return self._last(views, views.n - 1)
 
+    def _give_logits(self, views: Views, start: int, all_logits: AllLogits) -> None:
+        for first in range(0, views.n, self.config.n_logits):
+            all_logits(start + first, self._head(views, first, min(views.n, first + self.config.n_logits)))
+
+    def _prefill_by_layer(
+        self,
+        by_layer: ByLayer,
+        ids: Sequence[int],
+        progress: Progress | None,
+        sequence: int,
+        all_logits: AllLogits | None,
+    ) -> F32:
+        """Every layer takes the whole prompt before the next one does, so that one layer at a time holds all of it."""
+        chunk, position, n_layers = self.config.chunk, self._sequences.length(sequence), self.spec.n_layers
+        by_layer.begin(sequence, len(ids))
+        self._sequences.overwrite({sequence: len(ids)})
+        try:
+            for start in range(0, len(ids), chunk):
+                views = self._begin(ids[start : start + chunk])
+                by_layer.put(start, views)
+            for index in range(n_layers):
+                self._enter(index, logits_follow=True)
+                for start in range(0, len(ids), chunk):
+                    views = by_layer.take(start, min(chunk, len(ids) - start))
+                    by_layer.chunk(index, sequence, views, position + start)
+                    by_layer.put(start, views)
+                    if all_logits is not None and index + 1 == n_layers:
+                        self._give_logits(views, start, all_logits)
+                by_layer.settle(index, sequence)
+                if progress is not None:
+                    progress(len(ids) * (index + 1) // n_layers, len(ids))
+        except BaseException:
+            self.reset(sequence)  # some layers have taken the prompt, others not
+            raise
+        self._sequences.grow({sequence: len(ids)})
+        return self._last(views, views.n - 1)
+
     def decode(self, token: int, sequence: int = 0) -> F32:
         """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
+        if self._by_layer is not None:
+            row: F32 = self.decode_batch({sequence: token})[0]
+            return row
         self._sequences.check((token,), sequence)
         return self._last(self._append((token,), sequence, logits_follow=True), 0)
 
@@ -277,8 +317,34 @@ class Engine:
         positions = [self._sequences.length(s) for s in sequences]
         self._buffers.tables.fill_each(positions)
         grown = dict.fromkeys(sequences, 1)
+        if self._by_layer is not None:
+            self._decode_by_layer(self._by_layer, views, sequences, positions)
+            self._sequences.grow(grown)
+            return self._head(views, 0, views.n)
         self._run_layers(lambda program: program.run_each(sequences, positions), grown, logits_follow=True)
         return self._head(views, 0, views.n)
+
+    def _decode_by_layer(
+        self, by_layer: ByLayer, views: Views, sequences: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        by_layer.check(sequences)
+        self._sequences.overwrite(dict.fromkeys(sequences, 1))
+        try:
+            for index in range(self.spec.n_layers):
+                self._enter(index, logits_follow=True)
+                by_layer.step(index, sequences, positions, views)
+        except BaseException:
+            for sequence in sequences:
+                self.reset(sequence)  # some layers have taken the token, others not
+            raise
+        by_layer.stepped(sequences)
+
+    def _enter(self, index: int, *, logits_follow: bool) -> None:
+        """Have a layer's weights at hand."""
+        item = index - (self.spec.n_layers - len(self._placement.streamed))
+        if item >= 0:
+            last = index + 1 == self.spec.n_layers
+            self._bind(self._layers[index], item, 0 if last and not (logits_follow and self._n_tiles) else item + 1)
 
     # --- one pass ---------------------------------------------------------------------------------------------------
 
@@ -308,7 +374,7 @@ class Engine:
             run(program)
         self._sequences.grow(grown)
 
-    def _bind(self, layer: _Layer, item: int, then: int) -> None:
+    def _bind(self, layer: Layer, item: int, then: int) -> None:
         assert self._stream is not None
         buffer = self._stream.get(item, then)
         spans = iter(self._stream.spans(item))
@@ -335,88 +401,6 @@ class Engine:
 
     def _matmul(self, x: F32, weights: list[PackedWeight], outs: list[F32]) -> None:
         ops.matmul(x, weights, outs, activations=self.config.activations, scratch=self._scratch)
-
-    # --- a layer, recorded ------------------------------------------------------------------------------------------
-
-    def _program(self, layers: Sequence[_Layer]) -> ops.Program:
-        """The ops of these layers on the residual stream ``x``, for up to ``n_rows`` tokens."""
-        program, views = ops.Program(), self._buffers.views(self.config.n_rows)
-        for layer in layers:
-            self._attention(program, layer, views)
-            self._feed_forward(program, layer, views)
-        return program
-
-    def _attention(self, program: ops.Program, layer: _Layer, views: Views) -> None:
-        spec, vectors = self.spec, layer.vectors
-        q, k, v = views.q, views.k, views.v
-        program.rmsnorm(views.x, vectors["attn_norm"], spec.norm_eps, views.attn_in)
-        self._product(program, views.attn_in, layer.qkv, [q, k, v])
-        if "q_bias" in vectors:
-            program.add_(q, vectors["q_bias"])
-            program.add_(k, vectors["k_bias"])
-            program.add_(v, vectors["v_bias"])
-        if "q_norm" in vectors:
-            program.head_rmsnorm(q, spec.n_heads, spec.head_dim, vectors["q_norm"], spec.norm_eps)
-            program.head_rmsnorm(k, spec.n_kv_heads, spec.head_dim, vectors["k_norm"], spec.norm_eps)
-        cos, sin = views.rope[layer.rope]
-        program.rope(q, spec.n_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
-        program.rope(k, spec.n_kv_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
-        row_format = self.config.kv.row_format
-        program.kv_append(k, v, layer.keys, layer.values, row_format, layer.capacity)
-        program.attention(
-            q,
-            layer.keys,
-            layer.values,
-            row_format,
-            views.attn_out,
-            n_heads=spec.n_heads,
-            n_kv_heads=spec.n_kv_heads,
-            head_dim=spec.head_dim,
-            capacity=layer.capacity,
-            scale=spec.attn_scale,
-            window=layer.spec.window or 0,
-            softcap=spec.attn_softcap,
-            activations=self.config.activations,
-            scratch=self._scratch,
-        )
-        self._project(program, views.attn_out, layer.o, views.x, views.o, vectors.get("post_attn_norm"))
-
-    def _feed_forward(self, program: ops.Program, layer: _Layer, views: Views) -> None:
-        program.rmsnorm(views.x, layer.vectors["ffn_norm"], self.spec.norm_eps, views.ffn_in)
-        self._product(program, views.ffn_in, layer.gate_up, [views.gate, views.up])
-        program.glu(views.gate, views.up, views.gate, activation=self.spec.activation)
-        self._project(program, views.gate, layer.down, views.x, views.down, layer.vectors.get("post_ffn_norm"))
-
-    def _product(self, program: ops.Program, x: F32, weights: list[Sum], outs: list[F32], *, add: bool = False) -> None:
-        dense = [(w.blocks, out) for w, out in zip(weights, outs, strict=True) if w.blocks.format != "zero"]
-        if dense:
-            matrices, their_outs = map(list, zip(*dense, strict=True))
-            program.matmul(x, matrices, their_outs, activations=self.config.activations, add=add, scratch=self._scratch)
-        for weight, out in zip(weights, outs, strict=True):
-            further = add or weight.blocks.format != "zero"
-            for part in weight.parts:
-                program.part_matmul(x, part, out, add=further, scratch=self._scratch)
-                further = True
-            if weight.stack is not None:
-                activations = self.config.activations
-                program.sign_matmul(x, weight.stack, out, activations=activations, add=further, scratch=self._scratch)
-
-    def _project(
-        self,
-        program: ops.Program,
-        inputs: F32,
-        weight: list[Sum],
-        x: F32,
-        between: F32 | None,
-        norm: F32 | None,
-    ) -> None:
-        """Add a projection to the residual stream, through a norm where the model has one."""
-        if norm is None or between is None:
-            self._product(program, inputs, weight, [x], add=True)
-            return
-        self._product(program, inputs, weight, [between])
-        program.rmsnorm(between, norm, self.spec.norm_eps, between)
-        program.add_(x, between)
 
     # --- logits -----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import BackendMissing, unknown_name
-from barefoot.ops import blocks, lut, panels, parts, planes, reference, rounding
+from barefoot.ops import blocks, kvblocks, lut, panels, parts, planes, reference, rounding
 from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
 from barefoot.ops.grids import LANES, Grid, Levels
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
@@ -37,11 +37,14 @@ __all__ = [
     "PackedWeight",
     "Part",
     "Program",
+    "Segment",
     "SignStack",
     "add_",
     "argmax",
+    "attend_segment",
     "attention",
     "attention_each",
+    "attention_mass",
     "attention_scratch_bytes",
     "available_isas",
     "backend",
@@ -56,6 +59,8 @@ __all__ = [
     "kv_append",
     "kv_append_each",
     "kv_row_bytes",
+    "kv_write",
+    "kvblocks",
     "lut",
     "matmul",
     "matmul_scratch_bytes",
@@ -110,6 +115,13 @@ if TYPE_CHECKING:
     from barefoot.ops.signs import SignStack
 else:
     SignStack = _impl.SignStack
+
+
+#: A part of a KV store, ``barefoot.ops.segments.Segment``.
+if TYPE_CHECKING:
+    from barefoot.ops.segments import Segment
+else:
+    Segment = _impl.Segment
 
 
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
@@ -288,7 +300,7 @@ def kv_append(k: F32, v: F32, k_buf: U8, v_buf: U8, fmt: str, capacity: int, sta
 
     k, v : float32 [n_tokens, n_kv_heads * head_dim]; n_tokens ≤ capacity
     k_buf, v_buf : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, head_dim)]
-    fmt : f32, f16, q8 or q4
+    fmt : one of ``barefoot.ops.kvrows.FORMATS``
     """
     _impl.kv_append(k, v, k_buf, v_buf, fmt, capacity, start)
 
@@ -347,6 +359,77 @@ def attention(
         activations=activations,
         scratch=scratch,
     )
+
+
+def kv_write(rows: F32, buffer: U8, fmt: str, slots: npt.NDArray[np.int32]) -> None:
+    """Rows into slots of their own for each key head.
+
+    rows : float32 [n_tokens, n_kv_heads * dim]
+    buffer : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, dim)]
+    slots : int32 [n_kv_heads, n_tokens]
+    """
+    _impl.kv_write(rows, buffer, fmt, slots)
+
+
+def attend_segment(
+    q: F32,
+    segment: Segment,
+    sums: F32,
+    tops: F32,
+    totals: F32,
+    *,
+    n_before: int = -1,
+    scale: float,
+    softcap: float = 0.0,
+    scores: F32 | None = None,
+    scratch: U8,
+) -> None:
+    """Take one segment into the state of an attention pass (:mod:`barefoot.ops.segments`).
+
+    A single token works on codes where ``attention`` does, and on keys by channel of 2 to 4 bits whose key_dim is a
+    multiple of 32: queries times the scales of a block are rounded as queries are there. The result does not depend on
+    the number of threads.
+
+    q : float32 [n_tokens, n_heads * key_dim]
+    sums, tops, totals : the state, float32 [n_tokens, n_heads, value_dim], [n_tokens, n_heads] twice
+    n_before : entries in front of the first token's own: token t sees n_before + t + 1 of them; -1: all
+    scale, softcap : as in ``attention``; an entry's key_scale comes before the softcap, its bias behind
+    scores : float32 [n_heads, n_tokens, segment.stride] gets the scores of all entries, -inf for those not seen
+    scratch : uint8, at least ``attention_scratch_bytes(n_tokens, n_heads, n_kv_heads, max(key_dim, value_dim))``
+    """
+    _impl.attend_segment(
+        q,
+        segment,
+        sums,
+        tops,
+        totals,
+        n_before=n_before,
+        scale=scale,
+        softcap=softcap,
+        scores=scores,
+        scratch=scratch,
+    )
+
+
+def attention_mass(
+    scores: F32,
+    tops: F32,
+    totals: F32,
+    counts: npt.NDArray[np.int32],
+    mass: F32,
+    *,
+    thresholds: F32 | None = None,
+) -> None:
+    """Add to ``mass``, float32 [n_kv_heads, stride], how much each entry of a segment was attended to.
+
+    The attention probability exp(score - top) / total, summed over tokens and the query heads that share the key head;
+    or, with ``thresholds``, float32 [n_tokens], the number of tokens for which it is below the token's threshold in all
+    of these heads.
+
+    scores, tops, totals : of ``attend_segment``, once it has taken all segments
+    counts : int32 [n_kv_heads], entries of the segment
+    """
+    _impl.attention_mass(scores, tops, totals, counts, mass, thresholds=thresholds)
 
 
 def kv_append_each(

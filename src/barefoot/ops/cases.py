@@ -68,6 +68,7 @@ _RANGES = (
 ATTENTION = tuple(
     AttentionCase(fmt, *heads, capacity, n_past, n_tokens, window, softcap)
     for fmt, heads, (capacity, n_past, n_tokens, window, softcap) in product(kvrows.FORMATS, _HEADS, _RANGES)
+    if heads[2] % kvrows.whole(fmt) == 0
 )
 
 _F16_AT = {

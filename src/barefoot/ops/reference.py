@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from barefoot.ops import blocks, kvrows, lut, panels, parts, planes, signs
 from barefoot.ops.scratch import BFLOAT16_TOKENS, SIGN_TOKENS
+from barefoot.ops.segments import Segment, attend_segment, attention_mass, kv_write  # noqa: F401  ops of this module
 from barefoot.ops.signs import SignStack
 
 F32 = npt.NDArray[np.float32]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 
-from barefoot.core.spec import format_technique
 from barefoot.core.units import exact_bytes, flag_bytes
 from barefoot.ops.dispatch import format_layouts
 from barefoot.plan.job import RunJob, Stated, format_weights
@@ -22,7 +21,7 @@ def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Sta
     words += ["--context", str(job.context), "--max-tokens", str(job.max_tokens)]
     words += ["--batch", str(job.batch)] if job.batch > 1 else []
     words += ["--weights", format_weights(stated.weights)] if stated.weights else []
-    words += ["--kv", format_technique(stated.kv)] if stated.kv else []
+    words += ["--kv", str(stated.kv)] if stated.kv else []
     words += ["--chunk", str(stated.chunk)] if stated.chunk is not None else []
     words += ["--stream-layers", str(stated.streamed_layers)] if stated.streamed_layers is not None else []
     if stated.stream_head is not None:

@@ -113,7 +113,7 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
         elif isinstance(technique, KVStore):
             loss = quality.kv_loss(spec, technique)
             reference = 2 * 2 * spec.n_kv_heads * spec.head_dim
-            slots = sum(spec.kv_positions(i, job.context, chunk) for i in range(spec.n_layers))
+            slots = sum(technique.slots(spec, i, job.context, chunk) for i in range(spec.n_layers))
             terms = technique.terms(spec, job.context, chunk)
             lines = (Line("kv", terms, loss.kl, loss.source, slots * reference),)
         else:

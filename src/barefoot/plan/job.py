@@ -14,6 +14,7 @@ from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
 from barefoot.engine.config import Activations
+from barefoot.kv import ruled
 from barefoot.kv.stores import KVStore
 from barefoot.ops.dispatch import Layout
 from barefoot.weights.formats import WeightFormat
@@ -132,8 +133,5 @@ def format_weights(weights: Mapping[WeightGroup, WeightFormat]) -> str:
 
 
 def parse_kv(text: str) -> KVStore:
-    """The KV store of a spec string such as ``"q8"``."""
-    composition = parse_composition(text, techniques("kv.stores"), "kv.stores")
-    if len(composition) != 1:
-        raise InvalidInput(f"{text!r}: a KV store wraps nothing")
-    return cast(KVStore, composition[0])
+    """The KV store of a spec string such as ``"q8"`` or ``"h2o(keep=512) > q8"``."""
+    return ruled.parse(text, {**techniques("kv.stores"), **techniques("kv.policies")})

@@ -21,7 +21,7 @@ ACCELERATOR_RUNTIME_BYTES = 512 * MIB
 
 def layer_kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int, batch: int) -> int:
     """Bytes of one layer's keys and values for all sequences."""
-    slots = spec.kv_positions(layer, config.context, config.chunk)
+    slots = config.kv.slots(spec, layer, config.context, config.chunk)
     return 2 * batch * slots * spec.n_kv_heads * config.kv.row_bytes(spec.head_dim)
 
 

@@ -162,7 +162,7 @@ def _layout(spec: str, stored: str) -> str:
 
 def kv_loss(spec: ModelSpec, store: KVStore) -> Loss:
     """The loss of a KV store against f16."""
-    name, candidates = format_technique(store), _nearest(spec, "kv", "float")
+    name, candidates = str(store), _nearest(spec, "kv", "float")
     for measured in candidates:
         if name in measured.kl["kv"]:
             kl = measured.kl["kv"][name]

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Entry, Footprint, Phase, Place, Term
-from barefoot.core.spec import format_technique
 from barefoot.engine.config import Activations, EngineConfig
 from barefoot.plan.commands import command
 from barefoot.plan.job import RunJob, Stated, format_weights, parse_kv, parse_weights
@@ -118,7 +117,7 @@ class Plan:
             "job": {"context": self.job.context, "max_tokens": self.job.max_tokens, "batch": self.job.batch},
             "config": {
                 "context": config.context,
-                "kv": format_technique(config.kv),
+                "kv": str(config.kv),
                 "weights": format_weights(config.weights),
                 "chunk": config.chunk,
                 "activations": config.activations,

@@ -28,9 +28,13 @@ class KVStore(Technique):
         """Bytes of one head's keys (or values) of one position."""
         return sum(count * size for _, count, size in self.row_parts(head_dim))
 
+    def slots(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
+        """Rows of a key head that a layer has room for."""
+        return spec.kv_positions(layer, context, chunk)
+
     def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
         """Bytes of all layers' keys and values for ``context`` positions, prefilled ``chunk`` at a time."""
-        slots = sum(spec.kv_positions(layer, context, chunk) for layer in range(spec.n_layers))
+        slots = sum(self.slots(spec, layer, context, chunk) for layer in range(spec.n_layers))
         rows = 2 * slots * spec.n_kv_heads
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
 

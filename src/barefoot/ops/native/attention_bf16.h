@@ -264,7 +264,7 @@ inline void write_outputs(const AttentionArgs& a, const AttentionLayout& l, cons
     }
 }
 
-// Any rows as rows of floats, for widths that are not whole tiles.
+// Any rows as rows of floats, for widths that are not whole tiles and formats without a reader of their own.
 inline TileRows decode_rows(const AttentionArgs& a, const TileRows& rows, int64_t deep, float* to) {
   TileRows decoded;
   for (int64_t j = 0; j < rows.n; ++j, to += deep) {
@@ -303,8 +303,9 @@ inline void attend_tiles_bfloat16(const AttentionArgs& a, const AttentionLayout&
 }
 
 inline void attend_tiles_bfloat16(const AttentionArgs& a, const AttentionLayout& l) {
-  if (a.kv.head_dim != l.deep || a.kv.format == KvFormat::f32) attend_tiles_bfloat16<FloatRow>(a, l);
-  else if (a.kv.format == KvFormat::f16) attend_tiles_bfloat16<HalfRow>(a, l);
-  else if (a.kv.format == KvFormat::q8) attend_tiles_bfloat16<ByteRow>(a, l);
-  else attend_tiles_bfloat16<NibbleRow>(a, l);
+  const KvFormat direct = a.kv.head_dim == l.deep ? a.kv.format : KvFormat::f32;
+  if (direct == KvFormat::f16) attend_tiles_bfloat16<HalfRow>(a, l);
+  else if (direct == KvFormat::q8) attend_tiles_bfloat16<ByteRow>(a, l);
+  else if (direct == KvFormat::q4) attend_tiles_bfloat16<NibbleRow>(a, l);
+  else attend_tiles_bfloat16<FloatRow>(a, l);
 }

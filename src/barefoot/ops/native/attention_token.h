@@ -59,7 +59,7 @@ inline void mix_float_rows(const TileRows& values, const float* score, int64_t d
 }
 
 template <class Row>
-struct FloatTiles {
+struct FloatKeys {
   const AttentionLayout& l;
   const AttentionScratch& s;
   int64_t dim;
@@ -69,6 +69,14 @@ struct FloatTiles {
       dot_float_rows<Row, queries.value>(keys, s.q + i * l.width, dim, l.width, s.score + i * kKeyTile);
     });
   }
+};
+
+template <class Row>
+struct FloatValues {
+  const AttentionLayout& l;
+  const AttentionScratch& s;
+  int64_t dim;
+
   void mix(const TileRows& values) const {
     query_blocks(l.sharing, [&](auto queries, int64_t i) {
       const float* const score = s.score + i * kKeyTile;
@@ -90,12 +98,13 @@ struct Row8 {
   static Codes key(const uint8_t* group) { return plain_bytes(group + 2, zero); }
   static Codes value(const uint8_t* group) { return plain_bytes(group + 2, 0); }
 };
-struct Row4 {
-  static constexpr int bytes = 4 + kGroup / 2;
+template <int Bits>
+struct AffineRow {
+  static constexpr int bytes = 4 + kGroup * Bits / 8;
   static constexpr bool wide = false, has_low = true;
   static constexpr int zero = 0;
-  static Codes key(const uint8_t* group) { return nibbles(group + 4); }
-  static Codes value(const uint8_t* group) { return nibbles(group + 4); }
+  static Codes key(const uint8_t* group) { return unpack_group<Bits>(group + 4); }
+  static Codes value(const uint8_t* group) { return unpack_group<Bits>(group + 4); }
 };
 
 // One group of a query: q = scale * (254 * high + low).
@@ -135,34 +144,21 @@ inline void round_query(const float* q, int zero, int8_t* high, int8_t* low, Que
   group->low_start = -zero * sum_low;
 }
 
+// What keys and values of codes share: scales and minima of a tile's rows, over the float tile behind room for the
+// codes of keys, [kKeyTile][dim].
 template <class Row>
-struct PackedTiles {
+struct PackedRows {
   const AttentionLayout& l;
   const AttentionScratch& s;
   int64_t dim, n_groups;
-  // Over the float tile: codes of keys [kKeyTile][dim], then scales and minima [n_groups][kKeyTile].
   uint8_t* codes;
-  float *scale, *low;
-  // Over the float transposed tile: four codes of each key [dim / 4, whole vectors][kKeyTile], then the queries,
-  // [sharing] each.
-  uint8_t* quads;
-  int8_t *q_high, *q_low;   // [dim]
-  QueryGroup* q_group;      // [n_groups]
+  float *scale, *low;  // [n_groups][kKeyTile]
 
-  PackedTiles(const AttentionLayout& layout, const AttentionScratch& scratch, int64_t head_dim)
+  PackedRows(const AttentionLayout& layout, const AttentionScratch& scratch, int64_t head_dim)
       : l(layout), s(scratch), dim(head_dim), n_groups(head_dim / kGroup) {
     codes = reinterpret_cast<uint8_t*>(s.tile);
     scale = s.tile + kKeyTile * dim / 4;
     low = scale + n_groups * kKeyTile;
-    quads = reinterpret_cast<uint8_t*>(s.turned);
-    q_group = reinterpret_cast<QueryGroup*>(s.turned + kKeyTile * round_up(dim / 4, kLanes));
-    q_high = reinterpret_cast<int8_t*>(q_group + l.sharing * n_groups);
-    q_low = q_high + l.sharing * dim;
-    for (int64_t i = 0; i < l.sharing; ++i)
-      for (int64_t g = 0; g < n_groups; ++g) {
-        const int64_t at = i * dim + g * kGroup;
-        round_query(s.q + i * l.width + g * kGroup, Row::zero, q_high + at, q_low + at, q_group + i * n_groups + g);
-      }
   }
 
   // Scales (and minima) of all rows, 0 behind the last one; what else is done with each group is up to body.
@@ -186,6 +182,30 @@ struct PackedTiles {
       widen(scale + g * kKeyTile);
       if constexpr (Row::has_low) widen(low + g * kKeyTile);
     }
+  }
+};
+
+template <class Row>
+struct PackedKeys : PackedRows<Row> {
+  using Rows = PackedRows<Row>;
+  using Rows::l, Rows::s, Rows::dim, Rows::n_groups, Rows::codes, Rows::scale, Rows::low;
+  // Over the float transposed tile: four codes of each key [dim / 4, whole vectors][kKeyTile], then the queries,
+  // [sharing] each.
+  uint8_t* quads;
+  int8_t *q_high, *q_low;   // [dim]
+  QueryGroup* q_group;      // [n_groups]
+
+  PackedKeys(const AttentionLayout& layout, const AttentionScratch& scratch, int64_t head_dim)
+      : Rows(layout, scratch, head_dim) {
+    quads = reinterpret_cast<uint8_t*>(s.turned);
+    q_group = reinterpret_cast<QueryGroup*>(s.turned + kKeyTile * round_up(dim / 4, kLanes));
+    q_high = reinterpret_cast<int8_t*>(q_group + l.sharing * n_groups);
+    q_low = q_high + l.sharing * dim;
+    for (int64_t i = 0; i < l.sharing; ++i)
+      for (int64_t g = 0; g < n_groups; ++g) {
+        const int64_t at = i * dim + g * kGroup;
+        round_query(s.q + i * l.width + g * kGroup, Row::zero, q_high + at, q_low + at, q_group + i * n_groups + g);
+      }
   }
 
   template <int Queries>
@@ -219,7 +239,7 @@ struct PackedTiles {
 
   void score(const TileRows& keys) const {
     uint8_t* to = codes;
-    take_groups(keys, [&](const uint8_t* group) {
+    this->take_groups(keys, [&](const uint8_t* group) {
       store(to, Row::key(group));
       to += kGroup;
     });
@@ -231,6 +251,13 @@ struct PackedTiles {
       query_blocks(l.sharing, [&](auto queries, int64_t i) { this->template score_block<queries.value>(i, j); });
     }
   }
+
+};
+
+template <class Row>
+struct PackedValues : PackedRows<Row> {
+  using Rows = PackedRows<Row>;
+  using Rows::l, Rows::s, Rows::n_groups, Rows::scale, Rows::low, Rows::Rows;
 
   // weight[j] = score[j] * scale[j] in steps of the returned size, which is NaN if any of them is.
   static float round_weights(const float* score, const float* scale, int16_t* weight) {
@@ -279,7 +306,7 @@ struct PackedTiles {
   }
 
   void mix(const TileRows& values) const {
-    take_groups(values, [](const uint8_t*) {});
+    this->take_groups(values, [](const uint8_t*) {});
     for (int64_t g = 0; g < n_groups; ++g)
       query_blocks(l.sharing, [&](auto queries, int64_t i) { this->template mix_block<queries.value>(values, i, g); });
   }
@@ -287,36 +314,111 @@ struct PackedTiles {
 
 // --- all keys of a range ---
 
-template <class Tiles>
-inline void attend_rows(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, const Tiles& tiles,
-                        int64_t head, int64_t first, int64_t last) {
-  const auto rows_from = [&](const uint8_t* buffer, int64_t base) {
-    return tile_rows(a.kv, buffer, head, base, last - base < kKeyTile ? last - base : kKeyTile);
-  };
-  TileRows keys = rows_from(a.k, first);
+// The scores of one token's queries, and what it mixes with them: take() finds entries [base, base + n) and asks memory
+// for them, score() and mix() work on those.
+struct KeyTiles {
+  virtual void take(int64_t base, int64_t n) = 0;
+  virtual void score() = 0;
+
+ protected:
+  ~KeyTiles() = default;
+};
+struct ValueTiles {
+  virtual void take(int64_t base, int64_t n) = 0;
+  virtual void mix() = 0;
+
+ protected:
+  ~ValueTiles() = default;
+};
+
+// Entry e of one head lies in slot (start + e) % capacity.
+struct RowSource {
+  const KvShape& kv;
+  const uint8_t* data;
+  int64_t head, start;
+  TileRows tile(int64_t base, int64_t n) const { return tile_rows(kv, data, head, start + base, n); }
+};
+
+template <class Kernel>
+struct RowKeys final : KeyTiles {
+  RowSource source;
+  Kernel kernel;
+  TileRows rows;
+  RowKeys(const RowSource& from, const AttentionLayout& l, const AttentionScratch& s)
+      : source(from), kernel{l, s, from.kv.head_dim} {}
+  void take(int64_t base, int64_t n) override { rows = source.tile(base, n); }
+  void score() override { kernel.score(rows); }
+};
+template <class Kernel>
+struct RowValues final : ValueTiles {
+  RowSource source;
+  Kernel kernel;
+  TileRows rows;
+  RowValues(const RowSource& from, const AttentionLayout& l, const AttentionScratch& s)
+      : source(from), kernel{l, s, from.kv.head_dim} {}
+  void take(int64_t base, int64_t n) override { rows = source.tile(base, n); }
+  void mix() override { kernel.mix(rows); }
+};
+
+// Entries [first, last): weigh(base, n) turns a tile's scores into weights.
+template <class Weigh>
+inline void attend_entries(KeyTiles& keys, ValueTiles& values, int64_t first, int64_t last, Weigh weigh) {
+  const auto size = [&](int64_t base) { return last - base < kKeyTile ? last - base : kKeyTile; };
+  keys.take(first, size(first));
   for (int64_t base = first; base < last; base += kKeyTile) {
-    const TileRows values = rows_from(a.v, base);
-    tiles.score(keys);
-    for (int64_t i = 0; i < l.sharing; ++i)
-      soften(s.score + i * kKeyTile, 0, keys.n, kKeyTile, a.softcap, s.top + i, s.total + i, s.sum + i * l.width,
-             l.width);
-    if (base + kKeyTile < last) keys = rows_from(a.k, base + kKeyTile);
-    tiles.mix(values);
+    values.take(base, size(base));
+    keys.score();
+    weigh(base, size(base));
+    if (base + kKeyTile < last) keys.take(base + kKeyTile, size(base + kKeyTile));
+    values.mix();
+  }
+}
+
+// Whether rows of that format and width are multiplied as they are stored, for `sharing` queries.
+inline bool is_direct(KvFormat format, int64_t dim, int64_t sharing) {
+  if (format == KvFormat::f32 || format == KvFormat::f16) return dim % kLanes == 0 && sharing <= kTokenQueries;
+  return format != KvFormat::bfp4 && dim % kGroup == 0 && sharing <= kMostPackedQueries;
+}
+
+// body(KeyTiles&) with the kernel of the rows' format, which is_direct. Queries are as start_queries left them.
+template <class Body>
+inline void with_row_keys(const RowSource& from, const AttentionLayout& l, const AttentionScratch& s, Body body) {
+  const auto call = [&](auto keys) { body(keys); };
+  switch (from.kv.format) {
+    case KvFormat::f32: return call(RowKeys<FloatKeys<FloatRow>>(from, l, s));
+    case KvFormat::f16: return call(RowKeys<FloatKeys<HalfRow>>(from, l, s));
+    case KvFormat::q8: return call(RowKeys<PackedKeys<Row8>>(from, l, s));
+    case KvFormat::q4: return call(RowKeys<PackedKeys<AffineRow<4>>>(from, l, s));
+    case KvFormat::q3: return call(RowKeys<PackedKeys<AffineRow<3>>>(from, l, s));
+    default: return call(RowKeys<PackedKeys<AffineRow<2>>>(from, l, s));
+  }
+}
+template <class Body>
+inline void with_row_values(const RowSource& from, const AttentionLayout& l, const AttentionScratch& s, Body body) {
+  const auto call = [&](auto values) { body(values); };
+  switch (from.kv.format) {
+    case KvFormat::f32: return call(RowValues<FloatValues<FloatRow>>(from, l, s));
+    case KvFormat::f16: return call(RowValues<FloatValues<HalfRow>>(from, l, s));
+    case KvFormat::q8: return call(RowValues<PackedValues<Row8>>(from, l, s));
+    case KvFormat::q4: return call(RowValues<PackedValues<AffineRow<4>>>(from, l, s));
+    case KvFormat::q3: return call(RowValues<PackedValues<AffineRow<3>>>(from, l, s));
+    default: return call(RowValues<PackedValues<AffineRow<2>>>(from, l, s));
   }
 }
 
 // The queries of one token that share key head `head`, over positions [first, last), all of which it sees.
 inline void attend_one(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
                        int64_t first, int64_t last) {
-  const int64_t dim = a.kv.head_dim;
-  const bool packed = a.kv.format == KvFormat::q8 || a.kv.format == KvFormat::q4;
-  if (packed ? dim % kGroup != 0 || l.sharing > kMostPackedQueries : dim % kLanes != 0 || l.sharing > kTokenQueries)
-    return attend(a, l, s, head, 0, 1, first, last);
+  if (!is_direct(a.kv.format, a.kv.head_dim, l.sharing)) return attend(a, l, s, head, 0, 1, first, last);
   start_queries(a, l, s, head, 0, l.sharing);
-  if (a.kv.format == KvFormat::q8) attend_rows(a, l, s, PackedTiles<Row8>(l, s, dim), head, first, last);
-  else if (a.kv.format == KvFormat::q4) attend_rows(a, l, s, PackedTiles<Row4>(l, s, dim), head, first, last);
-  else if (a.kv.format == KvFormat::f16) attend_rows(a, l, s, FloatTiles<HalfRow>{l, s, dim}, head, first, last);
-  else attend_rows(a, l, s, FloatTiles<FloatRow>{l, s, dim}, head, first, last);
+  const auto soften_tile = [&](int64_t, int64_t n) {
+    for (int64_t i = 0; i < l.sharing; ++i)
+      soften(s.score + i * kKeyTile, 0, n, kKeyTile, a.softcap, s.top + i, s.total + i, s.sum + i * l.width, l.width);
+  };
+  with_row_keys({a.kv, a.k, head, 0}, l, s, [&](KeyTiles& keys) {
+    with_row_values({a.kv, a.v, head, 0}, l, s,
+                    [&](ValueTiles& values) { attend_entries(keys, values, first, last, soften_tile); });
+  });
 }
 
 // The keys that one token sees, and the ranges that they are split into.

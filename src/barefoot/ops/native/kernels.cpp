@@ -80,6 +80,8 @@ struct Constant {
 #endif
 //
 #include "attention_token.h"
+//
+#include "attention_segment.h"
 
 // The kinds of parts, in the order of parts.names().
 constexpr std::array kParts{kCsr, PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
@@ -91,6 +93,7 @@ const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
     &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
+    &attend_segment, &segment_scratch, &attention_mass, &kv_write,
     &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
     &fit_groups, &group_errors, &round_groups, &encode_groups, &feedback_round,
     kParts.data(), kParts.size(),

@@ -100,18 +100,40 @@ struct PartKernel {
   void (*matmul)(const PartArgs&);
 };
 
-enum class KvFormat { f32, f16, q8, q4 };
+enum class KvFormat { f32, f16, q8, q4, q3, q2, bfp4 };  // in the order of kvrows.FORMATS
+
+// Bytes of n elements of one row, whole groups or the last part of one.
+inline int64_t kv_row_bytes(KvFormat format, int64_t n) {
+  const int64_t groups = (n + kGroup - 1) / kGroup;
+  switch (format) {
+    case KvFormat::f32: return 4 * n;
+    case KvFormat::f16: return 2 * n;
+    case KvFormat::q8: return n + 2 * groups;
+    case KvFormat::q4: return n / 2 + 4 * groups;
+    case KvFormat::q3: return 3 * n / 8 + 4 * groups;
+    case KvFormat::q2: return n / 4 + 4 * groups;
+    case KvFormat::bfp4: return n / 2 + groups;
+  }
+  return 0;
+}
 
 struct KvShape {
   KvFormat format;
   int64_t n_kv_heads, head_dim, capacity;
-  int64_t row_bytes() const {
-    const int64_t groups = (head_dim + kGroup - 1) / kGroup;
-    if (format == KvFormat::f32) return 4 * head_dim;
-    if (format == KvFormat::f16) return 2 * head_dim;
-    return format == KvFormat::q8 ? head_dim + 2 * groups : head_dim / 2 + 4 * groups;
-  }
+  int64_t row_bytes() const { return kv_row_bytes(format, head_dim); }
   int64_t bytes() const { return n_kv_heads * capacity * row_bytes(); }  // of one sequence's keys, or its values
+};
+
+// Keys by channel, as kvblocks.py describes them.
+struct KeyBlocks {
+  int bits;
+  int64_t group, n_kv_heads, head_dim, n_blocks;
+  int64_t codes(int width) const {  // bytes of codes of `width` bits, of a run of 32 positions
+    const int64_t chunk = 32 / width;
+    return 128 * ((head_dim + chunk - 1) / chunk);
+  }
+  int64_t run_bytes() const { return bits == 3 ? codes(2) + codes(1) : codes(bits); }
+  int64_t block_bytes() const { return 4 * head_dim + group / 32 * run_bytes(); }
 };
 
 struct Spot {  // where a token belongs
@@ -129,6 +151,42 @@ struct AttentionArgs {
   uint8_t* scratch;
   int n_threads;
   const Spot* spots = nullptr;  // of each token, one for a sequence; null: all are of one sequence, from n_past on
+};
+
+// One part of a KV store, that attention takes in turn with the others: `counts` entries of each key head. Entry e of
+// keys (or values) in rows lies in slot (start + e) % capacity, and of keys by channel at key_start + e, which is a
+// multiple of 32.
+struct SegmentArgs {
+  const float* q;  // [n_tokens, n_heads * key_dim]
+  int64_t n_tokens, n_heads;
+  bool by_channel;          // keys are blocks
+  KvShape key_rows, values;  // head_dim of keys and of values may differ
+  KeyBlocks key_blocks;
+  const uint8_t *k, *v;
+  int64_t key_start, value_start;
+  const int32_t* counts;  // [n_kv_heads]
+  int64_t n_before;       // entries that precede the first token's own: token t sees n_before + t + 1; -1: all
+  const float *bias, *key_scale, *value_scale;  // [n_kv_heads, stride] each, or null
+  int64_t stride;
+  float* scores;  // [n_heads, n_tokens, stride], or null: scaled, capped and biased; -infinity where a token sees none
+  float scale, softcap;
+  float *sums, *tops, *totals;  // the state: [n_tokens, n_heads, value_dim], and [n_tokens, n_heads] twice
+  uint8_t* scratch;
+  int n_threads;
+  int64_t n_kv_heads() const { return values.n_kv_heads; }
+  int64_t key_dim() const { return by_channel ? key_blocks.head_dim : key_rows.head_dim; }
+};
+
+// How much the entries of a segment were attended to, once all segments have been: of each entry and key head the sum
+// over tokens and the query heads that share it of exp(score - top) / total; with thresholds, one for a token, the number
+// of tokens for which all of these heads stay below.
+struct MassArgs {
+  const float *scores, *tops, *totals;  // [n_heads, n_tokens, stride], [n_tokens, n_heads] twice
+  int64_t n_tokens, n_heads, n_kv_heads, stride;
+  const int32_t* counts;    // [n_kv_heads]
+  const float* thresholds;  // [n_tokens], or null
+  float* mass;              // [n_kv_heads, stride], added to
+  int n_threads;
 };
 
 enum class RangeRule { range, two_means, ternary };
@@ -189,6 +247,10 @@ struct Kernels {
   void (*kv_append)(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer);
   void (*attention)(const AttentionArgs&);
   int64_t (*attention_scratch)(const AttentionArgs&);
+  void (*attend_segment)(const SegmentArgs&);
+  int64_t (*segment_scratch)(const SegmentArgs&);
+  void (*attention_mass)(const MassArgs&);
+  void (*kv_write)(const float* rows, int64_t n_tokens, const KvShape& kv, const int32_t* slots, uint8_t* buffer);
   void (*plane_matmul)(const PlaneArgs&);
   int64_t (*plane_scratch)(const PlaneArgs&);
   int64_t (*plane_bytes)(const PlaneArgs&);

@@ -574,13 +574,19 @@ KvFormat kv_format(const std::string& name) {
   if (name == "f16") return KvFormat::f16;
   if (name == "q8") return KvFormat::q8;
   if (name == "q4") return KvFormat::q4;
-  refuse("unknown KV format '" + name + "'; known: f16, f32, q4, q8");
+  if (name == "q3") return KvFormat::q3;
+  if (name == "q2") return KvFormat::q2;
+  if (name == "bfp4") return KvFormat::bfp4;
+  refuse("unknown KV format '" + name + "'; known: bfp4, f16, f32, q2, q3, q4, q8");
 }
 
 KvShape kv_shape(const std::string& format, int64_t n_kv_heads, int64_t head_dim, int64_t capacity) {
   if (n_kv_heads < 1 || capacity < 1) refuse("n_kv_heads and capacity must be positive");
-  if (head_dim < 2 || head_dim % 2) refuse("head_dim must be a positive even number, got " + text(head_dim));
-  return {kv_format(format), n_kv_heads, head_dim, capacity};
+  const KvFormat known = kv_format(format);
+  const int64_t whole = known == KvFormat::q3 ? 8 : known == KvFormat::q2 ? 4 : 2;
+  if (head_dim < whole || head_dim % whole)
+    refuse("head_dim must be a positive multiple of " + text(whole) + ", got " + text(head_dim));
+  return {known, n_kv_heads, head_dim, capacity};
 }
 
 // Where the tokens of a call belong: all to one sequence, from n_past on, or each to its own.
@@ -703,6 +709,149 @@ void attention_each(Matrix q, KvStore k_buf, KvStore v_buf, const std::string& f
   const std::vector<Spot> spots = spots_of(sequences, positions);
   attend(q, k_buf, v_buf, fmt, out, n_heads, n_kv_heads, head_dim, capacity, {0, 0, &spots}, dim(q, 0), scale, window,
          softcap, false, scratch);
+}
+
+// --- segments of a store ---
+
+using Counts = Array<const int32_t, nb::ndim<1>>;
+using Extra = std::optional<Matrix>;  // of each entry
+
+// A part of a KV store; the arrays stay the caller's, who changes what is in them.
+class Segment {
+ public:
+  Segment(const std::string& key_format, KvBytes keys, const std::string& value_format, KvBytes values,
+          int64_t key_dim, int64_t value_dim, Counts counts, int64_t group, Extra bias, Extra key_scale,
+          Extra value_scale)
+      : keys_(keys), values_(values), counts_(counts), bias_(bias), key_scale_(key_scale), value_scale_(value_scale) {
+    const int64_t n_kv_heads = dim(values, 0);
+    args_.values = kv_shape(value_format, n_kv_heads, value_dim, dim(values, 1));
+    expect_store(values, args_.values);
+    args_.by_channel = key_format.size() == 2 && key_format[0] == 'c';
+    if (args_.by_channel) {
+      const int bits = key_format[1] - '0';
+      if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+        refuse("keys by channel have 2, 3, 4 or 8 bits, got " + key_format);
+      if (group < 32 || group % 32) refuse("group must be a multiple of 32, got " + text(group));
+      if (key_dim < 1) refuse("key_dim must be positive");
+      args_.key_blocks = {bits, group, n_kv_heads, key_dim, dim(keys, 1)};
+      expect_size("bytes of a block of keys", args_.key_blocks.block_bytes(), dim(keys, 2));
+    } else {
+      args_.key_rows = kv_shape(key_format, n_kv_heads, key_dim, dim(keys, 1));
+      expect_store(keys, args_.key_rows);
+    }
+    expect_size("key heads of the keys", n_kv_heads, dim(keys, 0));
+    expect_size("counts", n_kv_heads, dim(counts, 0));
+    for (const Extra* extra : {&bias_, &key_scale_, &value_scale_})
+      if (*extra) {
+        expect_size("key heads of bias and scales", n_kv_heads, dim(**extra, 0));
+        expect_size("entries of bias and scales", stride(), dim(**extra, 1));
+      }
+    args_.bias = bias_ ? bias_->data() : nullptr;
+    args_.key_scale = key_scale_ ? key_scale_->data() : nullptr;
+    args_.value_scale = value_scale_ ? value_scale_->data() : nullptr;
+    args_.k = keys_.data();
+    args_.v = values_.data();
+    args_.counts = counts_.data();
+    args_.stride = stride();
+  }
+
+  // Entries that both keys and values have room for.
+  int64_t stride() const {
+    const int64_t of_keys = args_.by_channel ? dim(keys_, 1) * args_.key_blocks.group : dim(keys_, 1);
+    return of_keys < dim(values_, 1) ? of_keys : dim(values_, 1);
+  }
+
+  SegmentArgs args() const {
+    SegmentArgs a = args_;
+    a.key_start = key_start;
+    a.value_start = value_start;
+    if (key_start < 0 || value_start < 0) refuse("key_start and value_start must not be negative");
+    if (args_.by_channel && key_start % 32) refuse("blocks of keys start at a multiple of 32");
+    const int64_t left = args_.by_channel ? dim(keys_, 1) * args_.key_blocks.group - key_start : a.stride;
+    const int64_t most = left < a.stride ? left : a.stride;
+    for (int64_t h = 0; h < a.n_kv_heads(); ++h)
+      if (a.counts[h] < 0 || a.counts[h] > most)
+        refuse("a segment of " + text(most) + " entries has a count of " + text(a.counts[h]));
+    return a;
+  }
+
+  int64_t key_start = 0, value_start = 0;
+
+ private:
+  KvBytes keys_, values_;
+  Counts counts_;
+  Extra bias_, key_scale_, value_scale_;
+  SegmentArgs args_{};
+};
+
+void attend_segment(Matrix q, const Segment& segment, Array<float, nb::ndim<3>> sums, MatrixOut tops, MatrixOut totals,
+                    int64_t n_before, float scale, float softcap, std::optional<Array<float, nb::ndim<3>>> scores,
+                    BytesOut scratch) {
+  SegmentArgs a = segment.args();
+  a.q = q.data();
+  a.n_tokens = dim(q, 0);
+  a.n_heads = dim(sums, 1);
+  expect(a.n_heads > 0 && a.n_heads % a.n_kv_heads() == 0, "query heads, a multiple of", a.n_kv_heads(), a.n_heads);
+  expect_size("columns of q", a.n_heads * a.key_dim(), dim(q, 1));
+  expect_size("tokens of sums", a.n_tokens, dim(sums, 0));
+  expect_size("columns of sums", a.values.head_dim, dim(sums, 2));
+  for (const MatrixOut* each : {&tops, &totals}) {
+    expect_size("tokens of tops and totals", a.n_tokens, dim(*each, 0));
+    expect_size("heads of tops and totals", a.n_heads, dim(*each, 1));
+  }
+  if (scores) {
+    expect_size("heads of scores", a.n_heads, dim(*scores, 0));
+    expect_size("tokens of scores", a.n_tokens, dim(*scores, 1));
+    expect_size("entries of scores", a.stride, dim(*scores, 2));
+    a.scores = scores->data();
+  }
+  if (n_before < -1) refuse("n_before must be -1 or more");
+  if (a.n_tokens == 0) return;
+  a.n_before = n_before;
+  a.scale = scale;
+  a.softcap = softcap;
+  a.sums = sums.data();
+  a.tops = tops.data();
+  a.totals = totals.data();
+  a.scratch = scratch.data();
+  a.n_threads = n_threads();
+  const int64_t needed = kernels().segment_scratch(a);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+  nb::gil_scoped_release release;
+  kernels().attend_segment(a);
+}
+
+void attention_mass(Array<const float, nb::ndim<3>> scores, Matrix tops, Matrix totals, Counts counts, MatrixOut mass,
+                    std::optional<Vector> thresholds) {
+  MassArgs a{scores.data(), tops.data(), totals.data(), dim(scores, 1), dim(scores, 0), dim(mass, 0), dim(scores, 2),
+             counts.data(), thresholds ? thresholds->data() : nullptr, mass.data(), n_threads()};
+  expect(a.n_kv_heads > 0 && a.n_heads % a.n_kv_heads == 0, "query heads, a multiple of", a.n_kv_heads, a.n_heads);
+  for (const Matrix* each : {&tops, &totals}) {
+    expect_size("tokens of tops and totals", a.n_tokens, dim(*each, 0));
+    expect_size("heads of tops and totals", a.n_heads, dim(*each, 1));
+  }
+  expect_size("entries of mass", a.stride, dim(mass, 1));
+  expect_size("counts", a.n_kv_heads, dim(counts, 0));
+  for (int64_t h = 0; h < a.n_kv_heads; ++h)
+    expect(counts.data()[h] >= 0 && counts.data()[h] <= a.stride, "count, at most", a.stride, counts.data()[h]);
+  if (thresholds) expect_size("thresholds", a.n_tokens, dim(*thresholds, 0));
+  nb::gil_scoped_release release;
+  kernels().attention_mass(a);
+}
+
+void kv_write(Matrix rows, KvBytesOut buffer, const std::string& fmt, Array<const int32_t, nb::ndim<2>> slots) {
+  const int64_t n_kv_heads = dim(buffer, 0);
+  expect(n_kv_heads > 0 && dim(rows, 1) % n_kv_heads == 0, "columns of the rows, a multiple of", n_kv_heads,
+         dim(rows, 1));
+  const KvShape kv = kv_shape(fmt, n_kv_heads, dim(rows, 1) / n_kv_heads, dim(buffer, 1));
+  expect_store(buffer, kv);
+  expect_size("key heads of the slots", n_kv_heads, dim(slots, 0));
+  expect_size("tokens of the slots", dim(rows, 0), dim(slots, 1));
+  for (size_t i = 0; i < slots.size(); ++i)
+    if (slots.data()[i] < 0 || slots.data()[i] >= kv.capacity)
+      refuse("slots must be 0 to " + text(kv.capacity - 1) + ", got " + text(slots.data()[i]));
+  nb::gil_scoped_release release;
+  kernels().kv_write(rows.data(), dim(rows, 0), kv, slots.data(), buffer.data());
 }
 
 // --- programs ---
@@ -948,6 +1097,21 @@ NB_MODULE(_native, m) {
   m.def("attention_each", &barefoot::attention_each, "q"_a.noconvert(), "k_buf"_a.noconvert(), "v_buf"_a.noconvert(),
         "fmt"_a, "out"_a.noconvert(), nb::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "capacity"_a,
         "sequences"_a, "positions"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "scratch"_a.noconvert());
+  nb::class_<Segment>(m, "Segment")
+      .def(nb::init<const std::string&, KvBytes, const std::string&, KvBytes, int64_t, int64_t, Counts, int64_t, Extra,
+                    Extra, Extra>(),
+           "key_format"_a, "keys"_a.noconvert(), "value_format"_a, "values"_a.noconvert(), nb::kw_only(), "key_dim"_a,
+           "value_dim"_a, "counts"_a.noconvert(), "group"_a = 32, "bias"_a.noconvert() = nb::none(),
+           "key_scale"_a.noconvert() = nb::none(), "value_scale"_a.noconvert() = nb::none())
+      .def_rw("key_start", &Segment::key_start)
+      .def_rw("value_start", &Segment::value_start);
+  m.def("attend_segment", &barefoot::attend_segment, "q"_a.noconvert(), "segment"_a, "sums"_a.noconvert(),
+        "tops"_a.noconvert(), "totals"_a.noconvert(), nb::kw_only(), "n_before"_a = -1, "scale"_a,
+        "softcap"_a = 0.0f, "scores"_a.noconvert() = nb::none(), "scratch"_a.noconvert());
+  m.def("attention_mass", &barefoot::attention_mass, "scores"_a.noconvert(), "tops"_a.noconvert(),
+        "totals"_a.noconvert(), "counts"_a.noconvert(), "mass"_a.noconvert(), nb::kw_only(),
+        "thresholds"_a.noconvert() = nb::none());
+  m.def("kv_write", &barefoot::kv_write, "rows"_a.noconvert(), "buffer"_a.noconvert(), "fmt"_a, "slots"_a.noconvert());
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())
       .def("matmul", &record_matmul, "x"_a.noconvert(), "weights"_a, "outs"_a, nb::kw_only(), "activations"_a = "int8",

@@ -1,0 +1,35 @@
+"""random — positions drawn by lot beside the last ones: what a choice must beat.
+
+Each layer and key head draws for itself, by ``seed``. Entries of a key head: ``keep`` and the newest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from barefoot.kv.policies import F32, I32, Policy, Seen, at_least, lowest, protect_recent, top
+
+
+@dataclass(frozen=True)
+class Random(Policy, name="random", status="stable"):
+    keep: int = 1024
+    recent: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, keep=(self.keep, 1), recent=(self.recent, 0))
+
+    def slots(self, context: int) -> int:
+        return min(context, self.keep + 1)
+
+    def choose(self, seen: Seen) -> I32:
+        lots = np.random.default_rng((self.seed, seen.layer)).random(seen.position.shape, np.float32)
+        return top(protect_recent(lots, seen.position, seen.n_tokens, self.recent), min(self.keep, seen.n))
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
+        if position.shape[-1] <= self.keep:
+            return None
+        lots = np.random.default_rng((self.seed, n_tokens)).random(position.shape, np.float32)
+        return lowest(protect_recent(lots, position, n_tokens, self.recent))

@@ -1,0 +1,47 @@
+"""sinks — the first positions and the last ones; without the first ones a plain sliding window.
+
+StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): much attention goes to the first few positions whatever they hold, so
+a window that keeps them stays sound while it slides. Here the baseline that looks at nothing: positions keep the
+rotation that they were stored with.
+
+Entries of a key head: ``keep`` and the newest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from barefoot.core.errors import InvalidInput
+from barefoot.kv.policies import F32, I32, Policy, Seen, at_least, lowest
+
+
+@dataclass(frozen=True)
+class Sinks(Policy, name="sinks", status="stable"):
+    keep: int = 1024
+    first: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, keep=(self.keep, 1), first=(self.first, 0))
+        if self.first >= self.keep:
+            raise InvalidInput(f"sinks: first must be less than keep, got {self.first} of {self.keep}")
+
+    def slots(self, context: int) -> int:
+        return min(context, self.keep + 1)
+
+    def choose(self, seen: Seen) -> I32:
+        order = np.arange(seen.n, dtype=np.int32)
+        if seen.n > self.keep:
+            order = np.concatenate([order[: self.first], order[seen.n - self.keep + self.first :]])
+        return np.broadcast_to(order, (len(seen.position), len(order)))
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
+        if position.shape[-1] <= self.keep:
+            return None
+        return oldest(position, self.first)
+
+
+def oldest(position: I32, first: int) -> I32:
+    """The slot (..., 1) of the lowest position that is not one of the ``first`` ones."""
+    return lowest(np.where(position < first, np.iinfo(np.int32).max, position))

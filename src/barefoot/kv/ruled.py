@@ -1,0 +1,81 @@
+"""A store whose entries a policy chooses: ``h2o(keep=512) > q8``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from barefoot.core.errors import Incompatible
+from barefoot.core.ledger import Term
+from barefoot.core.model import ModelSpec
+from barefoot.core.spec import format_composition, parse_composition
+from barefoot.core.technique import Technique, check_composition
+from barefoot.kv.cache import Heads, Layout
+from barefoot.kv.policies import Policy
+from barefoot.kv.stores import KVStore
+from barefoot.kv.stores.f16 import HalfStore
+
+
+@dataclass(frozen=True)
+class Ruled(KVStore):
+    """``policy`` rules the layers that see all positions; those with a window keep what it reaches, in ``store``."""
+
+    policy: Policy
+    store: KVStore
+
+    def __str__(self) -> str:
+        return format_composition((self.policy, self.store))
+
+    @property
+    def row_format(self) -> str:
+        return self.store.row_format
+
+    def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
+        return self.store.row_parts(head_dim)
+
+    def slots(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
+        if spec.layers[layer].window is not None:
+            return super().slots(spec, layer, context, chunk)
+        return self.policy.slots(context)
+
+    def layout(self, spec: ModelSpec, context: int, chunk: int) -> Layout:
+        """The cache of the layers that the policy rules."""
+        heads = Heads(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.attn_scale, spec.attn_softcap)
+        return Layout(heads, len(self.ruled(spec)), context, self.policy, self.store, chunk)
+
+    @staticmethod
+    def ruled(spec: ModelSpec) -> tuple[int, ...]:
+        """The layers that see all positions."""
+        return tuple(i for i, layer in enumerate(spec.layers) if layer.window is None)
+
+    def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
+        windows = [i for i in range(spec.n_layers) if spec.layers[i].window is not None]
+        slots = sum(self.slots(spec, i, context, chunk) for i in windows)
+        rows = 2 * slots * spec.n_kv_heads
+        parts = self.store.row_parts(spec.head_dim) if windows else ()
+        in_windows = (Term(f"kv {name} of windows", rows * count, size) for name, count, size in parts)
+        return (*self.layout(spec, context, chunk).terms(), *in_windows)
+
+
+def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:
+    """The KV store of a spec string: a store, a policy, or ``policy > store``; a policy alone keeps f16.
+
+    Raises
+    ------
+    InvalidInput : unreadable text, unknown names or knobs.
+    Incompatible : what does not go together.
+    """
+    techniques = parse_composition(text, known, "kv")
+    *wrapping, last = techniques
+    if isinstance(last, Policy):
+        wrapping, last = [*wrapping, last], HalfStore()
+    if not isinstance(last, KVStore) or not all(isinstance(t, Policy) for t in wrapping):
+        raise Incompatible(f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > q8"')
+    check_composition([*wrapping, last])
+    if not wrapping:
+        return last
+    if len(wrapping) > 1:
+        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(wrapping)}")
+    policy = wrapping[0]
+    assert isinstance(policy, Policy)
+    return Ruled(policy, last)

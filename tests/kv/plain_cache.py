@@ -1,0 +1,98 @@
+"""A plain model of the cache: dictionaries by position, softmax written out, policies as their papers say them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class PlainCache:
+    """Entries of each layer and key head: position → [key, value, mass], in float64 of half-precision rows."""
+
+    def __init__(self, layout, rounded=lambda x: x.astype(np.float16)):
+        self.layout, self.h, self.rounded = layout, layout.heads, rounded
+        self.entries = [[{} for _ in range(self.h.n_kv_heads)] for _ in range(layout.n_layers)]
+        self.n_tokens = 0
+
+    def prompt(self, layer, q, k, v):
+        """All tokens of a prompt in one layer; outputs (n, n_heads, head_dim)."""
+        n, dim, sharing = len(q), self.h.head_dim, self.h.n_heads // self.h.n_kv_heads
+        keys, values = (x.reshape(n, -1, dim).astype(np.float16).astype(np.float64) for x in (k, v))
+        out = np.empty((n, self.h.n_heads, dim))
+        for head, there in enumerate(self.entries[layer]):
+            old = dict(there)
+            for t in range(n):
+                there[self.n_tokens + t] = [keys[t, head], values[t, head], 0.0]
+            votes = {p: np.zeros(sharing) for p in there}
+            for t in range(n):
+                seen = [*old, *range(self.n_tokens, self.n_tokens + t + 1)]
+                for i in range(sharing):
+                    h = head * sharing + i
+                    shares, out[t, h] = self.attend(q[t].reshape(-1, dim)[h], [there[p] for p in seen])
+                    for p, share in zip(seen, shares, strict=True):
+                        there[p][2] += share
+                        votes[p][i] += share if t >= n - getattr(self.layout.policy, "window", 0) else 0
+            kept = self.chosen(there, votes)
+            new = [p for p in kept if p >= self.n_tokens]
+            self.entries[layer][head] = {p: there[p] for p in kept}
+            for p in new:
+                entry = self.entries[layer][head][p]
+                entry[:2] = [self.rounded(x.astype(np.float32)[None])[0].astype(np.float64) for x in entry[:2]]
+        return out
+
+    def done(self, n):
+        self.n_tokens += n
+
+    def chosen(self, there, votes):
+        policy, order = self.layout.policy, sorted(there)
+        if policy is None or len(order) <= policy.keep:
+            return order
+        if policy.name == "sinks":
+            return order[: policy.first] + order[len(order) - policy.keep + policy.first :]
+        if policy.name == "h2o":
+            recent = order[len(order) - policy.n_recent :] if policy.n_recent else []
+            heavy = sorted(set(order) - set(recent), key=lambda p: -there[p][2])
+            return sorted([*heavy[: policy.keep - len(recent)], *recent])
+        assert policy.name == "snapkv"
+        front, side = order[: -policy.window], policy.kernel // 2
+        score = {}
+        for at, p in enumerate(front):
+            near = front[max(0, at - side) : at + side + 1]
+            each = np.array([votes[p] for p in near])
+            score[p] = (each.sum(0) / policy.kernel if policy.pooling == "mean" else each.max(0)).mean()
+        best = sorted(front, key=lambda p: (-score[p], -p))[: policy.keep - policy.window]
+        return sorted([*best, *order[-policy.window :]])
+
+    def attend(self, q, entries):
+        keys, values = (np.array([e[i] for e in entries]) for i in (0, 1))
+        scores = keys @ q.astype(np.float64) * self.h.scale
+        if self.h.softcap:
+            scores = self.h.softcap * np.tanh(scores / self.h.softcap)
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        return shares, shares @ values
+
+    def step(self, layer, q, k, v):
+        dim, sharing = self.h.head_dim, self.h.n_heads // self.h.n_kv_heads
+        out = np.empty((1, self.h.n_heads, dim))
+        for head, there in enumerate(self.entries[layer]):
+            key, value = (self.rounded(x.reshape(-1, dim)[head][None])[0].astype(np.float64) for x in (k, v))
+            there[self.n_tokens] = [key, value, 0.0]
+            for i in range(sharing):
+                h = head * sharing + i
+                shares, out[0, h] = self.attend(q.reshape(-1, dim)[h], list(there.values()))
+                for entry, share in zip(there.values(), shares, strict=True):
+                    entry[2] += share
+        return out
+
+    def stepped(self):
+        self.n_tokens += 1
+        policy = self.layout.policy
+        if policy is None or policy.name == "snapkv":
+            return
+        for there in (there for heads in self.entries for there in heads):
+            if len(there) > policy.keep:
+                if policy.name == "sinks":
+                    del there[min(p for p in there if p >= policy.first)]
+                else:
+                    old = [p for p in there if p < self.n_tokens - policy.n_recent]
+                    del there[min(old, key=lambda p: there[p][2])]

@@ -1,0 +1,314 @@
+"""Segments of a KV store against their reference, and the reference against one softmax over plain arrays."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from barefoot import ops
+from barefoot.core.errors import InvalidInput
+from barefoot.ops import kvblocks, kvrows, segments
+
+CHANNELS = ("c2", "c3", "c4", "c8")
+
+
+class Pass:
+    """The state of a pass over segments, and what it comes to."""
+
+    def __init__(self, q, n_heads, value_dim, implementation=ops):
+        self.q, self.n_heads, self.impl = q, n_heads, implementation
+        self.sums = np.zeros((len(q), n_heads, value_dim), np.float32)
+        self.tops = np.full((len(q), n_heads), -np.inf, np.float32)
+        self.totals = np.zeros((len(q), n_heads), np.float32)
+
+    def take(self, segment, **options):
+        key_dim, value_dim = self.q.shape[1] // self.n_heads, self.sums.shape[2]
+        shape = (len(self.q), self.n_heads, len(segment_counts(segment)), max(key_dim, value_dim))
+        scratch = np.full(ops.attention_scratch_bytes(*shape), 0xA5, np.uint8)
+        self.impl.attend_segment(
+            self.q, segment, self.sums, self.tops, self.totals, **{"scale": 0.3, "scratch": scratch} | options
+        )
+        return self
+
+    @property
+    def out(self):
+        return self.sums / self.totals[..., None]
+
+
+_COUNTS = {}
+
+
+def segment_counts(segment):
+    return _COUNTS[id(segment)][0]
+
+
+def make(key_format, value_format, keys, values, counts, implementation=ops, *, group=32, slots=None, **extras):
+    """A segment that holds (heads, n, dim) arrays in as many slots, or ``slots``."""
+    n_heads, n, key_dim = keys.shape
+    room = slots or n
+    if key_format in CHANNELS:
+        whole = -(-room // group) * group
+        padded = np.zeros((n_heads, whole, key_dim), np.float32)
+        padded[:, :n] = keys
+        key_bytes = kvblocks.encode(int(key_format[1]), padded.reshape(n_heads, -1, group, key_dim))
+        room = whole
+    else:
+        key_bytes = np.zeros((n_heads, room, kvrows.row_bytes(key_format, key_dim)), np.uint8)
+        key_bytes[:, :n] = kvrows.encode(key_format, keys)
+    value_bytes = np.zeros((n_heads, room, kvrows.row_bytes(value_format, values.shape[2])), np.uint8)
+    value_bytes[:, :n] = kvrows.encode(value_format, values)
+    counts = np.asarray(counts, np.int32)
+    dims = {"key_dim": key_dim, "value_dim": values.shape[2], "counts": counts, "group": group}
+    segment = implementation.Segment(key_format, key_bytes, value_format, value_bytes, **dims, **extras)
+    _COUNTS[id(segment)] = (counts, segment)
+    return segment
+
+
+def arrays(rng, heads, n, key_dim, value_dim):
+    return (rng.standard_normal((heads, n, dim)).astype(np.float32) for dim in (key_dim, value_dim))
+
+
+def plain(q, pieces, n_heads, scale=0.3):
+    """Attention of one token over the joined entries, in float64; pieces: (keys, values, n_kv_heads of entries)."""
+    keys, values = (np.concatenate(each, axis=1).astype(np.float64) for each in zip(*pieces, strict=True))
+    heads = q.reshape(len(q), len(keys), -1, keys.shape[2]).astype(np.float64)
+    scores = np.einsum("tgrd,gnd->tgrn", heads, keys) * scale
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("tgrn,gnd->tgrd", weights, values).reshape(len(q), n_heads, -1)
+
+
+def test_segments_are_one_softmax(rng):
+    """The reference, on three segments of ragged counts, against everything written out."""
+    q = rng.standard_normal((1, 6 * 8)).astype(np.float32)
+    pieces = [tuple(arrays(rng, 2, n, 8, 12)) for n in (40, 1, 7)]
+    state = Pass(q, 6, 12, segments)
+    for keys, values in pieces:
+        state.take(make("f32", "f32", keys, values, [keys.shape[1]] * 2, segments))
+    assert np.allclose(state.out, plain(q, pieces, 6), atol=1e-6)
+
+
+def test_counts_are_each_heads_own(rng):
+    q = rng.standard_normal((1, 4 * 8)).astype(np.float32)
+    keys, values = arrays(rng, 2, 20, 8, 8)
+    out = Pass(q, 4, 8, segments).take(make("f32", "f32", keys, values, [3, 17], segments)).out
+    for head, n in ((0, 3), (1, 17)):
+        own = plain(q.reshape(2, 16)[head : head + 1], [(keys[head : head + 1, :n], values[head : head + 1, :n])], 2)
+        assert np.allclose(out[:, 2 * head : 2 * head + 2], own, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 40])
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [((9, 3), 64, 64), ((4, 1), 96, 64), ((5, 5), 40, 48)])
+@pytest.mark.parametrize("key_format", ["f16", "q8", "q2", "bfp4", *CHANNELS])
+def test_kernels_equal_the_reference(isa, key_format, heads, key_dim, value_dim, n_tokens, threads, rng):
+    n_heads, n_kv_heads = heads
+    for i, value_format in enumerate(("f16", "q4", "q3", "q2", "bfp4")):
+        threads(1 + i % 3)
+        n = (32, 160, 416)[i % 3]
+        keys, values = arrays(rng, n_kv_heads, n, key_dim, value_dim)
+        counts = np.full(n_kv_heads, n) if key_format in CHANNELS else rng.integers(0, n + 1, n_kv_heads)
+        q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(np.float32)
+        extra, group = arrays(rng, n_kv_heads, 9, key_dim, value_dim), (32, 64, 128)[i % 3]
+        more = tuple(extra)
+        states = []
+        for implementation in (segments, ops):
+            state = Pass(q, n_heads, value_dim, implementation)
+            slots = None if key_format in CHANNELS else n + 11
+            state.take(make(key_format, value_format, keys, values, counts, implementation, group=group, slots=slots))
+            state.take(make("f16", "f16", *more, [9] * n_kv_heads, implementation), n_before=4)
+            states.append(state)
+        # One token's queries, and probabilities times the scales of values, may be rounded to 16 bits.
+        bound = 3e-5 if n_tokens > 1 else 2e-3 if "3" in value_format or "2" in value_format else 1e-3
+        assert np.abs(states[0].out - states[1].out).max() < bound, (value_format, n)
+        assert np.allclose(states[0].tops, states[1].tops, atol=2e-3)
+
+
+def test_entries_ahead_of_a_token_are_not_seen(isa, rng):
+    keys, values = arrays(rng, 2, 50, 32, 32)
+    q = rng.standard_normal((12, 4 * 32)).astype(np.float32)
+    whole = Pass(q, 4, 32).take(make("f32", "f32", keys, values, [50, 50]), n_before=30).out
+    for token in (0, 5, 11):
+        n = 31 + token
+        alone = Pass(q[token : token + 1], 4, 32).take(
+            make("f32", "f32", keys[:, :n].copy(), values[:, :n].copy(), [n, n])
+        )
+        assert np.allclose(whole[token], alone.out[0], atol=2e-6)
+
+
+def test_a_ring_starts_anywhere(isa, rng):
+    keys, values = arrays(rng, 1, 20, 32, 32)
+    q = rng.standard_normal((1, 32)).astype(np.float32)
+    plain_order = Pass(q, 1, 32).take(make("f32", "f32", keys, values, [20])).out
+    turned = make("f32", "f32", np.roll(keys, 7, axis=1), np.roll(values, 3, axis=1), [20])
+    turned.key_start, turned.value_start = 7, 3
+    assert np.array_equal(Pass(q, 1, 32).take(turned).out, plain_order)
+
+
+@pytest.mark.parametrize(("key_format", "group", "start"), [("c2", 32, 96), ("c3", 64, 32), ("c4", 128, 160)])
+def test_keys_by_channel_start_at_any_run(isa, key_format, group, start, rng):
+    keys, values = arrays(rng, 2, 384, 32, 32)
+    n = 384 - start - 5
+    for n_tokens in (1, 3):
+        q = rng.standard_normal((n_tokens, 4 * 32)).astype(np.float32)
+        outs = []
+        for implementation in (ops, segments):
+            segment = make(key_format, "f16", keys, values, [n, n], implementation, group=group)
+            segment.key_start = segment.value_start = start
+            outs.append(Pass(q, 4, 32, implementation).take(segment).out)
+        whole = kvblocks.decode(
+            int(key_format[1]), kvblocks.encode(int(key_format[1]), keys.reshape(2, -1, group, 32)), group, 32
+        )
+        there = whole.reshape(2, 384, 32)[:, start : start + n], values[:, start : start + n].astype(np.float16)
+        assert np.allclose(outs[1], plain(q, [there], 4), atol=1e-6)
+        assert np.abs(outs[0] - outs[1]).max() < (1e-3 if n_tokens == 1 else 3e-5)
+
+
+def test_bias_and_factors(isa, rng):
+    """A bias of log m is m equal entries; factors multiply keys and values."""
+    keys, values = arrays(rng, 2, 70, 32, 32)
+    q = rng.standard_normal((3, 4 * 32)).astype(np.float32)
+    times = rng.integers(1, 5, (2, 70))
+    factors = rng.uniform(0.5, 2, (2, 2, 70)).astype(np.float32)
+    extras = {"bias": np.log(times).astype(np.float32), "key_scale": factors[0], "value_scale": factors[1]}
+    for rows in (q, q[:1]):
+        out = Pass(rows, 4, 32).take(make("f32", "f32", keys, values, [70, 70], **extras)).out
+        for head in range(2):
+            spread = [
+                np.repeat(each[head] * factors[i, head][:, None], times[head], axis=0)[None]
+                for i, each in enumerate((keys, values))
+            ]
+            own = rows.reshape(len(rows), 2, 2, 32)[:, head].reshape(len(rows), -1)
+            assert np.allclose(out[:, 2 * head : 2 * head + 2], plain(own, [spread], 2), atol=5e-6)
+
+
+def test_an_excluded_entry_has_no_part(isa, rng):
+    keys, values = arrays(rng, 1, 100, 32, 32)
+    q = rng.standard_normal((1, 32)).astype(np.float32)
+    out = np.zeros((1, 100), bool)
+    out[0, :70] = True  # a whole tile, and the beginning of the next
+    bias = np.where(out, np.float32(segments.EXCLUDED), np.float32(0))
+    got = Pass(q, 1, 32).take(make("f32", "f32", keys, values, [100], bias=bias)).out
+    kept = Pass(q, 1, 32).take(make("f32", "f32", keys[:, 70:].copy(), values[:, 70:].copy(), [30])).out
+    assert np.allclose(got, kept, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 23])
+def test_mass_is_each_entrys_share_of_the_softmax(isa, n_tokens, threads, rng):
+    pieces = [tuple(arrays(rng, 2, n, 32, 32)) for n in (300, 40)]
+    q = rng.standard_normal((n_tokens, 6 * 32)).astype(np.float32)
+    masses = []
+    for n_threads in (1, 3):
+        threads(n_threads)
+        state, kept = Pass(q, 6, 32), []
+        for (keys, values), n_before in zip(pieces, (-1, 10), strict=True):
+            scores = np.empty((6, n_tokens, keys.shape[1]), np.float32)
+            state.take(make("f16", "f16", keys, values, [keys.shape[1]] * 2), n_before=n_before, scores=scores)
+            kept.append(scores)
+        mass = [np.zeros((2, scores.shape[2]), np.float32) for scores in kept]
+        below = [m.copy() for m in mass]
+        limits = np.full(n_tokens, 1 / 340, np.float32)
+        for scores, each, count in zip(kept, mass, below, strict=True):
+            counts = np.full(2, scores.shape[2], np.int32)
+            ops.attention_mass(scores, state.tops, state.totals, counts, each)
+            ops.attention_mass(scores, state.tops, state.totals, counts, count, thresholds=limits)
+        masses.append(np.concatenate(mass + below, axis=1))
+    assert np.array_equal(*masses)
+    shares = np.zeros((n_tokens, 6, 340))
+    for t, h in itertools.product(range(n_tokens), range(6)):
+        keys = np.concatenate([piece[0][h // 3].astype(np.float16) for piece in pieces]).astype(np.float64)
+        scores = keys @ q[t, 32 * h : 32 * h + 32] * 0.3
+        scores[300 + 11 + t :] = -np.inf
+        shares[t, h] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    expected = shares.reshape(n_tokens, 2, 3, 340)
+    assert np.allclose(masses[0][:, :340], expected.sum(axis=(0, 2)), atol=1e-5 * n_tokens)
+    near = np.abs(expected.max(axis=2) * 340 - 1).min(axis=0) < 1e-4  # on the threshold, rounding decides
+    strikes = (expected.max(axis=2) < 1 / 340).sum(axis=0)
+    assert np.array_equal(masses[0][:, 340:][~near], strikes[~near])
+
+
+@pytest.mark.parametrize("key_format", ["f16", "q8", "c2", "c4"])
+def test_results_do_not_depend_on_threads(isa, key_format, threads, rng):
+    keys, values = arrays(rng, 3, 1024, 64, 64)
+    segment = make(key_format, "q2", keys, values, [1024] * 3)
+    for n_tokens in (1, 30):
+        q, seen = rng.standard_normal((n_tokens, 9 * 64)).astype(np.float32), set()
+        for n in (1, 2, 3):
+            threads(n)
+            seen.add(Pass(q, 9, 64).take(segment).out.tobytes())
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("key_format", ["f16", "q4", "c2", "c3", "c4", "c8"])
+def test_nan_in_a_key_spoils_its_head_alone(isa, key_format, rng):
+    keys, values = arrays(rng, 2, 64, 32, 32)
+    keys[1, 40, 3] = np.nan
+    for n_tokens in (1, 3):
+        q = rng.standard_normal((n_tokens, 4 * 32)).astype(np.float32)
+        out = Pass(q, 4, 32).take(make(key_format, "f16", keys, values, [64, 64])).out
+        assert np.isfinite(out[:, :2]).all()
+        assert np.isnan(out[:, 2:]).all()
+
+
+@pytest.mark.parametrize("fmt", kvrows.FORMATS)
+def test_rows_go_to_the_slots_of_each_head(isa, fmt, rng):
+    rows = rng.standard_normal((3, 2 * 40)).astype(np.float32)
+    slots = np.array([[4, 0, 2], [1, 5, 3]], np.int32)
+    buffer = np.zeros((2, 6, kvrows.row_bytes(fmt, 40)), np.uint8)
+    ops.kv_write(rows, buffer, fmt, slots)
+    encoded = kvrows.encode(fmt, rows.reshape(3, 2, 40))
+    for head, token in itertools.product(range(2), range(3)):
+        assert np.array_equal(buffer[head, slots[head, token]], encoded[token, head])
+    assert not buffer[0, [1, 3, 5]].any()
+    assert not buffer[1, [0, 2, 4]].any()
+    with pytest.raises(ValueError, match="slots must be 0 to 5, got 6"):
+        ops.kv_write(rows, buffer, fmt, slots + 1)
+
+
+@pytest.mark.parametrize("bits", kvblocks.BITS)
+@pytest.mark.parametrize(("group", "head_dim"), [(32, 64), (64, 40), (128, 8), (32, 256)])
+def test_blocks_round_each_channel_to_half_a_step(bits, group, head_dim, rng):
+    keys = rng.standard_normal((3, 2, group, head_dim)).astype(np.float32) * rng.uniform(0.1, 10, head_dim)
+    keys = keys.astype(np.float32)
+    packed = kvblocks.encode(bits, keys)
+    assert packed.shape == (3, 2, kvblocks.block_bytes(bits, group, head_dim))
+    back = kvblocks.decode(bits, packed, group, head_dim)
+    step = np.ptp(keys, axis=-2, keepdims=True) / (2**bits - 1)
+    rounding = np.abs(keys).max(axis=-2, keepdims=True) * 2.0**-10 * 2**bits  # of scales and minimums to f16
+    assert (np.abs(back - keys) <= step / 2 + rounding).all()
+    assert np.abs(back - keys).max() > 0
+
+
+def test_bytes_of_blocks():
+    """KIVI's count: codes, and 4 bytes for each group of a channel."""
+    assert kvblocks.block_bytes(2, 32, 64) == 32 * 64 * 2 // 8 + 4 * 64
+    assert kvblocks.block_bytes(3, 64, 64) == 64 * 64 * 3 // 8 + 4 * 64
+    assert kvblocks.block_bytes(2, 32, 40) == 32 * 48 * 2 // 8 + 4 * 40  # codes of 40 channels take room for 48
+    with pytest.raises(InvalidInput, match="2, 3, 4, 8 bits, got 5"):
+        kvblocks.block_bytes(5, 32, 64)
+    with pytest.raises(InvalidInput, match="multiple of 32, got 48"):
+        kvblocks.block_bytes(2, 48, 64)
+
+
+def test_wrong_arguments_are_refused(rng):
+    keys, values = arrays(rng, 2, 40, 32, 32)
+    segment = make("f16", "f16", keys, values, [40, 40])
+    state = Pass(np.zeros((1, 4 * 32), np.float32), 4, 32)
+    counts = segment_counts(segment)
+    counts[1] = 41
+    with pytest.raises(ValueError, match="a segment of 40 entries has a count of 41"):
+        state.take(segment)
+    counts[1] = 40
+    for options, message in (
+        ({"scratch": np.empty(8, np.uint8)}, "bytes of scratch"),
+        ({"scores": np.empty((4, 1, 39), np.float32)}, "entries of scores: expected 40, got 39"),
+        ({"n_before": -2}, "n_before must be -1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            state.take(segment, **options)
+    with pytest.raises(ValueError, match="bytes of a KV row"):
+        ops.Segment(
+            "f16", np.zeros((2, 4, 64), np.uint8), "f16", np.zeros((2, 4, 60), np.uint8),
+            key_dim=32, value_dim=32, counts=np.zeros(2, np.int32),
+        )  # fmt: skip
