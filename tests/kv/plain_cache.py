@@ -8,8 +8,8 @@ import numpy as np
 class PlainCache:
     """Entries of each layer and key head: position → [key, value, mass], in float64 of half-precision rows."""
 
-    def __init__(self, layout, rounded=lambda x: x.astype(np.float16)):
-        self.layout, self.h, self.rounded = layout, layout.heads, rounded
+    def __init__(self, layout):
+        self.layout, self.h = layout, layout.heads
         self.entries = [[{} for _ in range(self.h.n_kv_heads)] for _ in range(layout.n_layers)]
         self.n_tokens = 0
 
@@ -32,11 +32,7 @@ class PlainCache:
                         there[p][2] += share
                         votes[p][i] += share if t >= n - getattr(self.layout.policy, "window", 0) else 0
             kept = self.chosen(there, votes)
-            new = [p for p in kept if p >= self.n_tokens]
             self.entries[layer][head] = {p: there[p] for p in kept}
-            for p in new:
-                entry = self.entries[layer][head][p]
-                entry[:2] = [self.rounded(x.astype(np.float32)[None])[0].astype(np.float64) for x in entry[:2]]
         return out
 
     def done(self, n):
@@ -75,7 +71,7 @@ class PlainCache:
         dim, sharing = self.h.head_dim, self.h.n_heads // self.h.n_kv_heads
         out = np.empty((1, self.h.n_heads, dim))
         for head, there in enumerate(self.entries[layer]):
-            key, value = (self.rounded(x.reshape(-1, dim)[head][None])[0].astype(np.float64) for x in (k, v))
+            key, value = (x.reshape(-1, dim)[head].astype(np.float16).astype(np.float64) for x in (k, v))
             there[self.n_tokens] = [key, value, 0.0]
             for i in range(sharing):
                 h = head * sharing + i

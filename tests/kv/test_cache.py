@@ -8,11 +8,12 @@ from plain_cache import PlainCache
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.cache import Cache, Heads, Layout, Workspace
+from barefoot.kv.cache import Cache, Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.random import Random
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
+from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.f32 import FloatStore
 from barefoot.kv.stores.q8 import Int8Store
@@ -67,9 +68,9 @@ def run_prompt(cache, per_layer, chunk):
 
 def positions(cache, layer, head):
     """Of a head's entries, those of a slot left free taken out."""
-    there = cache._position[layer, head, : cache._count[layer, head]].tolist()
-    if cache._free is not None:
-        del there[cache._free[layer, head]]
+    there = cache.storage.position(layer)[head].tolist()
+    if getattr(cache.storage, "free", None) is not None:
+        del there[cache.storage.free[layer, head]]
     return there
 
 
@@ -104,7 +105,6 @@ def check_entries(cache, plain):
     for layer, heads in enumerate(plain.entries):
         for head, there in enumerate(heads):
             assert sorted(positions(cache, layer, head)) == sorted(there)
-        assert cache.entries(layer) == len(heads[0])
 
 
 def test_half_precision_that_is_kept_is_what_came():
@@ -115,7 +115,7 @@ def test_half_precision_that_is_kept_is_what_came():
     for layer, (_, k, v) in enumerate(per_layer):
         for head in range(2):
             for slot, position in enumerate(positions(cache, layer, head)):
-                for rows, stored in ((k, cache._keys), (v, cache._values)):
+                for rows, stored in ((k, cache.storage._keys), (v, cache.storage._values)):
                     row = rows.reshape(40, 2, 32)[position, head].astype(np.float16)
                     assert np.array_equal(stored[layer, head, slot].view(np.float16), row)
 
@@ -134,7 +134,7 @@ def test_rows_of_other_stores(store):
             row = per_layer[1][1].reshape(70, 2, 32)[position, 0].astype(np.float16).astype(np.float32)
         else:
             row = k.reshape(2, 32)[0]
-        assert np.array_equal(cache._keys[1, 0, slot], kvrows.encode(store.row_format, row[None])[0])
+        assert np.array_equal(cache.storage._keys[1, 0, slot], kvrows.encode(store.row_format, row[None])[0])
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, Random(keep=30)], ids=str)
@@ -145,7 +145,7 @@ def test_bytes_are_those_that_were_stated(policy, store):
     workspace = Workspace(layout, shared, n_threads=2)
     Cache(layout, workspace, own)
     assert own.n_bytes == sum(term.bytes for term in layout.terms())
-    assert shared.n_bytes == sum(term.bytes for term in layout.workspace(2))
+    assert shared.n_bytes == sum(array.bytes for array in layout.shared(2))
 
 
 def test_a_policy_keeps_no_more_than_its_slots():
@@ -158,8 +158,8 @@ def test_a_policy_keeps_no_more_than_its_slots():
                 q, k, v = arrays(rng, 1)
                 cache.step(layer, q, k, v, np.empty_like(q))
             cache.stepped()
-        assert cache._count.max() <= policy.slots(400)
-        assert cache.entries(0) == (policy.keep + 60 if policy.name == "snapkv" else policy.keep)
+        assert cache.storage.n(0) <= policy.slots(400)
+        assert len(positions(cache, 0, 0)) == (policy.keep + 60 if policy.name == "snapkv" else policy.keep)
 
 
 def test_random_keeps_the_last_and_a_lot_of_its_own_for_each_head():
@@ -184,7 +184,7 @@ def test_too_many_tokens_are_refused_and_nothing_is_lost():
         cache.stepped()
     with pytest.raises(InvalidInput, match="all 11 slots are taken"):
         cache.check_step()
-    assert cache.entries(0) == 11
+    assert cache.storage.n(0) == 11
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,13 @@ class ByLayer:
         self,
         spec: ModelSpec,
         config: EngineConfig,
+        rule: Ruled,
         arena: Arena,
         buffers: Buffers,
         recorder: Recorder,
         layers: Sequence[Layer],
     ) -> None:
-        assert isinstance(config.kv, Ruled)
-        layout = config.kv.layout(spec, config.context, config.chunk)
+        layout = rule.layout(spec, config.context, config.chunk)
         self._buffers = buffers
         self._hidden = arena.floats("prompt", config.context, spec.d_model)
 
@@ -47,7 +47,7 @@ class ByLayer:
 
         workspace = Workspace(layout, shared, config.n_threads)
         self.caches = [Cache(layout, workspace, own) for _ in range(config.n_sequences)]
-        self._number = {layer: i for i, layer in enumerate(config.kv.ruled(spec))}
+        self._number = {layer: i for i, layer in enumerate(rule.ruled(spec))}
         self._around = {i: recorder.around_attention(layers[i]) for i in self._number}
         self._whole = {i: recorder.whole([layer]) for i, layer in enumerate(layers) if i not in self._number}
 

@@ -18,7 +18,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
-from barefoot.kv.ruled import Ruled
+from barefoot.kv import ruled
 from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
 from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
@@ -186,19 +186,23 @@ def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
     of_one = config.kv.terms(spec, config.context, config.chunk)
     terms = [Term(t.name, config.n_sequences * t.count, t.bytes_each) for t in of_one]
     arrays = [kv_bytes(spec, config, layer) for layer in range(spec.n_layers) for _ in range(2)]
-    if isinstance(config.kv, Ruled):
-        windows = set(range(spec.n_layers)) - set(config.kv.ruled(spec))
+    rule = ruled.of(config.kv)
+    if rule is not None:
+        windows = set(range(spec.n_layers)) - set(rule.ruled(spec))
         arrays = [kv_bytes(spec, config, layer) for layer in windows for _ in range(2)]
-        arrays += config.n_sequences * config.kv.layout(spec, config.context, config.chunk).own_arrays()
+        own = rule.layout(spec, config.context, config.chunk).own()
+        arrays += config.n_sequences * [array.bytes for array in own]
     return [*terms, _padding(arrays)]
 
 
 def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
     """Where a policy rules the entries: a prompt's hidden states between layers, and what caches use in turn."""
-    if not isinstance(config.kv, Ruled):
+    rule = ruled.of(config.kv)
+    if rule is None:
         return Footprint()
-    layout = config.kv.layout(spec, config.context, config.chunk)
-    shared = [*layout.workspace(config.n_threads), _padding(layout.shared_arrays(config.n_threads))]
+    layout = rule.layout(spec, config.context, config.chunk)
+    arrays = layout.shared(config.n_threads)
+    shared = [*(array.term for array in arrays), _padding(array.bytes for array in arrays)]
     states = _block("hidden states", 4 * config.context * spec.d_model)
     return entry("kv workspace", "workspace", shared, phases=RUNNING) + entry(
         "prompt", "activations", [states], phases=RUNNING

@@ -29,7 +29,7 @@ from barefoot.engine.stacks import Stacks, n_stacked
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
 from barefoot.engine.weights import Progress, Sum, load
 from barefoot.io.inventory import Checkpoint
-from barefoot.kv.ruled import Ruled
+from barefoot.kv import ruled
 from barefoot.ops import PackedWeight, blocks
 
 F32 = npt.NDArray[np.float32]
@@ -58,6 +58,7 @@ class Engine:
         self.footprint = footprint(spec, config)
         self.arena = Arena(self.footprint)
         self._sequences = Sequences(spec, config)
+        self._rule = ruled.of(config.kv)
         self._tensors = checkpoint.tensors
         self._placement = place(spec, config)
         self._files = WeightFiles(checkpoint.paths)
@@ -98,8 +99,8 @@ class Engine:
         first_streamed = spec.n_layers - len(placement.streamed)
         recorder = Recorder(spec, config, self._buffers.views(config.n_rows), self._scratch)
         self._by_layer: ByLayer | None = None
-        if isinstance(config.kv, Ruled):
-            self._by_layer = ByLayer(spec, config, self.arena, self._buffers, recorder, self._layers)
+        if self._rule is not None:
+            self._by_layer = ByLayer(spec, config, self._rule, self.arena, self._buffers, recorder, self._layers)
         else:
             self._resident_layers = recorder.whole(self._layers[:first_streamed])
             self._streamed_layers = [(layer, recorder.whole([layer])) for layer in self._layers[first_streamed:]]
@@ -135,7 +136,7 @@ class Engine:
         matrix = {name: matrices[prefix + name] for name in _MATRICES}
         capacity = config.kv.slots(spec, index, config.context, config.chunk)
         keys = values = None
-        if not (isinstance(config.kv, Ruled) and index in config.kv.ruled(spec)):
+        if self._rule is None or index not in self._rule.ruled(spec):
             shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
             keys, values = (self.arena.take("kv", kv_bytes(spec, config, index)).reshape(shape) for _ in range(2))
         return Layer(
@@ -214,11 +215,10 @@ class Engine:
         InvalidInput : ``n`` is not 0 to its length, a window layer has already overwritten what token n would see, or a
             policy has sent entries away since; nothing has changed.
         """
-        if self._by_layer is not None and 0 < n < self._sequences.length(sequence):
-            self._by_layer.caches[sequence].check_trim(n)
-        self._sequences.truncate(n, sequence)
         if self._by_layer is not None:
+            self._sequences.check_truncate(n, sequence)
             self._by_layer.caches[sequence].trim(n)
+        self._sequences.truncate(n, sequence)
 
     def prefill(
         self,

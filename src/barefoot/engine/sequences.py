@@ -39,11 +39,18 @@ class Sequences:
         ------
         InvalidInput : ``n`` is not 0 to the length, or a window layer has already overwritten what token n would see.
         """
+        self.check_truncate(n, sequence)
+        if n == 0:
+            self.reset(sequence)
+        else:
+            self._lengths[sequence] = n
+
+    def check_truncate(self, n: int, sequence: int) -> None:
+        """Raise what :meth:`truncate` would."""
         self._check_number(sequence)
         if not 0 <= n <= self._lengths[sequence]:
             raise InvalidInput(f"can keep 0 to {self._lengths[sequence]} tokens, got {n}")
         if n == 0:
-            self.reset(sequence)
             return
         highest = self._highest[sequence]
         for window, capacity in self._rings:
@@ -53,7 +60,6 @@ class Sequences:
                     f"{capacity} positions",
                     cure="reset, and prefill the kept tokens again",
                 )
-        self._lengths[sequence] = n
 
     def check(self, ids: Sequence[int], sequence: int) -> None:
         """Refuse ids that can't be appended: none, unknown ones, more than fit, or to a sequence that isn't there."""

@@ -10,21 +10,25 @@ from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.core.spec import format_composition, parse_composition
 from barefoot.core.technique import Technique, check_composition
-from barefoot.kv.cache import Heads, Layout
+from barefoot.kv.cache import Layout
 from barefoot.kv.policies import Policy
+from barefoot.kv.storage import Heads
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.f16 import HalfStore
 
 
 @dataclass(frozen=True)
 class Ruled(KVStore):
-    """``policy`` rules the layers that see all positions; those with a window keep what it reaches, in ``store``."""
+    """``policy`` rules the layers that see all positions; those with a window keep what it reaches, in rows.
 
-    policy: Policy
+    Without a policy every entry stays: what stores need whose entries are no rows.
+    """
+
+    policy: Policy | None
     store: KVStore
 
     def __str__(self) -> str:
-        return format_composition((self.policy, self.store))
+        return format_composition((self.store,) if self.policy is None else (self.policy, self.store))
 
     @property
     def row_format(self) -> str:
@@ -33,10 +37,13 @@ class Ruled(KVStore):
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
         return self.store.row_parts(head_dim)
 
+    def bits_per_number(self, head_dim: int) -> float:
+        return self.store.bits_per_number(head_dim)
+
     def slots(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
         if spec.layers[layer].window is not None:
             return super().slots(spec, layer, context, chunk)
-        return self.policy.slots(context)
+        return context if self.policy is None else self.policy.slots(context)
 
     def layout(self, spec: ModelSpec, context: int, chunk: int) -> Layout:
         """The cache of the layers that the policy rules."""
@@ -55,6 +62,13 @@ class Ruled(KVStore):
         parts = self.store.row_parts(spec.head_dim) if windows else ()
         in_windows = (Term(f"kv {name} of windows", rows * count, size) for name, count, size in parts)
         return (*self.layout(spec, context, chunk).terms(), *in_windows)
+
+
+def of(kv: KVStore) -> Ruled | None:
+    """How ``kv`` is kept where a layer sees all positions; None where that is in rows, one for each position."""
+    if isinstance(kv, Ruled):
+        return kv
+    return Ruled(None, kv) if "sealed entries" in kv.provides else None
 
 
 def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:

@@ -37,8 +37,8 @@ class Segment:
     bias, key_scale, value_scale : float32 (n_kv_heads, stride): added to an entry's scores, and factors of its key and
         value. ``stride`` is the number of entries that both keys and values have room for.
 
-    Entry e lies in slot (``key_start`` + e) mod slots of the rows of keys, and (``value_start`` + e) of values; of keys by
-    channel at ``key_start`` + e, where it is a multiple of 32.
+    Entry e lies in slot (``key_start`` + e) mod slots of the rows of keys, and (``value_start`` + e) of values; keys by
+    channel start at ``key_start``, a multiple of 32.
     """
 
     def __init__(

@@ -232,7 +232,7 @@ class _Case:
             sources["activations"] = f"int8 adds KL {inputs.int8_inputs} in any plan ({inputs.model}), not in the sum"
         return Quality(
             kl=kl,
-            tier=quality.tier(kl),
+            tier="not measured" if quality.unknown(config.kv) else quality.tier(kl),
             estimated=any(loss.estimated for loss in losses.values()),
             sources=sources,
         )

@@ -19,6 +19,7 @@ from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
+from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
 from barefoot.weights.formats import WeightFormat
@@ -161,7 +162,11 @@ def _layout(spec: str, stored: str) -> str:
 
 
 def kv_loss(spec: ModelSpec, store: KVStore) -> Loss:
-    """The loss of a KV store against f16."""
+    """The loss of a KV store against f16, without that of entries that a policy sends away (``unknown``)."""
+    if unknown(store):
+        assert isinstance(store, Ruled)
+        loss = kv_loss(spec, store.store)
+        return Loss(loss.kl, f"{loss.source}; what {store.policy} sends away is not measured, and not in the sum", True)
     name, candidates = str(store), _nearest(spec, "kv", "float")
     for measured in candidates:
         if name in measured.kl["kv"]:
@@ -171,9 +176,14 @@ def kv_loss(spec: ModelSpec, store: KVStore) -> Loss:
     if not candidates:
         return Loss(math.inf, "no measurement", True)
     width = 128  # bits a number for a usual head; stores keep their scales in groups of at most that
-    points = {8 * _store(other).row_bytes(width) / width: kl for other, kl in candidates[0].kl["kv"].items() if kl > 0}
-    kl = interpolate(points, 8 * store.row_bytes(width) / width)
+    points = {_store(other).bits_per_number(width): kl for other, kl in candidates[0].kl["kv"].items() if kl > 0}
+    kl = interpolate(points, store.bits_per_number(width))
     return Loss(kl, _describe(candidates[0], "; estimated from its bits"), True)
+
+
+def unknown(store: KVStore) -> bool:
+    """Whether entries go that nothing has been measured without."""
+    return isinstance(store, Ruled) and store.policy is not None
 
 
 def int8_inputs(spec: ModelSpec) -> Measurement | None:

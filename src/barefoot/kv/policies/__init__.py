@@ -27,6 +27,10 @@ I32 = npt.NDArray[np.int32]
 Observation = Literal["nothing", "mass", "votes"]
 
 
+#: For policies that send entries away one by one while they decode.
+SINGLY = {"sealed entries": "keys by channel are quantized many positions at a time, and can't go one by one"}
+
+
 @dataclass(frozen=True)
 class Seen:
     """A layer's entries when a prompt is done, those of earlier prompts included.

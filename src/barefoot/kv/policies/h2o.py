@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, Observation, Policy, Seen, at_least, lowest, protect_recent, top
+from barefoot.kv.policies import F32, I32, SINGLY, Observation, Policy, Seen, at_least, lowest, protect_recent, top
 
 
 @dataclass(frozen=True)
-class H2O(Policy, name="h2o", papers=(46,)):
+class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
     keep: int = 1024
     recent: int | None = None  # half of ``keep``
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from barefoot.kv.policies import F32, I32, Policy, Seen, at_least, lowest, protect_recent, top
+from barefoot.kv.policies import F32, I32, SINGLY, Policy, Seen, at_least, lowest, protect_recent, top
 
 
 @dataclass(frozen=True)
-class Random(Policy, name="random", status="stable"):
+class Random(Policy, name="random", status="stable", conflicts=SINGLY):
     keep: int = 1024
     recent: int = 32
     seed: int = 0

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, Policy, Seen, at_least, lowest
+from barefoot.kv.policies import F32, I32, SINGLY, Policy, Seen, at_least, lowest
 
 
 @dataclass(frozen=True)
-class Sinks(Policy, name="sinks", status="stable"):
+class Sinks(Policy, name="sinks", status="stable", conflicts=SINGLY):
     keep: int = 1024
     first: int = 4
 

@@ -28,6 +28,10 @@ class KVStore(Technique):
         """Bytes of one head's keys (or values) of one position."""
         return sum(count * size for _, count, size in self.row_parts(head_dim))
 
+    def bits_per_number(self, head_dim: int) -> float:
+        """Stored bits a number, of positions that have been there for some time."""
+        return 8 * self.row_bytes(head_dim) / head_dim
+
     def slots(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
         """Rows of a key head that a layer has room for."""
         return spec.kv_positions(layer, context, chunk)

@@ -1103,6 +1103,7 @@ NB_MODULE(_native, m) {
            "key_format"_a, "keys"_a.noconvert(), "value_format"_a, "values"_a.noconvert(), nb::kw_only(), "key_dim"_a,
            "value_dim"_a, "counts"_a.noconvert(), "group"_a = 32, "bias"_a.noconvert() = nb::none(),
            "key_scale"_a.noconvert() = nb::none(), "value_scale"_a.noconvert() = nb::none())
+      .def_prop_ro("stride", &Segment::stride)
       .def_rw("key_start", &Segment::key_start)
       .def_rw("value_start", &Segment::value_start);
   m.def("attend_segment", &barefoot::attend_segment, "q"_a.noconvert(), "segment"_a, "sums"_a.noconvert(),

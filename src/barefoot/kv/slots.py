@@ -1,0 +1,132 @@
+"""Slots: entries at rows of any format, in any order; one that goes leaves its slot to another.
+
+Bytes, of n layers with H key heads, S slots and rows of r bytes: n × H × S × (2 r + 4), a position for each, and 4 more
+for each where attention mass is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from barefoot import ops
+from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
+from barefoot.kv.stores import KVStore
+from barefoot.ops import kvrows
+
+MOVED_ROWS = 256  # entries of a key head that are decoded at a time
+
+
+def arrays(heads: Heads, n_layers: int, n_slots: int, store: KVStore, *, mass: bool) -> tuple[Array, ...]:
+    """Keys, values, positions and mass of a sequence."""
+    n = n_layers * heads.n_kv_heads * n_slots
+    row = store.row_bytes(heads.head_dim)
+    kept = (Array("kv keys", n, row), Array("kv values", n, row), Array("kv positions", n, 4))
+    return (*kept, Array("kv mass", n, 4)) if mass else kept
+
+
+class Slots(Storage):
+    def __init__(self, heads: Heads, n_layers: int, n_slots: int, store: KVStore, take: Take, *, mass: bool) -> None:
+        keys, values, positions, *masses = arrays(heads, n_layers, n_slots, store, mass=mass)
+        self._format, row = store.row_format, store.row_bytes(heads.head_dim)
+        each = (n_layers, heads.n_kv_heads, n_slots)
+        self._keys = zeros(take, keys, (*each, row))
+        self._values = zeros(take, values, (*each, row))
+        self.positions: I32 = zeros(take, positions, each, np.int32)
+        self.mass: F32 | None = zeros(take, masses[0], each, np.float32) if masses else None
+        self.counts: I32 = np.zeros((n_layers, heads.n_kv_heads), np.int32)
+        # (n_layers, n_kv_heads): slots below the counts that wait for the next entry, where one has just gone.
+        self.free: I32 | None = None
+        dim, fmt = heads.head_dim, self._format
+        self._segments = [
+            ops.Segment(fmt, k, fmt, v, key_dim=dim, value_dim=dim, counts=n)
+            for k, v, n in zip(self._keys, self._values, self.counts, strict=True)
+        ]
+
+    @property
+    def n_slots(self) -> int:
+        return int(self.positions.shape[2])
+
+    def n(self, layer: int) -> int:
+        return int(self.counts[layer, 0])
+
+    def position(self, layer: int) -> I32:
+        return self.positions[layer, :, : self.n(layer)]
+
+    def segments(self, layer: int) -> Sequence[tuple[ops.Segment, I32]]:
+        return [(self._segments[layer], self.counts[layer])] if self.n(layer) else []
+
+    def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
+        for head, own in enumerate(stay):
+            kept, new = own[own < self.n(layer)], own[own >= self.n(layer)]
+            slots = self._gather(layer, head, kept, len(own))
+            self.positions[layer, head, slots] = position[head, new]
+            if self.mass is not None:
+                self.mass[layer, head, slots] = 0
+            for rows, stored in ((keys, self._keys), (values, self._values)):
+                self._write(rows[head], new - self.n(layer), stored[layer, head : head + 1], slots)
+        self.counts[layer] = stay.shape[1]
+
+    def _write(self, staged: U8, rows: I32, stored: U8, slots: I32) -> None:
+        for start in range(0, len(rows), MOVED_ROWS):
+            part = slice(start, start + MOVED_ROWS)
+            if self._format == STAGED:
+                stored[0, slots[part]] = staged[rows[part]]
+            else:
+                floats = kvrows.decode(STAGED, staged[rows[part]], staged.shape[-1] // 2)
+                ops.kv_write(floats, stored, self._format, np.ascontiguousarray(slots[None, part]))
+
+    def _gather(self, layer: int, head: int, kept: I32, n: int) -> I32:
+        """Bring the entries ``kept`` below slot ``n``, which are no more than that, and return the slots left there."""
+        free = np.setdiff1d(np.arange(n, dtype=np.int32), kept)
+        movers = kept[kept >= n]
+        into, left = free[: len(movers)], free[len(movers) :]
+        if len(movers):
+            for array in (self._keys, self._values, self.positions, self.mass):
+                if array is not None:
+                    array[layer, head, into] = array[layer, head, movers]
+        return left
+
+    def append(self, layer: int, k: F32, v: F32, position: int) -> None:
+        if self.free is None:
+            slots = self.counts[layer].copy()
+            self.counts[layer] += 1
+        else:
+            slots = self.free[layer]
+        heads = np.arange(len(slots))
+        self.positions[layer, heads, slots] = position
+        if self.mass is not None:
+            self.mass[layer, heads, slots] = 0
+        for row, stored in ((k, self._keys), (v, self._values)):
+            ops.kv_write(row, stored[layer], self._format, slots[:, None])
+
+    def drop(self, gone: I32) -> None:
+        """Let entries ``gone`` go, (n_layers, n_kv_heads, m)."""
+        if gone.shape[-1] == 1:
+            self.free = np.ascontiguousarray(gone[..., 0])
+        else:
+            self._remove(gone)
+
+    def close(self) -> None:
+        """Have no slot wait for an entry."""
+        if self.free is not None:
+            gone, self.free = self.free[..., None], None
+            self._remove(gone)
+
+    def _remove(self, gone: I32) -> None:
+        n = self.n(0)
+        for layer, head in np.ndindex(*gone.shape[:2]):
+            kept = np.delete(np.arange(n, dtype=np.int32), gone[layer, head])
+            self._gather(layer, head, kept, len(kept))
+        self.counts -= gone.shape[-1]
+
+    def trim(self, layer: int, n_tokens: int) -> None:
+        for head, position in enumerate(self.position(layer)):
+            kept = np.flatnonzero(position < n_tokens).astype(np.int32)
+            self._gather(layer, head, kept, len(kept))
+            self.counts[layer, head] = len(kept)
+
+    def clear(self) -> None:
+        self.counts[...] = 0
+        self.free = None
