@@ -19,7 +19,6 @@ from barefoot.kv.stores.q8 import Int8Store
 IDS = [(7 * i + 3) % 250 for i in range(70)]
 ALL = (Sinks(keep=90), H2O(keep=90), SnapKV(keep=80, room=16))  # of 96 positions
 FEW = (Sinks(keep=20), H2O(keep=20), SnapKV(keep=20, window=6, room=40))
-WIDE = LLAMA | {"hidden_size": 128, "head_dim": 32}  # rows of whole groups
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
@@ -90,8 +89,6 @@ def test_every_tokens_logits(folder):
 
 @pytest.mark.parametrize("kv", [*(Ruled(p, HalfStore()) for p in FEW), Kivi(residual=32)], ids=str)
 def test_beginning_anew_forgets_everything(folder, kv):
-    if isinstance(kv, Kivi) and folder.name == "llama":
-        pytest.skip("its heads are narrower than a group of channels")
     with open_engine(folder, kv=kv) as engine:
         first = answers(engine, IDS[:40], IDS[40:50])
         engine.reset()
@@ -99,9 +96,9 @@ def test_beginning_anew_forgets_everything(folder, kv):
         assert np.array_equal(answers(engine, IDS[:40], IDS[40:50]), first)
 
 
-def test_going_back(folder):
-    if folder.name == "gemma":  # whose rings have moved on
-        return
+def test_going_back(tmp_path):
+    folder = tmp_path / "llama"  # the other one's rings have moved on
+    write_random(folder, LLAMA)
     with open_engine(folder, kv=Ruled(Sinks(keep=60), HalfStore())) as engine:
         engine.prefill(IDS[:40])
         expected = engine.decode(9).copy()
@@ -132,16 +129,13 @@ def test_no_room_is_said_before_anything_happens(folder):
 
 def test_a_prompt_that_fails_leaves_an_empty_sequence(tmp_path):
     write_random(tmp_path / "m", LLAMA)
-    with open_engine(tmp_path / "m", kv=Ruled(Sinks(keep=20), HalfStore()), n_streamed_layers=2) as engine:
+    with open_engine(tmp_path / "m", kv=Ruled(Sinks(keep=20), HalfStore()), n_streamed_layers=4) as engine:
         good = engine.prefill(IDS[:30]).copy()
         engine.reset()
-        weights = next((tmp_path / "m").glob("*.safetensors"))
-        content = weights.read_bytes()
         engine._files.read = _fails
         with pytest.raises(CorruptFile):
             engine.prefill(IDS[:30])
         del engine._files.read
-        assert weights.read_bytes() == content
         assert engine.position == 0
         assert np.array_equal(engine.prefill(IDS[:30]), good)
 

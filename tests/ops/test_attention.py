@@ -12,6 +12,8 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.ops import blocks, cases, kvrows, reference
 
+COARSER = {"q3": 15 / 7, "q2": 5}  # steps than those of q4
+
 
 def attend(case, q, k_buf, v_buf, implementation=ops, *, activations="float32", scale=None):
     out = np.full_like(q, 7)
@@ -80,7 +82,7 @@ def expected(case, q, k_buf, v_buf):
     if rounds_to_16_bits(case, len(q)):
         q = rounded_queries(q)
         bound = bound + weight_rounding(case, q, k_buf, v_buf)
-        assert bound.max() < 5e-4, case
+        assert bound.max() < 5e-4 * COARSER.get(case.format, 1), case
     return attend(case, q, k_buf, v_buf, reference), bound
 
 
