@@ -142,3 +142,21 @@ def test_a_prompt_that_fails_leaves_an_empty_sequence(tmp_path):
 
 def _fails(*_args):
     raise CorruptFile("the disk is gone")
+
+
+@pytest.mark.parametrize("kv", [HalfStore(), Ruled(H2O(keep=20), HalfStore()), Kivi(residual=32)], ids=str)
+def test_a_fork_goes_on_by_itself(folder, kv):
+    with open_engine(folder, kv=kv, n_sequences=3) as engine:
+        engine.prefill(IDS[:45])
+        engine.fork(0, 2)
+        assert engine.positions == (45, 0, 45)
+        other = [engine.decode(token, 2).copy() for token in (8, 9)]
+        own = [engine.decode(token, 0).copy() for token in (1, 2)]
+        engine.fork(2, 1)
+        further = engine.decode(3, 1).copy()
+    for tokens, expected in (((8, 9), other), ((1, 2), own), ((8, 9, 3), [*other, further])):
+        with open_engine(folder, kv=kv) as engine:
+            got = answers(engine, IDS[:45], tokens)[1:]
+        assert np.array_equal(got, expected)
+    with open_engine(folder, kv=kv, n_sequences=2) as engine, pytest.raises(InvalidInput, match="into itself"):
+        engine.fork(1, 1)

@@ -11,7 +11,7 @@ class PlainCache:
     def __init__(self, layout):
         self.layout, self.h = layout, layout.heads
         self.entries = [[{} for _ in range(self.h.n_kv_heads)] for _ in range(layout.n_layers)]
-        self.n_tokens = 0
+        self.n_tokens = self.evicted_at = 0  # the latter: tokens when an entry went last
 
     def prompt(self, layer, q, k, v):
         """All tokens of a prompt in one layer; outputs (n, n_heads, head_dim)."""
@@ -32,6 +32,8 @@ class PlainCache:
                         there[p][2] += share
                         votes[p][i] += share if t >= n - getattr(self.layout.policy, "window", 0) else 0
             kept = self.chosen(there, votes)
+            if len(kept) < len(there):
+                self.evicted_at = self.n_tokens + n
             self.entries[layer][head] = {p: there[p] for p in kept}
         return out
 
@@ -87,8 +89,22 @@ class PlainCache:
             return
         for there in (there for heads in self.entries for there in heads):
             if len(there) > policy.keep:
+                self.evicted_at = self.n_tokens
                 if policy.name == "sinks":
                     del there[min(p for p in there if p >= policy.first)]
                 else:
                     old = [p for p in there if p < self.n_tokens - policy.n_recent]
                     del there[min(old, key=lambda p: there[p][2])]
+
+    def fork(self):
+        other = PlainCache(self.layout)
+        other.entries = [[{p: list(e) for p, e in there.items()} for there in heads] for heads in self.entries]
+        other.n_tokens, other.evicted_at = self.n_tokens, self.evicted_at
+        return other
+
+    def can_trim(self, n):
+        return n in (0, self.n_tokens) or (n >= self.evicted_at and self.layout.observes != "mass")
+
+    def trim(self, n):
+        self.entries = [[{p: e for p, e in there.items() if p < n} for there in heads] for heads in self.entries]
+        self.n_tokens, self.evicted_at = n, self.evicted_at if n else 0

@@ -207,6 +207,22 @@ class Engine:
         if self._by_layer is not None:
             self._by_layer.caches[sequence].clear()
 
+    def fork(self, sequence: int, into: int) -> None:
+        """Let the sequence ``into`` go on from where ``sequence`` is, in place of what it had.
+
+        Raises
+        ------
+        InvalidInput : no such sequence, or both are the same.
+        """
+        self._sequences.fork(sequence, into)
+        if self._by_layer is not None:
+            self._by_layer.caches[sequence].fork(self._by_layer.caches[into])
+        for layer in self._layers:
+            for array in (layer.keys, layer.values):
+                if array is not None:
+                    n = min(self.positions[sequence], layer.capacity)
+                    array[into, :, :n] = array[sequence, :, :n]
+
     def truncate(self, n: int, sequence: int = 0) -> None:
         """Forget all but the first ``n`` tokens of the sequence.
 

@@ -32,6 +32,19 @@ class Sequences:
         self._check_number(sequence)
         self._lengths[sequence] = self._highest[sequence] = 0
 
+    def fork(self, sequence: int, into: int) -> None:
+        """Have ``into`` as long as ``sequence``.
+
+        Raises
+        ------
+        InvalidInput : no such sequence, or both are the same.
+        """
+        for number in (sequence, into):
+            self._check_number(number)
+        if sequence == into:
+            raise InvalidInput(f"sequence {sequence} can't be forked into itself")
+        self._lengths[into], self._highest[into] = self._lengths[sequence], self._highest[sequence]
+
     def truncate(self, n: int, sequence: int) -> None:
         """Keep the first ``n`` tokens.
 

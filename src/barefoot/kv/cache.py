@@ -121,13 +121,38 @@ class Cache:
 
     def __init__(self, layout: Layout, workspace: Workspace, take: Take) -> None:
         h, self.layout, self._work = layout.heads, layout, workspace
-        self.storage = layout.storage(take)
+        self._own = layout.storage(take)
+        self._lender: Cache | None = None  # whose entries these are, until either of both changes
+        self._borrowers: list[Cache] = []
         self._staged: I32 = np.zeros(h.n_kv_heads, np.int32)
         keys, values, dim = workspace.keys, workspace.values, h.head_dim
         self._staging = ops.Segment(STAGED, keys, STAGED, values, key_dim=dim, value_dim=dim, counts=self._staged)
         self.n_tokens = 0
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
         self._evicted_at = 0  # tokens that there were when an entry went last
+
+    @property
+    def storage(self) -> Storage:
+        """Where the entries are: in another cache's storage, as long as neither has changed since a fork."""
+        return self._own if self._lender is None else self._lender.storage
+
+    def fork(self, into: Cache) -> None:
+        """Let ``into`` have what this cache has. Bytes are copied when either of both changes for the first time."""
+        into.clear()
+        into._lender, into.n_tokens, into._evicted_at = self, self.n_tokens, self._evicted_at
+        self._borrowers.append(into)
+
+    def _about_to_change(self) -> None:
+        for borrower in list(self._borrowers):
+            borrower._about_to_change()
+        if self._lender is not None:
+            self._own.copy(self._lender.storage)
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._lender is not None:
+            self._lender._borrowers.remove(self)
+            self._lender = None
 
     @property
     def _mass(self) -> F32 | None:
@@ -139,7 +164,10 @@ class Cache:
 
     def clear(self) -> None:
         """Forget all entries, and the prompt that passes."""
-        self.storage.clear()
+        for borrower in list(self._borrowers):
+            borrower._about_to_change()
+        self._leave()
+        self._own.clear()
         self._staged[:] = 0
         self.n_tokens = self._prompt = self._evicted_at = 0
 
@@ -161,6 +189,7 @@ class Cache:
                 f"can't go back from {self.n_tokens} tokens to {n}: {self.layout.policy} {why}",
                 cure="reset, and prefill the kept tokens again",
             )
+        self._about_to_change()
         self._close()
         for layer in range(self.layout.n_layers):
             self.storage.trim(layer, n)
@@ -175,6 +204,7 @@ class Cache:
         ------
         InvalidInput : fewer positions are left, or fewer slots where nothing is chosen.
         """
+        self._about_to_change()
         self._close()
         left = self.layout.context - self.n_tokens
         if self._keeps_all:
@@ -304,6 +334,8 @@ class Cache:
     def step(self, layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
         """One token in a layer: q, out float32 (1, n_heads × head_dim), k, v (1, n_kv_heads × head_dim), rotated;
         ``check_step`` comes before the first layer."""
+        if layer == 0:
+            self._about_to_change()
         self.storage.append(layer, k, v, self.n_tokens)
         work, h = self._work, self.layout.heads
         sums, tops, totals = work.sums[:1], work.tops[:1], work.totals[:1]

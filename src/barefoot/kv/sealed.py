@@ -150,3 +150,17 @@ class Sealed(Storage):
     def clear(self) -> None:
         for each in (self._n, self._n_keys, self._n_values):
             each[:] = 0
+
+    def copy(self, other: Storage) -> None:
+        assert isinstance(other, Sealed)
+        n_keys, n_values, n = (int(each.max()) for each in (other._n_keys, other._n_values, other._n))
+        for own, theirs, size in (
+            (self._blocks, other._blocks, n_keys // self._store.group),
+            (self._sealed, other._sealed, n_values),
+            (self._positions, other._positions, n),
+            (self._keys, other._keys, self._store.residual),
+            (self._values, other._values, self._ring),
+        ):
+            own[:, :, :size] = theirs[:, :, :size]
+        for own, theirs in ((self._n, other._n), (self._n_keys, other._n_keys), (self._n_values, other._n_values)):
+            own[:] = theirs

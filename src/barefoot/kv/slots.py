@@ -130,3 +130,12 @@ class Slots(Storage):
     def clear(self) -> None:
         self.counts[...] = 0
         self.free = None
+
+    def copy(self, other: Storage) -> None:
+        assert isinstance(other, Slots)
+        n = int(other.counts.max(initial=0))
+        arrays = (self._keys, other._keys), (self._values, other._values), (self.positions, other.positions)
+        for own, theirs in (*arrays, *(((self.mass, other.mass),) if self.mass is not None else ())):
+            own[:, :, :n] = theirs[:, :, :n]
+        self.counts[...] = other.counts
+        self.free = None if other.free is None else other.free.copy()

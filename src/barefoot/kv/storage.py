@@ -87,6 +87,10 @@ class Storage(ABC):
     def clear(self) -> None:
         """No entries."""
 
+    @abstractmethod
+    def copy(self, other: Storage) -> None:
+        """Have the entries of another storage of the same layout, in place of one's own."""
+
 
 def zeros(take: Take, array: Array, shape: Sequence[int], dtype: npt.DTypeLike = np.uint8) -> Any:
     """The array, of that dtype, in memory of its own."""

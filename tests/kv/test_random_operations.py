@@ -1,0 +1,100 @@
+"""Random prompts, tokens, forks and ways back on several caches, against plain models of them: the same entries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from plain_cache import PlainCache
+from test_cache import Counted, arrays, run_prompt
+
+from barefoot import ops
+from barefoot.core.errors import InvalidInput
+from barefoot.kv.cache import Cache, Layout, Workspace
+from barefoot.kv.policies.h2o import H2O
+from barefoot.kv.policies.sinks import Sinks
+from barefoot.kv.policies.snapkv import SnapKV
+from barefoot.kv.storage import Heads
+from barefoot.kv.stores.f16 import HalfStore
+
+HEADS = Heads(n_heads=2, n_kv_heads=2, head_dim=8, scale=1.0)
+CONTEXT, N_CACHES, N_OPERATIONS = 60, 4, 5000
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, Sinks(keep=9, first=2), H2O(keep=9, recent=3), SnapKV(keep=9, window=3, kernel=3, room=12)],
+    ids=str,
+)
+def test_operations(policy):
+    rng = np.random.default_rng(7)
+    layout = Layout(HEADS, 1, CONTEXT, policy, HalfStore(), 16)
+    own = [Counted() for _ in range(N_CACHES)]
+    workspace = Workspace(layout, Counted(), ops.n_threads())
+    caches = [Cache(layout, workspace, take) for take in own]
+    plain = [PlainCache(layout) for _ in range(N_CACHES)]
+    done = dict.fromkeys(("prompt", "token", "fork", "back", "clear", "refused"), 0)
+    for _ in range(N_OPERATIONS):
+        i = int(rng.integers(N_CACHES))
+        cache, model = caches[i], plain[i]
+        what = rng.choice(["prompt", "token", "fork", "back", "clear"], p=[0.1, 0.62, 0.1, 0.16, 0.02])
+        if what == "prompt":
+            n = int(rng.integers(1, 14))
+            if n > CONTEXT - model.n_tokens:
+                with pytest.raises(InvalidInput, match="don't fit"):
+                    cache.begin(n)
+                what = "refused"
+            else:
+                prompt = arrays(rng, n, HEADS)
+                expected = model.prompt(0, *prompt)
+                model.done(n)
+                assert np.allclose(run_prompt(cache, [prompt], 16)[0], expected, atol=1e-4)
+        elif what == "token":
+            entries = len(model.entries[0][0])
+            if model.n_tokens == CONTEXT or entries == layout.n_slots:
+                what = "refused"
+            else:
+                q, k, v = arrays(rng, 1, HEADS)
+                out = np.empty_like(q)
+                cache.check_step()
+                cache.step(0, q, k, v, out)
+                cache.stepped()
+                assert np.allclose(out.reshape(1, 2, 8), model.step(0, q, k, v), atol=1e-4)
+                model.stepped()
+        elif what == "fork":
+            into = int(rng.integers(N_CACHES))
+            if into != i:
+                cache.fork(caches[into])
+                plain[into] = model.fork()
+        elif what == "back":
+            n = int(rng.integers(max(0, model.n_tokens - 4), model.n_tokens + 1))
+            if model.can_trim(n):
+                cache.trim(n)
+                model.trim(n)
+            else:
+                with pytest.raises(InvalidInput, match="can't go back"):
+                    cache.trim(n)
+                what = "refused"
+        else:
+            cache.clear()
+            plain[i] = PlainCache(layout)
+        done[str(what)] += 1
+        check(caches, plain)
+    assert min(done.values()) > 50, done
+    assert {take.n_bytes for take in own} == {sum(term.bytes for term in layout.terms())}
+
+
+def check(caches, plain):
+    """The same positions, and of each the rows that came, in every cache; what was observed, nearly."""
+    for cache, model in zip(caches, plain, strict=True):
+        assert cache.n_tokens == model.n_tokens
+        storage = cache.storage
+        for head, there in enumerate(model.entries[0]):
+            slots = [s for s in range(storage.n(0)) if storage.free is None or storage.free[0, head] != s]
+            position = storage.positions[0, head, slots]
+            assert sorted(position) == sorted(there)
+            expected = np.array([there[p][:2] for p in position], np.float16).reshape(-1, 2, 8)
+            for i, rows in enumerate((storage._keys, storage._values)):
+                assert np.array_equal(rows[0, head, slots].view(np.float16), expected[:, i])
+            if storage.mass is not None:
+                observed = np.array([there[p][2] for p in position])
+                assert np.allclose(storage.mass[0, head, slots], observed, atol=1e-3)
