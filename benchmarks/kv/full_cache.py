@@ -3,8 +3,9 @@
     python -m benchmarks.kv.full_cache MODEL NAME --text FILE [--lengths 512 1024 2048] [--kv f16 q8 q4] [--threads 1]
 
 Needles by depth, key-value lists by depth, facts in a shared context in turn and apart, copies of random words, and
-divergence along real text: :mod:`barefoot.evals.long_context`. The first store is the reference of the others. Inputs
-of the model's matrices stay float32, so that arms differ in their caches alone.
+divergence along real text: :mod:`barefoot.evals.long_context`. The first store is the reference of the others. None
+of them evicts, so what is scored passes in chunks. Answers are taken with inputs rounded to 8 bits, as ``run`` computes
+them; divergence with float32 inputs, since that rounding would move it more than a cache of 8 bits does.
 
 Beside the tasks, on the first store: whether greedy decoding says the code of a needle when no opening is given to it,
 for each wording that was tried.
@@ -14,20 +15,19 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from barefoot.engine.config import EngineConfig
+from barefoot.engine.config import Activations, EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
-from barefoot.evals.long_context.continuation import diverge, reference, reference_bytes
+from barefoot.evals.long_context.continuation import Halves, diverge, reference, reference_bytes
 from barefoot.evals.long_context.drivers import going_back
 from barefoot.evals.long_context.facts import Wording, needle
 from barefoot.evals.long_context.prompts import Form, chat_form
 from barefoot.evals.long_context.sessions import generate, in_turn
-from barefoot.evals.long_context.suite import Suite, answers, by_task, suite
+from barefoot.evals.long_context.suite import Cells, Suite, answers, by_task, suite
 from barefoot.evals.texts import read_text
 from barefoot.io.chat import find_chat_template
 from barefoot.io.inventory import Checkpoint
@@ -36,7 +36,7 @@ from barefoot.plan.job import parse_kv
 from benchmarks.harness import card, claim, save
 
 SPARE = 512  # positions behind a prompt: continuations, copies, questions and answers in turn
-CHUNK = 128
+CHUNK, N_LOGITS = 128, 64
 FREE_TOKENS = 32
 WORDINGS = {
     "access code": Wording(),
@@ -50,40 +50,39 @@ WORDINGS = {
 }
 
 
-def engine(checkpoint: Checkpoint, kv: str, n_tokens: int, n_threads: int) -> Engine:
+def engine(checkpoint: Checkpoint, kv: str, n_tokens: int, n_threads: int, activations: Activations) -> Engine:
     config = EngineConfig(
-        context=n_tokens + SPARE, kv=parse_kv(kv), chunk=CHUNK, activations="float32", n_threads=n_threads
+        context=n_tokens + SPARE,
+        kv=parse_kv(kv),
+        chunk=CHUNK,
+        activations=activations,
+        n_logits=N_LOGITS,
+        n_threads=n_threads,
     )
     return Engine(checkpoint, model_spec(checkpoint), config)
-
-
-def kv_bytes(run: Engine) -> int:
-    return sum(e.bytes for e in run.footprint.select(kind="kv", phase="decode"))
-
-
-def arm(run: Engine, made: Suite) -> dict[str, Any]:
-    """Answers of all tasks, and how long they took."""
-    started = time.process_time()
-    return {"cells": answers(run, made, going_back), "cpu_seconds": time.process_time() - started}
 
 
 def at_length(checkpoint: Checkpoint, made: Suite, stores: list[str], n_threads: int) -> dict[str, Any]:
     """All stores on the same prompts; the first is the reference."""
     found: dict[str, Any] = {}
-    full: Any = None
-    references: list[Any] = []
+    full: Cells | None = None
+    references: list[Halves] = []
     for kv in stores:
-        with closing(engine(checkpoint, kv, made.n_tokens, n_threads)) as run:
-            mine = arm(run, made)
-            if full is None:
-                full, references = mine["cells"], [reference(run, passage) for passage in made.passages]
-            tasks = by_task(mine["cells"], full)
-            found[kv] = {
-                "kv_bytes": kv_bytes(run),
-                "cpu_seconds": mine["cpu_seconds"],
-                "tasks": {task: {where: asdict(r) for where, r in cells.items()} for task, cells in tasks.items()},
-                "continuation": diverge(run, made.passages, references),
-            }
+        started = time.process_time()
+        with engine(checkpoint, kv, made.n_tokens, n_threads, "int8") as run:
+            n_bytes = run.footprint.select(kind="kv", phase="decode").bytes
+            mine = answers(run, made, going_back, stepwise=False)
+        full = full or mine
+        with engine(checkpoint, kv, made.n_tokens, n_threads, "float32") as run:
+            references = references or [reference(run, passage, stepwise=False) for passage in made.passages]
+            along = diverge(run, made.passages, references, stepwise=False)
+        tasks = by_task(mine, full)
+        found[kv] = {
+            "kv_bytes": n_bytes,
+            "cpu_seconds": time.process_time() - started,
+            "tasks": {task: {where: asdict(r) for where, r in inside.items()} for task, inside in tasks.items()},
+            "continuation": along,
+        }
         print(f"  {made.n_tokens} {kv}: {short(found[kv])}", flush=True)
     return found
 
@@ -142,7 +141,7 @@ def main() -> None:
         }
         card("full caches on long contexts", facts)
         results = {str(made.n_tokens): at_length(checkpoint, made, args.kv, args.threads) for made in suites}
-        with closing(engine(checkpoint, args.kv[0], args.wordings_at, args.threads)) as run:
+        with engine(checkpoint, args.kv[0], args.wordings_at, args.threads, "int8") as run:
             tried = wordings(run, text, tokenizer, form, args.wordings_at, args.wordings)
     tasks = [results[str(n)][args.kv[0]]["tasks"] for n in args.lengths]
     claims = [

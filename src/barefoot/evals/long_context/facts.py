@@ -58,6 +58,9 @@ class Wording:
             raise InvalidInput(f"a code has 1 to 9 digits, got {self.n_digits}")
 
 
+WORDING = Wording()
+
+
 @dataclass(frozen=True)
 class Fact:
     noun: str
@@ -72,7 +75,7 @@ def needle(
     n_tokens: int,
     depth: float,
     seed: int,
-    wording: Wording = Wording(),
+    wording: Wording = WORDING,
 ) -> Session:
     """A stretch of ``text`` with one fact at ``depth``, the question at the prompt's end: as many words as go into a
     prompt of ``n_tokens``.
@@ -97,7 +100,7 @@ def shared_context(
     n_tokens: int,
     n_facts: int,
     seed: int,
-    wording: Wording = Wording(),
+    wording: Wording = WORDING,
 ) -> Session:
     """A stretch of ``text`` with ``n_facts`` facts, evenly spread, each asked for in a turn of its own, in any order.
 

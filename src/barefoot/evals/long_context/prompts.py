@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from barefoot.io.chat import ChatTemplate
     from barefoot.io.tokenizer import Segment, Tokenizer
 
-COMMON_WORDS = 4096
+COMMON_WORDS = 1024
 _WORD = re.compile(rb" [a-z]{4,}")
 _FIRST, _SECOND, _THIRD = "first message", "second message", "third message"
 
@@ -42,6 +42,9 @@ class Form:
         return tuple(tokenizer.encode_segments(parts, add_bos=False))
 
 
+PLAIN = Form()
+
+
 def chat_form(template: ChatTemplate | None, tokenizer: Tokenizer) -> Form:
     """The form that a chat template gives to messages; without a template, plain text.
 
@@ -51,7 +54,7 @@ def chat_form(template: ChatTemplate | None, tokenizer: Tokenizer) -> Form:
     CorruptFile : as ``ChatTemplate.render``.
     """
     if template is None:
-        return Form()
+        return PLAIN
     roles = (("user", _FIRST), ("assistant", _SECOND), ("user", _THIRD))
     segments = template.render([{"role": role, "content": content} for role, content in roles], tokenizer)
     text = "".join(part for part, _ in segments)
@@ -62,15 +65,16 @@ def chat_form(template: ChatTemplate | None, tokenizer: Tokenizer) -> Form:
     return Form(before, ask, following, templated=True)
 
 
-def words(tokenizer: Tokenizer) -> list[tuple[str, int]]:
-    """(word, id) of tokens that are a space and at least four small letters: the ``COMMON_WORDS`` of lowest id, which
-    in vocabularies made by merging are the most common. No word is there twice."""
+def words(tokenizer: Tokenizer, n: int) -> list[tuple[str, int]]:
+    """(word, id) of tokens that are a space and at least four small letters, no word twice: those of lowest id, which
+    in vocabularies made by merging are the most common. ``n`` of them, or ``COMMON_WORDS`` if that is more; fewer where
+    the vocabulary has no more."""
     found: dict[str, int] = {}
     for token in range(tokenizer.n_vocab):
         text = tokenizer.decode_bytes(token)
         if _WORD.fullmatch(text):
             found.setdefault(text[1:].decode(), token)
-            if len(found) == COMMON_WORDS:
+            if len(found) >= max(n, COMMON_WORDS):
                 break
     return list(found.items())
 

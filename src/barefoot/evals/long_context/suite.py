@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from barefoot.evals.long_context.continuation import Passage, passages
 from barefoot.evals.long_context.copying import copying
 from barefoot.evals.long_context.drivers import Driver, Fork
-from barefoot.evals.long_context.facts import Wording, needle, shared_context
+from barefoot.evals.long_context.facts import WORDING, Wording, needle, shared_context
 from barefoot.evals.long_context.key_value import key_value
 from barefoot.evals.long_context.prompts import Form
 from barefoot.evals.long_context.reach import Reach, reach
@@ -33,7 +33,10 @@ class Size:
     n_facts: int = 4
     n_copies: int = 2
     n_passages: int = 4
-    n_scored: int = 128
+    n_scored: int = 128  # tokens along each passage
+
+
+SMALL = Size()
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def suite(
     form: Form,
     n_tokens: int,
     seed: int = 0,
-    size: Size = Size(),
-    wording: Wording = Wording(),
+    size: Size = SMALL,
+    wording: Wording = WORDING,
 ) -> Suite:
     """The same from the same arguments. Errors as the tasks' own builders."""
     seeds = range(1000 * seed, 1000 * (seed + 1))  # of sessions; the tasks draw different things from the same seed
