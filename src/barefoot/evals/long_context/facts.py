@@ -170,8 +170,10 @@ def _fitted(
 
 
 def _planted(words: Sequence[str], facts: Sequence[tuple[str, float]]) -> str:
-    """The words with each fact where the sentence ends that is nearest to its depth."""
-    ends = [0, *(i + 1 for i, word in enumerate(words) if _SENTENCE_END.search(word)), len(words)]
+    """The words with each fact where the sentence ends that is nearest to its depth; between any two words of a text
+    without sentences."""
+    ends: Sequence[int] = [i + 1 for i, word in enumerate(words) if _SENTENCE_END.search(word)]
+    ends = [0, *ends] if ends else range(len(words) + 1)
     at: dict[int, list[str]] = {}
     for sentence, depth in facts:
         at.setdefault(min(ends, key=lambda end: abs(end - depth * len(words))), []).append(sentence)
