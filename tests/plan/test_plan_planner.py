@@ -12,6 +12,8 @@ from barefoot.core.units import GIB, MIB
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.footprint import footprint
 from barefoot.engine.specs import spec_from_config
+from barefoot.kv.policies.h2o import H2O
+from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.q8 import Int8Store
 from barefoot.plan import quality
@@ -332,7 +334,8 @@ def test_unreadable_weights_are_refused(text):
 
 def test_kv_stores_are_read():
     assert parse_kv("q8") == Int8Store()
-    with pytest.raises(InvalidInput):
+    assert parse_kv("h2o(keep=64) > q8") == Ruled(H2O(keep=64), Int8Store())
+    with pytest.raises(Incompatible, match="policies come first"):
         parse_kv("q8 > q8")
 
 

@@ -15,7 +15,10 @@ from barefoot.core.model import ModelSpec
 from barefoot.core.registry import families, techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
+from barefoot.kv.policies import Policy
+from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores import KVStore
+from barefoot.kv.stores.f16 import HalfStore
 from barefoot.plan import quality
 from barefoot.plan.job import RunJob
 from barefoot.weights.formats import WeightFormat
@@ -88,10 +91,9 @@ def find(text: str) -> Technique:
     owner = next((family for family in families() if name in techniques(family)), None)
     if owner is None:
         raise unknown_name("technique", name, sorted({n for family in families() for n in techniques(family)}))
-    composition = parse_composition(text, techniques(owner), owner)
-    if len(composition) != 1:
+    if ">" in text:
         raise InvalidInput(f"{text!r} is a composition", cure="explain its techniques one by one")
-    return composition[0]
+    return parse_composition(text, techniques(owner), owner)[0]
 
 
 def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64) -> Explanation:
@@ -99,7 +101,7 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
 
     Parameters
     ----------
-    technique : a weight format or a KV store, see :func:`find`.
+    technique : a weight format, a KV store, or a policy (over half precision), see :func:`find`.
     spec : the model.
     job : gives the KV store's context.
     chunk : tokens of prefill at once, which window layers keep beyond their window.
@@ -110,14 +112,15 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
     try:
         if isinstance(technique, WeightFormat):
             lines = _weights(technique, spec)
-        elif isinstance(technique, KVStore):
-            loss = quality.kv_loss(spec, technique)
+        elif isinstance(technique, KVStore | Policy):
+            kv = technique if isinstance(technique, KVStore) else Ruled(technique, HalfStore())
+            loss = quality.kv_loss(spec, kv)
             reference = 2 * 2 * spec.n_kv_heads * spec.head_dim
-            slots = sum(technique.slots(spec, i, job.context, chunk) for i in range(spec.n_layers))
-            terms = technique.terms(spec, job.context, chunk)
+            slots = sum(spec.kv_positions(i, job.context, chunk) for i in range(spec.n_layers))
+            terms = kv.terms(spec, job.context, chunk)
             lines = (Line("kv", terms, loss.kl, loss.source, slots * reference),)
         else:
-            raise InvalidInput(f"{technique.name} is neither a weight format nor a KV store")
+            raise InvalidInput(f"{technique.name} is neither a weight format nor of the KV cache")
     except Incompatible as error:
         lines, refused = (), str(error)
     return Explanation(
