@@ -5,6 +5,7 @@ what          instrument                                        beware
 ============  ================================================  ==================================================
 process       :func:`resident`, :func:`peak_resident`           file-backed pages are apart: a mapped file that is
                                                                 read counts, and the kernel may take it back
+addresses     :func:`resident_at`                               exact; slow where a process has many mappings
 phase         :class:`PhaseMeter`                               resets the kernel's high-water mark where it can
 numpy         :class:`TracedPeak`                               slow; sees Python's and numpy's allocations only
 stored state  :func:`storage_bytes`                             counts distinct storages: views and ties once, and a
@@ -35,6 +36,7 @@ from typing import Any
 
 KEPT_FREE = 2  # times what ``return_freed_memory`` is told
 _STATUS = Path("/proc/self/status")
+_SMAPS = Path("/proc/self/smaps")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 
@@ -70,6 +72,28 @@ def resident() -> Resident | None:
         return None
     anonymous, file, shared = (field or 0 for field in fields)
     return Resident(anonymous, file, shared)
+
+
+def resident_at(address: int, n_bytes: int) -> int | None:
+    """Bytes in physical memory of the mappings that lie in these addresses; None where the system does not tell.
+
+    Raises
+    ------
+    ValueError : a mapping lies there only in part, as the system joins neighbours of one kind.
+    """
+    if not _SMAPS.exists():
+        return None
+    total, inside = 0, False
+    for line in _SMAPS.read_text().splitlines():
+        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if span:
+            first, stop = (int(bound, 16) for bound in span.groups())
+            inside = first < address + n_bytes and address < stop
+            if inside and not address <= first <= stop <= address + n_bytes:
+                raise ValueError(f"the mapping {span.group()}is only in part in {n_bytes} bytes at {address:x}")
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
 
 
 def peak_resident() -> int | None:

@@ -6,8 +6,9 @@ exactly what is stated here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from barefoot.core.ledger import Footprint, Phase, Term, entry
@@ -18,6 +19,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
+from barefoot.kv.placement.geometry import VirtualTensor
 from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
 from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
@@ -174,16 +176,25 @@ def _staging(placement: Placement) -> Footprint:
     return found
 
 
-def kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int) -> int:
-    """Bytes of one layer's keys, of all sequences; values take the same."""
-    slots = spec.kv_positions(layer, config.context, config.chunk)
-    return config.n_sequences * spec.n_kv_heads * slots * config.kv.row_bytes(spec.head_dim)
+def kv_tensors(spec: ModelSpec, config: EngineConfig) -> list[VirtualTensor]:
+    """Keys and values of each layer in turn, a range for each head. Kernels want ranges one behind the other, so that
+    where these start on pages their rows fill pages: the capacity is rounded up to that."""
+    row = config.kv.row_bytes(spec.head_dim)
+    page = 1 if config.kv_placement is None else config.kv_placement.page_bytes
+    capacities = [
+        round_up(spec.kv_positions(layer, config.context, config.chunk), page // math.gcd(page, row))
+        for layer in range(spec.n_layers)
+    ]
+    return [VirtualTensor(spec.n_kv_heads, capacity, row) for capacity in capacities for _ in ("keys", "values")]
 
 
-def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+def _kv(spec: ModelSpec, config: EngineConfig) -> Sequence[Term]:
+    tensors = kv_tensors(spec, config)
+    if config.kv_placement is not None:
+        return config.kv_placement.terms(tensors, config.n_sequences)
     of_one = config.kv.terms(spec, config.context, config.chunk)
     terms = [Term(t.name, config.n_sequences * t.count, t.bytes_each) for t in of_one]
-    padding = _padding(2 * [kv_bytes(spec, config, layer) for layer in range(spec.n_layers)])
+    padding = _padding(config.n_sequences * t.n_ranges * t.capacity * t.row_bytes for t in tensors)
     return [*terms, padding]
 
 

@@ -20,7 +20,8 @@ from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
-from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
+from barefoot.engine.footprint import PASSING, RUNNING, footprint, scratch_bytes
+from barefoot.engine.kv_memory import KVMemory
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.sequences import Sequences
 from barefoot.engine.stacks import Stacks, n_stacked
@@ -109,6 +110,7 @@ class Engine:
         self._buffers = Buffers(spec, config, self.arena)
         self._logits = self.arena.floats("logits", config.n_logit_rows, spec.vocab_size)
         self._scratch = self.arena.take("scratch", scratch_bytes(spec, config, placement))
+        self.kv = KVMemory(spec, config, self.arena)
         self._layers = [self._layer(i) for i in range(spec.n_layers)]
         first_streamed = spec.n_layers - len(placement.streamed)
         self._resident_layers = self._program(self._layers[:first_streamed])
@@ -133,7 +135,7 @@ class Engine:
         return items
 
     def _layer(self, index: int) -> _Layer:
-        spec, config = self.spec, self.config
+        spec = self.spec
         prefix = f"layers.{index}."
         first_streamed = spec.n_layers - len(self._placement.streamed)
         streamed: dict[str, tuple[WeightSpec, Sum]] = {}
@@ -143,15 +145,13 @@ class Engine:
             matrices = {w.name: Sum.of(w, w.format, "rows") for w in specs}
             streamed = {w.name: (w, matrices[w.name]) for w in specs}
         matrix = {name: matrices[prefix + name] for name in _MATRICES}
-        capacity = spec.kv_positions(index, config.context, config.chunk)
-        shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
-        n_bytes = kv_bytes(spec, config, index)
+        keys, values = self.kv.arrays[2 * index : 2 * index + 2]
         return _Layer(
             spec=spec.layers[index],
             rope=self._buffers.tables.ropes.index(spec.layers[index].rope),
-            capacity=capacity,
-            keys=self.arena.take("kv", n_bytes).reshape(shape),
-            values=self.arena.take("kv", n_bytes).reshape(shape),
+            capacity=keys.shape[2],
+            keys=keys,
+            values=values,
             qkv=[matrix["q"], matrix["k"], matrix["v"]],
             o=[matrix["o"]],
             gate_up=[matrix["gate"], matrix["up"]],
@@ -167,7 +167,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the reading thread and close the files. The arena goes with the engine."""
+        """End the threads and close the files. The arena goes with the engine."""
+        self.kv.close()
         if self._stream is not None:
             self._stream.close()
         self._files.close()
@@ -211,6 +212,7 @@ class Engine:
     def reset(self, sequence: int = 0) -> None:
         """Forget the sequence."""
         self._sequences.reset(sequence)
+        self.kv.free(sequence)
 
     def truncate(self, n: int, sequence: int = 0) -> None:
         """Forget all but the first ``n`` tokens of the sequence.
@@ -219,7 +221,10 @@ class Engine:
         ------
         InvalidInput : ``n`` is not 0 to its length, or a window layer has already overwritten what token n would see.
         """
-        self._sequences.truncate(n, sequence)
+        if n == 0:
+            self.reset(sequence)
+        else:
+            self._sequences.truncate(n, sequence)
 
     def prefill(
         self,
@@ -237,9 +242,11 @@ class Engine:
         Raises
         ------
         InvalidInput : no ids, an unknown id or sequence, or more than the context holds; nothing was appended.
+        PoolExhausted : the placement's pool has no pages for them; nothing was appended.
         CorruptFile : streamed weights can't be read; the chunks before are kept.
         """
         self._sequences.check(ids, sequence)
+        self._make_room({sequence: len(ids)})
         for start in range(0, len(ids), self.config.chunk):
             part = ids[start : start + self.config.chunk]
             last = start + len(part) == len(ids)
@@ -254,6 +261,7 @@ class Engine:
     def decode(self, token: int, sequence: int = 0) -> F32:
         """Append one token; the logits after it, float32 (vocab,), valid until the next call. Errors as in prefill."""
         self._sequences.check((token,), sequence)
+        self._make_room({sequence: 1})
         return self._last(self._append((token,), sequence, logits_follow=True), 0)
 
     def decode_batch(self, tokens: Mapping[int, int]) -> F32:
@@ -265,13 +273,14 @@ class Engine:
 
         Raises
         ------
-        InvalidInput : as in prefill; nothing was appended to any sequence.
+        InvalidInput, PoolExhausted : as in prefill; nothing was appended to any sequence.
         CorruptFile : streamed weights can't be read; nothing was appended, unless it was the logits' matrix.
         """
         for sequence, token in tokens.items():
             self._sequences.check((token,), sequence)
         if not tokens:
             raise InvalidInput("no tokens were given; a batch needs at least one")
+        self._make_room(dict.fromkeys(tokens, 1))
         views = self._begin(list(tokens.values()))
         sequences = list(tokens)
         positions = [self._sequences.length(s) for s in sequences]
@@ -289,6 +298,10 @@ class Engine:
         grown = {sequence: views.n}
         self._run_layers(lambda program: program.run(views.n, position, sequence), grown, logits_follow=logits_follow)
         return views
+
+    def _make_room(self, grown: Mapping[int, int]) -> None:
+        """Have memory for so many tokens more of these sequences."""
+        self.kv.grow([n + grown.get(sequence, 0) for sequence, n in enumerate(self.positions)])
 
     def _begin(self, ids: Sequence[int]) -> Views:
         """The arrays of a pass over ``ids``, their embeddings in ``x``."""
