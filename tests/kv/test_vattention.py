@@ -1,5 +1,6 @@
 """vAttention's memory against what the system says is resident, its thread, and what can go wrong."""
 
+import errno
 import mmap
 import random
 import subprocess
@@ -283,6 +284,32 @@ def test_the_thread_ends_with_the_cache():
     cache.close()
     assert not thread.is_alive()
     assert pages.committed_bytes == 0
+
+
+class Full:
+    """A mapping in a system that has no memory left."""
+
+    def __init__(self):
+        self.advice = []
+
+    def madvise(self, *advice):
+        self.advice.append(advice)
+        if advice[0] != mmap.MADV_DONTNEED:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+@needs_linux
+def test_a_system_without_memory_is_named_and_keeps_none(monkeypatch):
+    cache, pages = opened(background=False)
+    cache.step([40, 0, 0, 0, 0, 0, 0, 0])
+    full = Full()
+    monkeypatch.setattr(pages, "_mapping", full)
+    with pytest.raises(OverBudget, match=r"no 4\.0 KiB more for keys and values") as raised:
+        cache.step([70, 0, 0, 0, 0, 0, 0, 0])
+    (_, start, n_bytes), given_back = full.advice
+    assert given_back == (mmap.MADV_DONTNEED, start, n_bytes)
+    assert raised.value.needed == formula([40]) + PAGE
+    assert cache.committed_bytes == formula([40])
 
 
 LIMITED = """

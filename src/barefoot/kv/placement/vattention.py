@@ -44,7 +44,7 @@ from barefoot.kv.placement.slots import RECLAIM, Slots
 
 
 @dataclass(frozen=True)
-class VAttention(Placement, name="vattention", papers=(24,), status="stable"):
+class VAttention(Placement, name="vattention", papers=(24,), status="experimental"):
     """``pool_bytes`` of all slots together; None: as many as all slots can fill."""
 
     pool_bytes: int | None = None
