@@ -31,7 +31,7 @@ class Slots:
     look_ahead : tokens that :meth:`ahead` looks beyond a length, at most, after the first.
     extra_groups : groups that it maps for them at a time, at most.
     reclaim : an idle slot keeps its pages until others need them (``demand``), gives one group back whenever nothing
-        else is to be done (``idle``), or all of them at once (``eager``).
+        else is to be done (``idle``), or all of them when it is freed (``eager``).
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class Slots:
         if changes is None:  # the next step will preempt, unless a sequence ends before
             return []
         changes += self._look_further(changes)
-        return changes if changes or self._reclaim == "demand" else self._cut_one()
+        return self._cut_one() if not changes and self._reclaim == "idle" else changes
 
     def trim(self) -> list[Change]:
         """Give back all that is overcommitted."""
