@@ -268,6 +268,26 @@ def test_looks_no_further_than_two_groups():
     assert slots.mapped == [2, 2, 2, 1, 2]
 
 
+def test_every_next_token_gets_its_page_however_many():
+    """Nothing is looked at beyond it, and five slots are at the end of a page."""
+    slots = Slots(Geometry([VirtualTensor(1, 640, 8)], 5, 64), 100, look_ahead=0)
+    made(slots, slots.step([8, 16, 0, 8, 24]))
+    made(slots, slots.ahead())
+    assert slots.mapped == [2, 3, 0, 2, 4]
+
+
+def test_idle_slots_give_back_a_group_at_a_time_but_the_fullest():
+    slots = Slots(Geometry([VirtualTensor(1, 640, 8)], 4, 64), 100, reclaim="idle")
+    made(slots, slots.step([1, 16, 24, 16]))
+    for slot in (1, 2, 3):
+        assert slots.free(slot) == []
+    seen = []
+    for _ in range(6):
+        made(slots, slots.ahead())
+        seen.append(slots.mapped[1:])
+    assert seen[1:] == [[2, 3, 1], [2, 3, 0], [1, 3, 0], [0, 3, 0], [0, 3, 0]]
+
+
 def made(slots, changes):
     for change in changes:
         slots.apply(change)
