@@ -14,7 +14,7 @@ from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
 from barefoot.core.measure import resident, resident_at
 from barefoot.kv.placement import pages as host
 from barefoot.kv.placement.geometry import Geometry, VirtualTensor
-from barefoot.kv.placement.pages import HostPages
+from barefoot.kv.placement.pages import HostPages, refusal_reason
 from barefoot.kv.placement.slots import PoolExhausted
 from barefoot.kv.placement.vattention import VAttention
 
@@ -152,6 +152,16 @@ class AllAtOnce(HostPages):
     def reserve(self, n_bytes, page_bytes, n_pages):
         super().reserve(n_bytes, page_bytes, n_pages)
         self.memory[:] = 0
+
+
+@needs_linux
+@pytest.mark.skipif(refusal_reason() != "", reason=f"addresses are limited here{refusal_reason()}")
+def test_addresses_beyond_the_machines_memory_take_none():
+    pages = HostPages()
+    pages.reserve(1 << 40, PAGE, 1)
+    pages.commit(1 << 39, PAGE)
+    start = pages.memory.ctypes.data + (1 << 39)
+    assert resident_at(start - 1000 * PAGE, 2000 * PAGE) == PAGE
 
 
 @needs_linux
@@ -315,7 +325,7 @@ def test_a_system_without_memory_is_named_and_keeps_none(monkeypatch):
 LIMITED = """
 import resource
 from barefoot.core.errors import Incompatible
-from barefoot.kv.placement.pages import HostPages
+from barefoot.kv.placement.pages import HostPages, refusal_reason
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
     HostPages().reserve(8 << 30, 4096, 1)
