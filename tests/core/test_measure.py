@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from barefoot.core import measure
+from barefoot.core.mapping import map_private
 from barefoot.core.units import MIB
 
 SLACK = 2 * measure.COUNTER_SLACK  # of a difference between two readings
@@ -56,6 +57,24 @@ def test_resident_tells_anonymous_from_file_pages(tmp_path):
     assert after is not None
     assert after.file - before.file == pytest.approx(32 * MIB, abs=MIB)
     assert abs(after.anonymous - before.anonymous) < 2 * MIB
+
+
+@needs_linux
+def test_resident_pages_of_addresses_are_exact():
+    """Of 64 pages eight are written and one is read; half of them are given back."""
+    mapping = map_private(64 * mmap.PAGESIZE, "MADV_NOHUGEPAGE", promised=False)
+    pages = np.frombuffer(mapping, np.uint8).reshape(64, mmap.PAGESIZE)
+    sizes = [measure.resident_at(pages.ctypes.data, pages.nbytes)]
+    pages[::8, 5] = 1
+    sizes.append(measure.resident_at(pages.ctypes.data, pages.nbytes))
+    assert pages[3, 0] == 0
+    sizes.append(measure.resident_at(pages.ctypes.data, pages.nbytes))
+    mapping.madvise(mmap.MADV_DONTNEED, 0, 32 * mmap.PAGESIZE)
+    sizes.append(measure.resident_at(pages.ctypes.data, pages.nbytes))
+    assert sizes == [n * mmap.PAGESIZE for n in (0, 8, 9, 4)]
+    assert measure.resident_at(pages[32].ctypes.data, 1) == mmap.PAGESIZE
+    assert measure.resident_at(pages[33].ctypes.data, 7 * mmap.PAGESIZE) == 0
+    assert not pages[:32].any()
 
 
 def test_traced_peak_is_exact_but_for_a_constant():

@@ -5,6 +5,7 @@ what          instrument                                        beware
 ============  ================================================  ==================================================
 process       :func:`resident`, :func:`peak_resident`           file-backed pages are apart: a mapped file that is
                                                                 read counts, and the kernel may take it back
+addresses     :func:`resident_at`                               exact; a page that was only ever read counts too
 phase         :class:`PhaseMeter`                               resets the kernel's high-water mark where it can
 numpy         :class:`TracedPeak`                               slow; sees Python's and numpy's allocations only
 stored state  :func:`storage_bytes`                             counts distinct storages: views and ties once, and a
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import re
 import subprocess
@@ -35,6 +37,8 @@ from typing import Any
 
 KEPT_FREE = 2  # times what ``return_freed_memory`` is told
 _STATUS = Path("/proc/self/status")
+_PAGEMAP = Path("/proc/self/pagemap")
+_HIGHEST_BIT = bytes(byte >> 7 for byte in range(256))
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 
@@ -70,6 +74,18 @@ def resident() -> Resident | None:
         return None
     anonymous, file, shared = (field or 0 for field in fields)
     return Resident(anonymous, file, shared)
+
+
+def resident_at(address: int, n_bytes: int) -> int | None:
+    """Bytes of the pages in these addresses that are in physical memory; None where the system does not tell."""
+    if not _PAGEMAP.exists():
+        return None
+    size = mmap.PAGESIZE
+    first, stop = address // size, -(-(address + n_bytes) // size)
+    with _PAGEMAP.open("rb", buffering=0) as file:  # 64 bits a page, the highest one set where it is present
+        file.seek(8 * first)
+        entries = file.read(8 * (stop - first))
+    return size * entries[7::8].translate(_HIGHEST_BIT).count(1)
 
 
 def peak_resident() -> int | None:

@@ -10,9 +10,7 @@ A region whose bytes change (``resize``) has small pages only, so that any end o
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -23,12 +21,10 @@ from barefoot import ops
 from barefoot.core.errors import Incompatible, OverBudget
 from barefoot.core.ledger import Entry, Footprint, Kind
 from barefoot.core.lifetimes import ALIGNMENT
+from barefoot.core.mapping import TAKES_BACK, map_private
 from barefoot.core.units import format_bytes, round_up
 
 U8 = npt.NDArray[np.uint8]
-
-# Addresses are not promised memory: a stack's may be more than the machine has. Python names the flag from 3.13 on.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform.startswith("linux") else 0)
 
 
 class _Region:
@@ -42,7 +38,7 @@ class _Region:
 
     def give_back(self, start: int) -> None:
         """Let go of the pages from byte ``start`` on; they read as zeros afterwards."""
-        if not hasattr(mmap, "MADV_DONTNEED") or not sys.platform.startswith("linux"):
+        if not TAKES_BACK:
             raise Incompatible(
                 "this system does not take back a part of a process's memory",
                 cure="begin anew with a smaller --memory",
@@ -104,6 +100,11 @@ class Arena:
         self._regions[planned.owner], self._planned[planned.owner] = region, planned
         return region.memory
 
+    def lend(self, owner: str) -> None:
+        """Count all planned bytes of an owner as used: it maps its memory itself, and keeps to what was planned."""
+        region = self._regions[owner] = _Region(self._planned[owner], None)
+        region.used = region.planned.bytes
+
     def floats(self, owner: str, *shape: int) -> npt.NDArray[np.float32]:
         """A float32 array of ``shape``."""
         return self.take(owner, 4 * int(np.prod(shape))).view(np.float32).reshape(shape)
@@ -126,26 +127,13 @@ class Arena:
 def _resident(planned: Entry) -> _Region:
     """A region of exactly the planned bytes, all of them resident."""
     advice = "MADV_HUGEPAGE" if planned.kind in ("weights", "kv") else None
-    region = _Region(planned, _map(planned.bytes, advice))
+    region = _Region(planned, map_private(planned.bytes, advice) if planned.bytes else None)
     ops.populate(region.memory)
     return region
 
 
 def _elastic(planned: Entry, most_bytes: int) -> _Region:
     """A region of no bytes yet, with addresses for the most that it may have."""
-    mapping = _map(round_up(most_bytes, mmap.PAGESIZE), "MADV_NOHUGEPAGE", _NO_RESERVE)
+    n_bytes = round_up(most_bytes, mmap.PAGESIZE)
+    mapping = map_private(n_bytes, "MADV_NOHUGEPAGE", promised=False) if n_bytes else None
     return _Region(replace(planned, terms=()), mapping)
-
-
-def _map(n_bytes: int, advice: str | None, flags: int = 0) -> mmap.mmap | None:
-    """Addresses whose pages become resident when they are first used."""
-    if not n_bytes:
-        return None
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, n_bytes)
-    # Python's default for memory without a file is shared; only private pages count as the process's own.
-    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
-    if advice is not None and hasattr(mmap, advice):
-        with contextlib.suppress(OSError):  # a kernel without large pages
-            mapping.madvise(getattr(mmap, advice))
-    return mapping

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from barefoot.core.model import WeightGroup
+from barefoot.kv.placement import Placement
 from barefoot.kv.stores import KVStore
 from barefoot.ops.dispatch import Layout
 from barefoot.weights.formats import WeightFormat
@@ -24,6 +25,7 @@ class EngineConfig:
     chunk : tokens that prefill passes through the layers at once; bounds the activations.
     weights : format of each group of matrices (embed, attn, ffn, head); vectors are always f32.
     kv : the KV store.
+    kv_placement : how keys and values get their memory; None: all of it is resident from the start.
     activations : ``int8`` rounds the inputs of quantized matrices to 8 bits by groups of 32, or many of them to
         bfloat16 where the processor multiplies that faster (fast); ``float32`` keeps them.
     n_streamed_layers : so many layers, the last ones, stay on disk and pass through two buffers in each step. They
@@ -51,6 +53,7 @@ class EngineConfig:
     n_threads: int = 1
     n_stacked: int | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    kv_placement: Placement | None = None
 
     @property
     def n_rows(self) -> int:

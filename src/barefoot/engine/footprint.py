@@ -6,10 +6,12 @@ exactly what is stated here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
 from barefoot.core.model import ModelSpec, PartSpec, WeightGroup
@@ -19,6 +21,7 @@ from barefoot.engine.placement import Placement, Resident, place, stream_buffer_
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
 from barefoot.kv import ruled
+from barefoot.kv.placement.geometry import VirtualTensor
 from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
 from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
@@ -50,8 +53,8 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + stack_footprint(spec, n_stacked(spec, config))
         + _streams(spec, placement)
         + _staging(placement)
-        + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + _ruled(spec, config)
+        + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
         + entry("rope", "workspace", _rope(spec, config), phases=RUNNING)
@@ -176,23 +179,37 @@ def _staging(placement: Placement) -> Footprint:
     return found
 
 
-def kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int) -> int:
-    """Bytes of one layer's keys, of all sequences; values take the same."""
-    slots = config.kv.slots(spec, layer, config.context, config.chunk)
-    return config.n_sequences * spec.n_kv_heads * slots * config.kv.row_bytes(spec.head_dim)
+def row_layers(spec: ModelSpec, config: EngineConfig) -> tuple[int, ...]:
+    """The layers whose keys and values are rows, one for each position that they see."""
+    rule = ruled.of(config.kv)
+    others = () if rule is None else rule.ruled(spec)
+    return tuple(layer for layer in range(spec.n_layers) if layer not in others)
 
 
-def _kv(spec: ModelSpec, config: EngineConfig) -> list[Term]:
+def kv_tensors(spec: ModelSpec, config: EngineConfig) -> list[VirtualTensor]:
+    """Keys and values of each of ``row_layers`` in turn, a range for each head. Kernels want ranges one behind the
+    other, so that where these start on pages their rows fill pages: the capacity is rounded up to that."""
+    row = config.kv.row_bytes(spec.head_dim)
+    page = 1 if config.kv_placement is None else config.kv_placement.page_bytes
+    capacities = [
+        round_up(spec.kv_positions(layer, config.context, config.chunk), page // math.gcd(page, row))
+        for layer in row_layers(spec, config)
+    ]
+    return [VirtualTensor(spec.n_kv_heads, capacity, row) for capacity in capacities for _ in ("keys", "values")]
+
+
+def _kv(spec: ModelSpec, config: EngineConfig) -> Sequence[Term]:
+    tensors = kv_tensors(spec, config)
+    if config.kv_placement is not None:
+        return config.kv_placement.terms(tensors, config.n_sequences)
     of_one = config.kv.terms(spec, config.context, config.chunk)
     terms = [Term(t.name, config.n_sequences * t.count, t.bytes_each) for t in of_one]
-    arrays = [kv_bytes(spec, config, layer) for layer in range(spec.n_layers) for _ in range(2)]
+    sizes = [config.n_sequences * t.n_ranges * t.capacity * t.row_bytes for t in tensors]
     rule = ruled.of(config.kv)
     if rule is not None:
-        windows = set(range(spec.n_layers)) - set(rule.ruled(spec))
-        arrays = [kv_bytes(spec, config, layer) for layer in windows for _ in range(2)]
         own = rule.layout(spec, config.context, config.chunk).own()
-        arrays += config.n_sequences * [array.bytes for array in own]
-    return [*terms, _padding(arrays)]
+        sizes += config.n_sequences * [array.bytes for array in own]
+    return [*terms, _padding(sizes)]
 
 
 def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -200,6 +217,10 @@ def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
     rule = ruled.of(config.kv)
     if rule is None:
         return Footprint()
+    if config.kv_placement is not None:
+        raise Incompatible(
+            f"{config.kv_placement} can't place {config.kv}: it commits rows by position, and these entries are not"
+        )
     layout = rule.layout(spec, config.context, config.chunk)
     arrays = layout.shared(config.n_threads)
     shared = [*(array.term for array in arrays), _padding(array.bytes for array in arrays)]

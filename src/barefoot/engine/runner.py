@@ -21,7 +21,8 @@ from barefoot.engine.buffers import Buffers, Views
 from barefoot.engine.by_layer import ByLayer
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
-from barefoot.engine.footprint import PASSING, RUNNING, footprint, kv_bytes, scratch_bytes
+from barefoot.engine.footprint import PASSING, RUNNING, footprint, scratch_bytes
+from barefoot.engine.kv_memory import KVMemory
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.programs import Layer, Recorder
 from barefoot.engine.sequences import Sequences
@@ -95,6 +96,7 @@ class Engine:
         self._buffers = Buffers(spec, config, self.arena)
         self._logits = self.arena.floats("logits", config.n_logit_rows, spec.vocab_size)
         self._scratch = self.arena.take("scratch", scratch_bytes(spec, config, placement))
+        self.kv = KVMemory(spec, config, self.arena)
         self._layers = [self._layer(i) for i in range(spec.n_layers)]
         first_streamed = spec.n_layers - len(placement.streamed)
         recorder = Recorder(spec, config, self._buffers.views(config.n_rows), self._scratch)
@@ -124,7 +126,7 @@ class Engine:
         return items
 
     def _layer(self, index: int) -> Layer:
-        spec, config = self.spec, self.config
+        spec = self.spec
         prefix = f"layers.{index}."
         first_streamed = spec.n_layers - len(self._placement.streamed)
         streamed: dict[str, tuple[WeightSpec, Sum]] = {}
@@ -134,15 +136,11 @@ class Engine:
             matrices = {w.name: Sum.of(w, w.format, "rows") for w in specs}
             streamed = {w.name: (w, matrices[w.name]) for w in specs}
         matrix = {name: matrices[prefix + name] for name in _MATRICES}
-        capacity = config.kv.slots(spec, index, config.context, config.chunk)
-        keys = values = None
-        if self._rule is None or index not in self._rule.ruled(spec):
-            shape = (config.n_sequences, spec.n_kv_heads, capacity, config.kv.row_bytes(spec.head_dim))
-            keys, values = (self.arena.take("kv", kv_bytes(spec, config, index)).reshape(shape) for _ in range(2))
+        keys, values = self.kv.arrays.get(index, (None, None))
         return Layer(
             spec=spec.layers[index],
             rope=self._buffers.tables.ropes.index(spec.layers[index].rope),
-            capacity=capacity,
+            capacity=0 if keys is None else keys.shape[2],
             keys=keys,
             values=values,
             qkv=[matrix["q"], matrix["k"], matrix["v"]],
@@ -160,7 +158,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the reading thread and close the files. The arena goes with the engine."""
+        """End the threads and close the files. The arena goes with the engine."""
+        self.kv.close()
         if self._stream is not None:
             self._stream.close()
         self._files.close()
@@ -204,6 +203,7 @@ class Engine:
     def reset(self, sequence: int = 0) -> None:
         """Forget the sequence."""
         self._sequences.reset(sequence)
+        self.kv.free(sequence)
         if self._by_layer is not None:
             self._by_layer.caches[sequence].clear()
 
@@ -213,15 +213,18 @@ class Engine:
         Raises
         ------
         InvalidInput : no such sequence, or both are the same.
+        PoolExhausted : there is no room for both; all is as before.
         """
+        self._sequences.check_fork(sequence, into)
+        lengths = list(self.positions)
+        lengths[into] = lengths[sequence]
+        self.kv.grow(lengths)
         self._sequences.fork(sequence, into)
         if self._by_layer is not None:
             self._by_layer.caches[sequence].fork(self._by_layer.caches[into])
-        for layer in self._layers:
-            for array in (layer.keys, layer.values):
-                if array is not None:
-                    n = min(self.positions[sequence], layer.capacity)
-                    array[into, :, :n] = array[sequence, :, :n]
+        for array in (array for pair in self.kv.arrays.values() for array in pair):
+            n = min(lengths[sequence], array.shape[2])
+            array[into, :, :n] = array[sequence, :, :n]
 
     def truncate(self, n: int, sequence: int = 0) -> None:
         """Forget all but the first ``n`` tokens of the sequence.
@@ -231,6 +234,9 @@ class Engine:
         InvalidInput : ``n`` is not 0 to its length, a window layer has already overwritten what token n would see, or a
             policy has sent entries away since; nothing has changed.
         """
+        if n == 0:
+            self.reset(sequence)
+            return
         if self._by_layer is not None:
             self._sequences.check_truncate(n, sequence)
             self._by_layer.caches[sequence].trim(n)
@@ -252,11 +258,13 @@ class Engine:
         Raises
         ------
         InvalidInput : no ids, an unknown id or sequence, or more than the context holds; nothing was appended.
+        PoolExhausted : the placement's pool has no pages for them; nothing was appended.
         CorruptFile : streamed weights can't be read; the chunks before are kept.
         """
         self._sequences.check(ids, sequence)
         if self._by_layer is not None:
             return self._prefill_by_layer(self._by_layer, ids, progress, sequence, all_logits)
+        self._make_room({sequence: len(ids)})
         for start in range(0, len(ids), self.config.chunk):
             part = ids[start : start + self.config.chunk]
             last = start + len(part) == len(ids)
@@ -310,6 +318,7 @@ class Engine:
             row: F32 = self.decode_batch({sequence: token})[0]
             return row
         self._sequences.check((token,), sequence)
+        self._make_room({sequence: 1})
         return self._last(self._append((token,), sequence, logits_follow=True), 0)
 
     def decode_batch(self, tokens: Mapping[int, int]) -> F32:
@@ -321,13 +330,14 @@ class Engine:
 
         Raises
         ------
-        InvalidInput : as in prefill; nothing was appended to any sequence.
+        InvalidInput, PoolExhausted : as in prefill; nothing was appended to any sequence.
         CorruptFile : streamed weights can't be read; nothing was appended, unless it was the logits' matrix.
         """
         for sequence, token in tokens.items():
             self._sequences.check((token,), sequence)
         if not tokens:
             raise InvalidInput("no tokens were given; a batch needs at least one")
+        self._make_room(dict.fromkeys(tokens, 1))
         views = self._begin(list(tokens.values()))
         sequences = list(tokens)
         positions = [self._sequences.length(s) for s in sequences]
@@ -371,6 +381,10 @@ class Engine:
         grown = {sequence: views.n}
         self._run_layers(lambda program: program.run(views.n, position, sequence), grown, logits_follow=logits_follow)
         return views
+
+    def _make_room(self, grown: Mapping[int, int]) -> None:
+        """Have memory for so many tokens more of these sequences."""
+        self.kv.grow([n + grown.get(sequence, 0) for sequence, n in enumerate(self.positions)])
 
     def _begin(self, ids: Sequence[int]) -> Views:
         """The arrays of a pass over ``ids``, their embeddings in ``x``."""

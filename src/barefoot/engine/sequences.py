@@ -33,7 +33,12 @@ class Sequences:
         self._lengths[sequence] = self._highest[sequence] = 0
 
     def fork(self, sequence: int, into: int) -> None:
-        """Have ``into`` as long as ``sequence``.
+        """Have ``into`` as long as ``sequence``. Errors as in ``check_fork``."""
+        self.check_fork(sequence, into)
+        self._lengths[into], self._highest[into] = self._lengths[sequence], self._highest[sequence]
+
+    def check_fork(self, sequence: int, into: int) -> None:
+        """Refuse what can't be forked.
 
         Raises
         ------
@@ -43,7 +48,6 @@ class Sequences:
             self._check_number(number)
         if sequence == into:
             raise InvalidInput(f"sequence {sequence} can't be forked into itself")
-        self._lengths[into], self._highest[into] = self._lengths[sequence], self._highest[sequence]
 
     def truncate(self, n: int, sequence: int) -> None:
         """Keep the first ``n`` tokens.
