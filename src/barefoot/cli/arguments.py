@@ -62,7 +62,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help='format of all weights, as in "int(bits=4)", or by group, as in "ffn=int(bits=3) attn=stored"',
     )
-    stated.add_argument("--kv", metavar="SPEC", help='how keys and values are kept, as in "q8"')
+    stated.add_argument("--kv", metavar="SPEC", help='how keys and values are kept: "q8", "h2o(keep=512) > q8"')
     stated.add_argument("--chunk", metavar="N", type=parse_count, help="prompt tokens that pass the layers at once")
     stated.add_argument("--stream-layers", metavar="N", type=int, help="so many layers stay on disk; 0 forbids it")
     stated.add_argument(
