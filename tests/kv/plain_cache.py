@@ -11,6 +11,7 @@ class PlainCache:
     def __init__(self, layout):
         self.layout, self.h = layout, layout.heads
         self.entries = [[{} for _ in range(self.h.n_kv_heads)] for _ in range(layout.n_layers)]
+        self.struck = {}  # (layer, head, position) → tokens that there were when it had a strike
         self.n_tokens = self.evicted_at = 0  # the latter: tokens when an entry went last
 
     def prompt(self, layer, q, k, v):
@@ -23,15 +24,21 @@ class PlainCache:
             for t in range(n):
                 there[self.n_tokens + t] = [keys[t, head], values[t, head], 0.0]
             votes = {p: np.zeros(sharing) for p in there}
+            strikes = dict.fromkeys(there, 0)
             for t in range(n):
+                most = dict.fromkeys(there, 0.0)
                 seen = [*old, *range(self.n_tokens, self.n_tokens + t + 1)]
                 for i in range(sharing):
                     h = head * sharing + i
                     shares, out[t, h] = self.attend(q[t].reshape(-1, dim)[h], [there[p] for p in seen])
                     for p, share in zip(seen, shares, strict=True):
                         there[p][2] += share
+                        most[p] = max(most[p], share)
                         votes[p][i] += share if t >= n - getattr(self.layout.policy, "window", 0) else 0
-            kept = self.chosen(there, votes)
+                if t >= n - getattr(self.layout.policy, "window", 0):
+                    for p in seen:
+                        strikes[p] += most[p] < 1 / len(seen)
+            kept = self.chosen(there, votes, strikes, self.n_tokens + n)
             if len(kept) < len(there):
                 self.evicted_at = self.n_tokens + n
             self.entries[layer][head] = {p: there[p] for p in kept}
@@ -39,8 +46,9 @@ class PlainCache:
 
     def done(self, n):
         self.n_tokens += n
+        self.struck = {}
 
-    def chosen(self, there, votes):
+    def chosen(self, there, votes, strikes, n_tokens):
         policy, order = self.layout.policy, sorted(there)
         if policy is None or len(order) <= policy.keep:
             return order
@@ -50,6 +58,9 @@ class PlainCache:
             recent = order[len(order) - policy.n_recent :] if policy.n_recent else []
             heavy = sorted(set(order) - set(recent), key=lambda p: -there[p][2])
             return sorted([*heavy[: policy.keep - len(recent)], *recent])
+        if policy.name == "scissorhands":
+            best = sorted(order, key=lambda p: (strikes[p] if p < n_tokens - policy.recent else -1, -p))
+            return sorted(best[: policy.keep + 1 - policy.n_dropped])
         assert policy.name == "snapkv"
         front, side = order[: -policy.window], policy.kernel // 2
         score = {}
@@ -75,11 +86,16 @@ class PlainCache:
         for head, there in enumerate(self.entries[layer]):
             key, value = (x.reshape(-1, dim)[head].astype(np.float16).astype(np.float64) for x in (k, v))
             there[self.n_tokens] = [key, value, 0.0]
+            most = np.zeros(len(there))
             for i in range(sharing):
                 h = head * sharing + i
                 shares, out[0, h] = self.attend(q.reshape(-1, dim)[h], list(there.values()))
+                most = np.maximum(most, shares)
                 for entry, share in zip(there.values(), shares, strict=True):
                     entry[2] += share
+            for p, share in zip(there, most, strict=True):
+                if share < 1 / len(there):
+                    self.struck.setdefault((layer, head, p), []).append(self.n_tokens + 1)
         return out
 
     def stepped(self):
@@ -87,11 +103,20 @@ class PlainCache:
         policy = self.layout.policy
         if policy is None or policy.name == "snapkv":
             return
-        for there in (there for heads in self.entries for there in heads):
+        for layer, head in np.ndindex(len(self.entries), self.h.n_kv_heads):
+            there = self.entries[layer][head]
             if len(there) > policy.keep:
                 self.evicted_at = self.n_tokens
                 if policy.name == "sinks":
                     del there[min(p for p in there if p >= policy.first)]
+                elif policy.name == "scissorhands":
+
+                    def strikes(p, at=(layer, head)):
+                        return sum(t > self.n_tokens - policy.window for t in self.struck.get((*at, p), ()))
+
+                    old = [p for p in there if p < self.n_tokens - policy.recent]
+                    for p in sorted(old, key=lambda p: (-strikes(p), p))[: policy.n_dropped]:
+                        del there[p]
                 else:
                     old = [p for p in there if p < self.n_tokens - policy.n_recent]
                     del there[min(old, key=lambda p: there[p][2])]
@@ -99,11 +124,12 @@ class PlainCache:
     def fork(self):
         other = PlainCache(self.layout)
         other.entries = [[{p: list(e) for p, e in there.items()} for there in heads] for heads in self.entries]
+        other.struck = {at: list(tokens) for at, tokens in self.struck.items()}
         other.n_tokens, other.evicted_at = self.n_tokens, self.evicted_at
         return other
 
     def can_trim(self, n):
-        return n in (0, self.n_tokens) or (n >= self.evicted_at and self.layout.observes != "mass")
+        return n in (0, self.n_tokens) or (n >= self.evicted_at and self.layout.observes not in ("mass", "strikes"))
 
     def trim(self, n):
         self.entries = [[{p: e for p, e in there.items() if p < n} for there in heads] for heads in self.entries]

@@ -11,6 +11,7 @@ from barefoot.core.errors import InvalidInput
 from barefoot.kv.cache import Cache, Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.random import Random
+from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.storage import Heads
@@ -25,6 +26,9 @@ POLICIES = (
     Sinks(keep=20, first=3),
     H2O(keep=20, recent=7),
     H2O(keep=20, recent=0),
+    Scissorhands(keep=20, window=8, recent=3),  # one part
+    Scissorhands(keep=20, window=31, recent=3, drop=7),  # nine
+    Scissorhands(keep=20, window=30, recent=0, drop=3),
     SnapKV(keep=20, window=6, kernel=3, room=400),
     SnapKV(keep=20, window=6, pooling="max", room=400),
 )
@@ -159,7 +163,11 @@ def test_a_policy_keeps_no_more_than_its_slots():
                 cache.step(layer, q, k, v, np.empty_like(q))
             cache.stepped()
         assert cache.storage.n(0) <= policy.slots(400)
-        assert len(positions(cache, 0, 0)) == (policy.keep + 60 if policy.name == "snapkv" else policy.keep)
+        n = len(positions(cache, 0, 0))
+        if policy.name == "scissorhands":
+            assert n == policy.keep + 1 - policy.n_dropped + 60 % policy.n_dropped
+        else:
+            assert n == (policy.keep + 60 if policy.name == "snapkv" else policy.keep)
 
 
 def test_random_keeps_the_last_and_a_lot_of_its_own_for_each_head():
@@ -196,6 +204,8 @@ def test_too_many_tokens_are_refused_and_nothing_is_lost():
         (lambda: H2O(keep=8, recent=8), "recent must lie between 0 and keep - 1, got 8 of 8"),
         (lambda: H2O(keep=1), "keep must be 2 or more, got 1"),
         (lambda: Sinks(keep=4, first=4), "first must be less than keep, got 4 of 4"),
+        (lambda: Scissorhands(keep=20, recent=11), "drop and recent must be no more than keep together, got 10 and 11"),
+        (lambda: Scissorhands(drop=0), "drop must be 1 or more, got 0"),
         (lambda: Random(recent=-1), "recent must be 0 or more, got -1"),
     ],
 )

@@ -11,18 +11,20 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.kv.cache import Cache, Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
+from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 
 HEADS = Heads(n_heads=2, n_kv_heads=2, head_dim=8, scale=1.0)
+STRIKES = Scissorhands(keep=9, window=7, recent=2, drop=3)
 CONTEXT, N_CACHES, N_OPERATIONS = 60, 4, 5000
 
 
 @pytest.mark.parametrize(
     "policy",
-    [None, Sinks(keep=9, first=2), H2O(keep=9, recent=3), SnapKV(keep=9, window=3, kernel=3, room=12)],
+    [None, Sinks(keep=9, first=2), H2O(keep=9, recent=3), STRIKES, SnapKV(keep=9, window=3, kernel=3, room=12)],
     ids=str,
 )
 def test_operations(policy):

@@ -50,14 +50,20 @@ class Layout:
     @property
     def n_observed(self) -> int:
         """Rows of what is observed of a layer: a key head's, or a query head's."""
-        return {"nothing": 0, "mass": self.heads.n_kv_heads, "votes": self.heads.n_heads}[self.observes]
+        n = self.heads.n_kv_heads
+        return {"nothing": 0, "mass": n, "strikes": n, "votes": self.heads.n_heads}[self.observes]
+
+    @property
+    def n_parts(self) -> int:
+        """In which strikes are counted; 0 where they aren't."""
+        return self.policy.n_parts if self.policy is not None and self.observes == "strikes" else 0
 
     def own(self) -> tuple[Array, ...]:
         """The arrays of a sequence."""
         if isinstance(self.store, Kivi):
             return sealed.arrays(self.heads, self.n_layers, self.n_slots, self.store)
         mass = self.observes == "mass"
-        return slots.arrays(self.heads, self.n_layers, self.n_slots, self.store, mass=mass)
+        return slots.arrays(self.heads, self.n_layers, self.n_slots, self.store, mass=mass, n_parts=self.n_parts)
 
     def shared(self, n_threads: int) -> tuple[Array, ...]:
         """What passes use in turn: staged keys and values, what is observed of all entries, the state of a pass, scores
@@ -71,6 +77,7 @@ class Layout:
             Array("kv observed", self.n_observed * most, 4),
             Array("kv state", self.chunk * h.n_heads * (h.head_dim + 2), 4),
             Array("kv scores", n_scores, 4),
+            Array("kv struck", h.n_kv_heads * self.n_slots if self.n_parts else 0, 4),
             Array("kv scratch", self._scratch_bytes(n_threads), 1),
         )
 
@@ -89,14 +96,15 @@ class Layout:
     def storage(self, take: Take) -> Storage:
         if isinstance(self.store, Kivi):
             return sealed.Sealed(self.heads, self.n_layers, self.n_slots, self.store, take)
-        return slots.Slots(self.heads, self.n_layers, self.n_slots, self.store, take, mass=self.observes == "mass")
+        mass = self.observes == "mass"
+        return slots.Slots(self.heads, self.n_layers, self.n_slots, self.store, take, mass=mass, n_parts=self.n_parts)
 
 
 class Workspace:
     """The arrays that all layers, and all sequences, use in turn."""
 
     def __init__(self, layout: Layout, take: Take, n_threads: int) -> None:
-        keys, values, observed, state, scores, scratch = layout.shared(n_threads)
+        keys, values, observed, state, scores, struck, scratch = layout.shared(n_threads)
         h, n = layout.heads, layout.chunk
         rows = (h.n_kv_heads, layout.context, keys.n_bytes)
         self.keys, self.values = zeros(take, keys, rows), zeros(take, values, rows)
@@ -107,6 +115,7 @@ class Workspace:
         self.tops = floats[ends[0] : ends[1]].reshape(n, h.n_heads)
         self.totals = floats[ends[1] :].reshape(n, h.n_heads)
         self.scores = zeros(take, scores, (scores.count,), np.float32)
+        self.struck = zeros(take, struck, (h.n_kv_heads if struck.count else 0, layout.n_slots), np.float32)
         self.scratch = zeros(take, scratch, (scratch.count,))
 
 
@@ -130,6 +139,8 @@ class Cache:
         self.n_tokens = 0
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
         self._evicted_at = 0  # tokens that there were when an entry went last
+        self._parts = [0] * layout.n_parts  # tokens that there were when each part of the strikes began
+        self._part = 0  # the present one
 
     @property
     def storage(self) -> Storage:
@@ -140,6 +151,7 @@ class Cache:
         """Let ``into`` have what this cache has. Bytes are copied when either of both changes for the first time."""
         into.clear()
         into._lender, into.n_tokens, into._evicted_at = self, self.n_tokens, self._evicted_at
+        into._parts, into._part = list(self._parts), self._part
         self._borrowers.append(into)
 
     def _about_to_change(self) -> None:
@@ -169,7 +181,8 @@ class Cache:
         self._leave()
         self._own.clear()
         self._staged[:] = 0
-        self.n_tokens = self._prompt = self._evicted_at = 0
+        self.n_tokens = self._prompt = self._evicted_at = self._part = 0
+        self._parts = [0] * len(self._parts)
 
     def trim(self, n: int) -> None:
         """Go back to the first ``n`` tokens.
@@ -183,8 +196,9 @@ class Cache:
         if n == 0:
             self.clear()
             return
-        if self._mass is not None or n < self._evicted_at:
-            why = "has seen what came behind" if self._mass is not None else "has sent entries away since"
+        observes = self._mass is not None or self.layout.n_parts > 0
+        if observes or n < self._evicted_at:
+            why = "has seen what came behind" if observes else "has sent entries away since"
             raise InvalidInput(
                 f"can't go back from {self.n_tokens} tokens to {n}: {self.layout.policy} {why}",
                 cure="reset, and prefill the kept tokens again",
@@ -245,7 +259,7 @@ class Cache:
         policy = self.layout.policy
         if policy is None or policy.observes == "nothing" or self._keeps_all:
             return self._prompt
-        return max(0, self._prompt - policy.window - token) if policy.observes == "votes" else 0
+        return 0 if policy.observes == "mass" else max(0, self._prompt - policy.window - token)
 
     def _attend(self, layer: int, q: F32, out: F32, n_before: int, *, observe: bool) -> None:
         work, h, n = self._work, self.layout.heads, len(q)
@@ -267,10 +281,15 @@ class Cache:
                 n_before=before, scale=h.scale, softcap=h.softcap, scores=scores, scratch=work.scratch,
             )  # fmt: skip
         np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
-        at = 0
+        at, even = 0, None
+        if self.layout.n_parts:
+            even = (1 / (self.storage.n(layer) + n_before + 1 + np.arange(n))).astype(np.float32)
         for scores, count in kept:
             mass = np.zeros((len(work.observed), scores.shape[2]), np.float32)
-            ops.attention_mass(scores, tops, totals, np.full(len(mass), count, np.int32), mass)
+            counts = np.full(len(mass), count, np.int32)
+            ops.attention_mass(scores, tops, totals, counts, mass, thresholds=even)
+            if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
+                mass[:, :count] -= np.clip(np.arange(count) - n_before, 0, n)
             work.observed[:, at : at + count] += mass[:, :count]
             at += count
 
@@ -291,6 +310,7 @@ class Cache:
         self._staged[:] = 0
         if layer + 1 == self.layout.n_layers:
             self.n_tokens, self._prompt = n_tokens, 0
+            self._parts = [n_tokens] * len(self._parts)
 
     def _chosen(self, layer: int, position: I32, n_tokens: int) -> I32:
         every = np.broadcast_to(np.arange(position.shape[1], dtype=np.int32), position.shape)
@@ -341,7 +361,7 @@ class Cache:
         sums, tops, totals = work.sums[:1], work.tops[:1], work.totals[:1]
         sums[...], tops[...], totals[...] = 0, -np.inf, 0
         scores = None
-        if self._mass is not None:
+        if self._mass is not None or self.layout.n_parts:
             scores = work.scores[: h.n_heads * self.layout.n_slots].reshape(h.n_heads, 1, -1)
         for segment, _ in self.storage.segments(layer):
             ops.attend_segment(
@@ -349,9 +369,37 @@ class Cache:
                 scale=h.scale, softcap=h.softcap, scores=scores, scratch=work.scratch,
             )  # fmt: skip
         np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
-        if self._mass is not None:
-            assert scores is not None
-            ops.attention_mass(scores, tops, totals, self.storage.segments(layer)[0][1], self._mass[layer])
+        if scores is not None:
+            self._observe_step(layer, scores, tops, totals)
+
+    def _observe_step(self, layer: int, scores: F32, tops: F32, totals: F32) -> None:
+        storage = self.storage
+        assert isinstance(storage, slots.Slots)
+        if storage.mass is not None:
+            ops.attention_mass(scores, tops, totals, storage.counts[layer], storage.mass[layer])
+        if storage.strikes is not None:
+            struck = self._work.struck
+            struck[...] = 0
+            even = np.array([1 / storage.n(layer)], np.float32)
+            ops.attention_mass(scores, tops, totals, storage.counts[layer], struck, thresholds=even)
+            storage.strikes[self._part, layer] += struck.astype(np.uint16)
+
+    def _begin_part(self, storage: slots.Slots) -> None:
+        """Count strikes apart from now on, in the place of the eldest part."""
+        assert storage.strikes is not None
+        self._part = (self._part + 1) % len(self._parts)
+        self._parts[self._part] = self.n_tokens
+        storage.strikes[self._part] = 0
+
+    def _observed(self, storage: slots.Slots, n: int) -> F32 | None:
+        """What the policy asks for of the first ``n`` slots: mass, or strikes of the last queries."""
+        if storage.mass is not None:
+            return storage.mass[:, :, :n]
+        if storage.strikes is None:
+            return None
+        assert self.layout.policy is not None
+        lately = [part >= self.n_tokens - self.layout.policy.window for part in self._parts]
+        return np.asarray(storage.strikes[lately, :, :, :n].sum(axis=0), np.float32)
 
     def stepped(self) -> None:
         """The token has passed all layers: the storage may seal, and the policy may send entries away."""
@@ -365,8 +413,10 @@ class Cache:
         if self.layout.policy is None:
             return
         n = self.storage.n(0)
-        mass = None if self.storage.mass is None else self.storage.mass[:, :, :n]
-        gone = self.layout.policy.evict(self.storage.positions[:, :, :n], mass, self.n_tokens)
+        observed = self._observed(self.storage, n)
+        gone = self.layout.policy.evict(self.storage.positions[:, :, :n], observed, self.n_tokens)
         if gone is not None:
             self._evicted_at = self.n_tokens
             self.storage.drop(gone)
+        if self.layout.n_parts and (gone is not None or self.layout.policy.begins_part(n)):
+            self._begin_part(self.storage)

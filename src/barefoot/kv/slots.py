@@ -1,7 +1,7 @@
 """Slots: entries at rows of any format, in any order; one that goes leaves its slot to another.
 
-Bytes, of n layers with H key heads, S slots and rows of r bytes: n × H × S × (2 r + 4), a position for each, and 4 more
-for each where attention mass is kept.
+Bytes, of n layers with H key heads, S slots and rows of r bytes: n × H × S × (2 r + 4), a position for each; 4 more for
+each where attention mass is kept, or 2 for each part of its strikes.
 """
 
 from __future__ import annotations
@@ -9,32 +9,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
 
+U16 = npt.NDArray[np.uint16]
+
 MOVED_ROWS = 256  # entries of a key head that are decoded at a time
 
 
-def arrays(heads: Heads, n_layers: int, n_slots: int, store: KVStore, *, mass: bool) -> tuple[Array, ...]:
-    """Keys, values, positions and mass of a sequence."""
+def arrays(heads: Heads, n_layers: int, n_slots: int, store: KVStore, *, mass: bool, n_parts: int) -> tuple[Array, ...]:
+    """Keys, values, positions, mass, and strikes in so many parts, of a sequence."""
     n = n_layers * heads.n_kv_heads * n_slots
     row = store.row_bytes(heads.head_dim)
     kept = (Array("kv keys", n, row), Array("kv values", n, row), Array("kv positions", n, 4))
-    return (*kept, Array("kv mass", n, 4)) if mass else kept
+    observed = (Array("kv mass", n, 4),) if mass else (Array("kv strikes", n_parts * n, 2),) if n_parts else ()
+    return (*kept, *observed)
 
 
 class Slots(Storage):
-    def __init__(self, heads: Heads, n_layers: int, n_slots: int, store: KVStore, take: Take, *, mass: bool) -> None:
-        keys, values, positions, *masses = arrays(heads, n_layers, n_slots, store, mass=mass)
+    def __init__(
+        self, heads: Heads, n_layers: int, n_slots: int, store: KVStore, take: Take, *, mass: bool, n_parts: int
+    ) -> None:
+        keys, values, positions, *observed = arrays(heads, n_layers, n_slots, store, mass=mass, n_parts=n_parts)
         self._format, row = store.row_format, store.row_bytes(heads.head_dim)
         each = (n_layers, heads.n_kv_heads, n_slots)
         self._keys = zeros(take, keys, (*each, row))
         self._values = zeros(take, values, (*each, row))
         self.positions: I32 = zeros(take, positions, each, np.int32)
-        self.mass: F32 | None = zeros(take, masses[0], each, np.float32) if masses else None
+        self.mass: F32 | None = zeros(take, observed[0], each, np.float32) if mass else None
+        self.strikes: U16 | None = zeros(take, observed[0], (n_parts, *each), np.uint16) if n_parts else None
         self.counts: I32 = np.zeros((n_layers, heads.n_kv_heads), np.int32)
         # (n_layers, n_kv_heads): slots below the counts that wait for the next entry, where one has just gone.
         self.free: I32 | None = None
@@ -64,6 +71,8 @@ class Slots(Storage):
             self.positions[layer, head, slots] = position[head, new]
             if self.mass is not None:
                 self.mass[layer, head, slots] = 0
+            if self.strikes is not None:
+                self.strikes[:, layer, head] = 0
             for rows, stored in ((keys, self._keys), (values, self._values)):
                 self._write(rows[head], new - self.n(layer), stored[layer, head : head + 1], slots)
         self.counts[layer] = stay.shape[1]
@@ -86,6 +95,8 @@ class Slots(Storage):
             for array in (self._keys, self._values, self.positions, self.mass):
                 if array is not None:
                     array[layer, head, into] = array[layer, head, movers]
+            if self.strikes is not None:
+                self.strikes[:, layer, head, into] = self.strikes[:, layer, head, movers]
         return left
 
     def append(self, layer: int, k: F32, v: F32, position: int) -> None:
@@ -98,6 +109,8 @@ class Slots(Storage):
         self.positions[layer, heads, slots] = position
         if self.mass is not None:
             self.mass[layer, heads, slots] = 0
+        if self.strikes is not None:
+            self.strikes[:, layer, heads, slots] = 0
         for row, stored in ((k, self._keys), (v, self._values)):
             ops.kv_write(row, stored[layer], self._format, slots[:, None])
 
@@ -137,5 +150,7 @@ class Slots(Storage):
         arrays = (self._keys, other._keys), (self._values, other._values), (self.positions, other.positions)
         for own, theirs in (*arrays, *(((self.mass, other.mass),) if self.mass is not None else ())):
             own[:, :, :n] = theirs[:, :, :n]
+        if self.strikes is not None and other.strikes is not None:
+            self.strikes[..., :n] = other.strikes[..., :n]
         self.counts[...] = other.counts
         self.free = None if other.free is None else other.free.copy()

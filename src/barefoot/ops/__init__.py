@@ -424,7 +424,7 @@ def attention_mass(
 
     The attention probability exp(score - top) / total, summed over tokens and the query heads that share the key head;
     or, with ``thresholds``, float32 [n_tokens], the number of tokens for which it is below the token's threshold in all
-    of these heads.
+    of these heads, tokens that don't see the entry among them.
 
     scores, tops, totals : of ``attend_segment``, once it has taken all segments
     counts : int32 [n_kv_heads], entries of the segment

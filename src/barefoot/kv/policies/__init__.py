@@ -23,8 +23,10 @@ I32 = npt.NDArray[np.int32]
 
 #: What a policy can ask attention for:
 #: ``mass``: the attention probability of every query, summed over the query heads of a key head, (n_kv_heads, n);
-#: ``votes``: that of the last ``window`` queries of a prompt, each query head by itself, (n_heads, n).
-Observation = Literal["nothing", "mass", "votes"]
+#: ``votes``: that of the last ``window`` queries of a prompt, each query head by itself, (n_heads, n);
+#: ``strikes``: how many of the last ``window`` queries gave less than an even share in all query heads of a key head,
+#: (n_kv_heads, n).
+Observation = Literal["nothing", "mass", "votes", "strikes"]
 
 
 #: For policies that send entries away one by one while they decode.
@@ -57,7 +59,12 @@ class Policy(Technique):
     """The role. ``slots`` bounds what is stored, in closed form; everything else is about entries."""
 
     observes: ClassVar[Observation] = "nothing"
-    window: int = 0  # queries that vote
+    window: int = 0  # queries that votes and strikes are of
+
+    @property
+    def n_parts(self) -> int:
+        """In which strikes are counted."""
+        return 1
 
     @abstractmethod
     def slots(self, context: int) -> int:
@@ -66,6 +73,10 @@ class Policy(Technique):
     @abstractmethod
     def choose(self, seen: Seen) -> I32:
         """Slots that stay when a prompt is done, (n_kv_heads, n_kept), ascending in each row."""
+
+    def begins_part(self, n: int) -> bool:
+        """Whether strikes of the tokens behind this one are counted apart, now that there are ``n`` entries."""
+        return False
 
     def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
         """Slots (..., m) that go after a decoded token, or None if none do.
