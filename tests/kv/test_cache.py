@@ -8,6 +8,7 @@ from plain_cache import PlainCache
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
+from barefoot.core.measure import TracedPeak
 from barefoot.kv.cache import Cache, Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.random import Random
@@ -17,6 +18,7 @@ from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.f32 import FloatStore
+from barefoot.kv.stores.kivi import Kivi
 from barefoot.kv.stores.q8 import Int8Store
 from barefoot.ops import kvrows
 
@@ -212,3 +214,42 @@ def test_too_many_tokens_are_refused_and_nothing_is_lost():
 def test_knobs_out_of_range_are_refused(make_policy, message):
     with pytest.raises(InvalidInput, match=message):
         make_policy()
+
+
+@pytest.mark.parametrize("heads", [Heads(9, 3, 64, 0.1), Heads(4, 1, 128, 0.1), Heads(8, 8, 64, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "store"),
+    [
+        (None, Kivi()),
+        (Sinks(keep=512), HalfStore()),
+        (Random(keep=512), HalfStore()),
+        (H2O(keep=512), Int8Store()),
+        (Scissorhands(keep=512), HalfStore()),
+        (SnapKV(keep=512), HalfStore()),
+        (SnapKV(keep=512, pooling="max"), Kivi()),
+    ],
+    ids=str,
+)
+def test_choosing_takes_what_is_stated(policy, store, heads):
+    """A prompt that fills the context, as numpy allocates for it. First and last positions need no sorting by score."""
+    n = 8192
+    warm = make(policy, store, heads, n_layers=1, context=n, chunk=64)
+    run_prompt(warm, [arrays(np.random.default_rng(1), 600, heads)], 64)
+    cache = make(policy, store, heads, n_layers=1, context=n, chunk=64)
+    rng = np.random.default_rng(1)
+    cache.begin(n)
+    q, k, v = arrays(rng, 64, heads)
+    out = np.empty_like(q)
+    cache.prefill(0, q, k, v, out)
+    for start in range(64, n - 64, 64):  # what attention would do here is not looked at
+        ops.kv_append(k, v, cache._work.keys, cache._work.values, "f16", n, start)
+    cache._staged[:] = n - 64
+    cache._work.observed[...] = rng.random(cache._work.observed.shape)
+    with TracedPeak() as passing:
+        cache.prefill(0, q, k, v, out)
+    with TracedPeak() as choosing:
+        cache.settle(0)
+    took = [each.result.peak - each.result.before for each in (passing, choosing)]
+    stated = cache.layout.passing().bytes
+    assert took[0] < stated
+    assert (0.3 if policy is None or policy.name == "sinks" else 0.6) * stated < took[1] < 1.02 * stated

@@ -34,7 +34,7 @@ ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a c
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: staging, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
-PASSING = ("encoder", "repacker")
+PASSING = ("encoder", "repacker", "chooser")
 ENCODE_BYTES_PER_WEIGHT = 17  # where numpy encodes, ENCODED_AT_A_TIME weights or a row; kernels take nothing
 REPACK_BYTES_PER_WEIGHT = 10  # where groups are scattered; less than half elsewhere
 
@@ -225,8 +225,10 @@ def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
     arrays = layout.shared(config.n_threads)
     shared = [*(array.term for array in arrays), _padding(array.bytes for array in arrays)]
     states = _block("hidden states", 4 * config.context * spec.d_model)
-    return entry("kv workspace", "workspace", shared, phases=RUNNING) + entry(
-        "prompt", "activations", [states], phases=RUNNING
+    return (
+        entry("kv workspace", "workspace", shared, phases=RUNNING)
+        + entry("prompt", "activations", [states], phases=RUNNING)
+        + entry("chooser", "workspace", [layout.passing()], phases=("prefill",))
     )
 
 

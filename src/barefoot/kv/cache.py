@@ -26,6 +26,11 @@ from barefoot.kv.stores.kivi import Kivi
 
 OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
 
+# Bytes of numpy arrays that come and go while a layer's entries are chosen, and then placed; tests measure them. For
+# each entry and key head: to choose, to place; to choose for each query head that votes. And for each number of the
+# rows that are decoded at a time, where they are sealed and where they go to slots.
+CHOOSE, PLACE, CHOOSE_BY_VOTE, SEALED, MOVED = 34, 14, 15, 21, 8
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -88,6 +93,17 @@ class Layout:
             for n in {1, min(self.chunk, OBSERVED_TOKENS), self.chunk}
         )
         return max(sizes)
+
+    def passing(self) -> Term:
+        """What choosing and placing takes for a while."""
+        h, most = self.heads, self.n_slots + self.context
+        votes = CHOOSE_BY_VOTE * (h.n_heads - h.n_kv_heads) if self.observes == "votes" else 0
+        choosing = 0 if self.policy is None else most * (CHOOSE * h.n_kv_heads + votes)
+        if isinstance(self.store, Kivi):
+            decoding = SEALED * h.n_kv_heads * self.store.residual * h.head_dim
+        else:
+            decoding = MOVED * slots.MOVED_ROWS * h.head_dim
+        return Term("kv choosing", max(choosing, PLACE * h.n_kv_heads * most + decoding), 1)
 
     def terms(self) -> tuple[Term, ...]:
         """Bytes that stay while a sequence lives."""
@@ -289,7 +305,7 @@ class Cache:
             counts = np.full(len(mass), count, np.int32)
             ops.attention_mass(scores, tops, totals, counts, mass, thresholds=even)
             if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
-                mass[:, :count] -= np.clip(np.arange(count) - n_before, 0, n)
+                mass[:, :count] -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
             work.observed[:, at : at + count] += mass[:, :count]
             at += count
 
