@@ -160,3 +160,13 @@ def test_a_fork_goes_on_by_itself(folder, kv):
         assert np.array_equal(got, expected)
     with open_engine(folder, kv=kv, n_sequences=2) as engine, pytest.raises(InvalidInput, match="into itself"):
         engine.fork(1, 1)
+
+
+def test_rounded_inputs_are_those_of_the_plain_engine(folder):
+    """With int8 a prompt meets the kernels of the plain engine, of bfloat16 tiles where there are some."""
+    settings = {"activations": "int8", "chunk": 48}
+    with (
+        open_engine(folder, **settings) as plain,
+        open_engine(folder, kv=Ruled(ALL[0], HalfStore()), **settings) as engine,
+    ):
+        assert np.array_equal(engine.prefill(IDS[:60]), plain.prefill(IDS[:60]))

@@ -35,7 +35,7 @@ class ByLayer:
         recorder: Recorder,
         layers: Sequence[Layer],
     ) -> None:
-        layout = rule.layout(spec, config.context, config.chunk)
+        layout = rule.layout(spec, config.context, config.chunk, config.activations)
         self._buffers = buffers
         self._hidden = arena.floats("prompt", config.context, spec.d_model)
 

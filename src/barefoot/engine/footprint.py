@@ -221,7 +221,7 @@ def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
         raise Incompatible(
             f"{config.kv_placement} can't place {config.kv}: it commits rows by position, and these entries are not"
         )
-    layout = rule.layout(spec, config.context, config.chunk)
+    layout = rule.layout(spec, config.context, config.chunk, config.activations)
     arrays = layout.shared(config.n_threads)
     shared = [*(array.term for array in arrays), _padding(array.bytes for array in arrays)]
     states = _block("hidden states", 4 * config.context * spec.d_model)

@@ -42,6 +42,7 @@ class Layout:
     policy: Policy | None
     store: KVStore
     chunk: int = 64
+    activations: str = "float32"  # how a prompt is attended to, as in ``ops.attention``
 
     @property
     def n_slots(self) -> int:
@@ -89,7 +90,7 @@ class Layout:
     def _scratch_bytes(self, n_threads: int) -> int:
         h = self.heads
         sizes = (
-            ops.attention_scratch_bytes(n, h.n_heads, h.n_kv_heads, h.head_dim, n_threads=n_threads)
+            ops.attention_scratch_bytes(n, h.n_heads, h.n_kv_heads, h.head_dim, self.activations, n_threads=n_threads)
             for n in {1, min(self.chunk, OBSERVED_TOKENS), self.chunk}
         )
         return max(sizes)
@@ -279,6 +280,14 @@ class Cache:
 
     def _attend(self, layer: int, q: F32, out: F32, n_before: int, *, observe: bool) -> None:
         work, h, n = self._work, self.layout.heads, len(q)
+        if not observe and not self.storage.n(layer):
+            ops.attention(
+                q, work.keys, work.values, STAGED, out,
+                n_heads=h.n_heads, n_kv_heads=h.n_kv_heads, head_dim=h.head_dim, capacity=self.layout.context,
+                n_past=n_before, n_tokens=n, scale=h.scale, softcap=h.softcap, activations=self.layout.activations,
+                scratch=work.scratch,
+            )  # fmt: skip
+            return
         sums, tops, totals = work.sums[:n], work.tops[:n], work.totals[:n]
         sums[...], tops[...], totals[...] = 0, -np.inf, 0
         kept: list[tuple[F32, int]] = []

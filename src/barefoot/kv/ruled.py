@@ -45,10 +45,10 @@ class Ruled(KVStore):
             return super().slots(spec, layer, context, chunk)
         return context if self.policy is None else self.policy.slots(context)
 
-    def layout(self, spec: ModelSpec, context: int, chunk: int) -> Layout:
+    def layout(self, spec: ModelSpec, context: int, chunk: int, activations: str = "float32") -> Layout:
         """The cache of the layers that the policy rules."""
         heads = Heads(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.attn_scale, spec.attn_softcap)
-        return Layout(heads, len(self.ruled(spec)), context, self.policy, self.store, chunk)
+        return Layout(heads, len(self.ruled(spec)), context, self.policy, self.store, chunk, activations)
 
     @staticmethod
     def ruled(spec: ModelSpec) -> tuple[int, ...]:
