@@ -20,11 +20,11 @@ COMMAND = [sys.executable, "-m", "barefoot"]
 def test_every_file_of_the_folder_is_a_command(barefoot):
     done = barefoot("--help")
     assert done.returncode == 0
-    listed = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
+    listed = re.findall(r"^    ([\w-]+)(?: |$)", done.stdout, re.MULTILINE)
     assert (
         listed
         == sorted(all_commands())
-        == ["compare", "doctor", "eval", "explain", "export", "fit", "papers", "plan", "pull", "run"]
+        == ["compare", "doctor", "eval", "explain", "export", "fit", "kv-compare", "papers", "plan", "pull", "run"]
     )
 
 

@@ -19,5 +19,6 @@ from types import ModuleType
 
 
 def all_commands() -> dict[str, ModuleType]:
-    """Name → module of every subcommand, by name."""
-    return {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
+    """Name → module of every subcommand, by name: a module ``kv_compare`` is ``kv-compare``."""
+    found = (m.name for m in pkgutil.iter_modules(__path__))
+    return {name.replace("_", "-"): importlib.import_module(f"{__name__}.{name}") for name in found}

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from barefoot.cli import arguments, console, models, progress
+from barefoot.cli import arguments, console, models, picture, progress
 from barefoot.core.units import format_bytes, parse_bytes, parse_count
 from barefoot.evals.texts import BUILT_IN, PROBE_WINDOW, PROBE_WINDOWS
 
@@ -71,7 +71,7 @@ def execute(args: argparse.Namespace) -> int:
     from barefoot.io.tokenizer import load_tokenizer
 
     if args.png:
-        _pyplot()  # before the work, so that it isn't lost
+        picture.pyplot()  # before the work, so that it isn't lost
     text = read_text(args.text)
     # Without a text of their own fits look at the first half, and quality is measured on the second.
     fit_text, text = (
@@ -101,7 +101,8 @@ def execute(args: argparse.Namespace) -> int:
         "expected": None if expected is None else {"kl": expected.kl, "perplexity": expected.perplexity},
     }
     if args.png:
-        _draw(args.png, args.model, points, fitted, args.memory)
+        labels = "weights, MiB", "KL to the model as it comes, nats a token"
+        picture.over_bytes(args.png, args.model, points, *labels, line=fitted, mark=args.memory)
     if args.json:
         console.write_json(result, args.json)
     if args.json != console.STDOUT:
@@ -232,35 +233,3 @@ def _show(result: dict[str, Any], spec: ModelSpec) -> None:
             f"at {format_bytes(result['memory'])} expect KL {expected['kl']:.5f} and perplexity "
             f"{expected['perplexity']:.3f} of: barefoot fit {result['model']} --memory {result['memory']} -o DIR"
         )
-
-
-def _pyplot() -> Any:
-    from barefoot.core.errors import BackendMissing
-
-    try:
-        import matplotlib
-    except ImportError:
-        raise BackendMissing(
-            "a picture needs matplotlib", cure="pip install barefoot[plot], or leave --png out"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _draw(path: str, model: str, points: list[Point], fitted: list[Point], memory: int | None) -> None:
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.scatter([p.n_bytes / 2**20 for p in points], [p.kl for p in points], s=14, label="one format")
-    for p in points:
-        axes.annotate(p.name, (p.n_bytes / 2**20, p.kl), fontsize=6, xytext=(3, 2), textcoords="offset points")
-    if fitted:
-        ordered = sorted(fitted, key=lambda p: p.n_bytes)
-        axes.plot([p.n_bytes / 2**20 for p in ordered], [p.kl for p in ordered], "o-", color="C3", label="fitted")
-    if memory is not None:
-        axes.axvline(memory / 2**20, linestyle=":", color="grey")
-    axes.set(yscale="log", xlabel="weights, MiB", ylabel="KL to the model as it comes, nats a token", title=model)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
