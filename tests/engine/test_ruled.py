@@ -7,8 +7,9 @@ import pytest
 from random_files import GEMMA, LLAMA, write_random
 from test_batch import PLACES, open_engine
 
-from barefoot.core.errors import CorruptFile, InvalidInput
+from barefoot.core.errors import CorruptFile, Incompatible, InvalidInput
 from barefoot.kv.policies.h2o import H2O
+from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.ruled import Ruled
@@ -18,7 +19,8 @@ from barefoot.kv.stores.q8 import Int8Store
 
 IDS = [(7 * i + 3) % 250 for i in range(70)]
 ALL = (Sinks(keep=90), H2O(keep=90), SnapKV(keep=80, room=16))  # of 96 positions
-FEW = (Sinks(keep=20), H2O(keep=20), SnapKV(keep=20, window=6, room=40))
+FEW = (Sinks(keep=20), H2O(keep=20), Scissorhands(keep=20, window=9, recent=4), SnapKV(keep=20, window=6, room=40))
+STORES = [*(Ruled(policy, HalfStore()) for policy in FEW), Ruled(FEW[3], Kivi(residual=32)), Kivi(residual=32)]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
@@ -44,9 +46,8 @@ def test_all_that_stays_gives_what_the_plain_engine_gives(folder, policy):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("policy", FEW, ids=str)
-def test_where_weights_lie_changes_nothing(folder, policy, place):
-    kv = Ruled(policy, HalfStore())
+@pytest.mark.parametrize("kv", STORES, ids=str)
+def test_where_weights_lie_changes_nothing(folder, kv, place):
     with open_engine(folder, kv=kv) as resident, open_engine(folder, kv=kv, **PLACES[place]) as engine:
         expected, got = (answers(e, IDS[:50], IDS[50:60]) for e in (resident, engine))
     assert np.array_equal(got, expected)
@@ -60,7 +61,7 @@ def test_chunks_change_nothing(folder):
     assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kv", [Ruled(H2O(keep=20), Int8Store()), Ruled(FEW[2], HalfStore())], ids=str)
+@pytest.mark.parametrize("kv", [Ruled(H2O(keep=20), Int8Store()), *STORES[2:]], ids=str)
 def test_sequences_do_not_mix(folder, kv):
     prompts = [IDS[:50], IDS[5:20], IDS[20:]]
     alone = []
@@ -76,10 +77,12 @@ def test_sequences_do_not_mix(folder, kv):
                 assert np.allclose(logits[row], alone[sequence][1 + step], atol=1e-5 * np.abs(logits).max())
 
 
-def test_every_tokens_logits(folder):
+@pytest.mark.parametrize("place", PLACES)
+def test_every_tokens_logits(folder, place):
     """The same in the pass over the prompt as behind shorter prompts, where nothing has gone yet."""
     rows = {}
-    with open_engine(folder, kv=Ruled(SnapKV(keep=40, window=6, room=40), HalfStore()), n_logits=3) as engine:
+    kv = Ruled(SnapKV(keep=40, window=6, room=40), HalfStore())
+    with open_engine(folder, kv=kv, n_logits=3, **PLACES[place]) as engine:
         engine.prefill(IDS[:38], all_logits=lambda first, some: rows.update(enumerate(some.copy(), first)))
         assert sorted(rows) == list(range(38))
         for n in (1, 9, 38):
@@ -87,7 +90,7 @@ def test_every_tokens_logits(folder):
             assert np.allclose(engine.prefill(IDS[:n]), rows[n - 1], atol=2e-5)
 
 
-@pytest.mark.parametrize("kv", [*(Ruled(p, HalfStore()) for p in FEW), Kivi(residual=32)], ids=str)
+@pytest.mark.parametrize("kv", STORES, ids=str)
 def test_beginning_anew_forgets_everything(folder, kv):
     with open_engine(folder, kv=kv) as engine:
         first = answers(engine, IDS[:40], IDS[40:50])
@@ -138,6 +141,28 @@ def test_a_prompt_that_fails_leaves_an_empty_sequence(tmp_path):
         del engine._files.read
         assert engine.position == 0
         assert np.array_equal(engine.prefill(IDS[:30]), good)
+
+
+def test_an_interruption_leaves_an_empty_sequence(folder):
+    with open_engine(folder, kv=Ruled(H2O(keep=20), HalfStore()), n_sequences=2) as engine:
+        first = answers(engine, IDS[:40], IDS[40:42])
+        engine.reset()
+        engine.prefill(IDS[:40])
+        engine.prefill(IDS[:20], sequence=1)
+        engine._by_layer.stepped = _fails
+        with pytest.raises(CorruptFile):
+            engine.decode(9)
+        del engine._by_layer.stepped
+        assert engine.positions == (0, 20)
+        assert np.array_equal(answers(engine, IDS[:40], IDS[40:42]), first)
+
+
+def test_a_model_of_windows_has_nothing_to_rule(tmp_path):
+    windows = GEMMA | {"layer_types": ["sliding_attention"] * 4}
+    write_random(tmp_path / "m", windows)
+    for kv in (Ruled(H2O(keep=20), HalfStore()), Kivi()):
+        with pytest.raises(Incompatible, match="has nothing to rule"):
+            open_engine(tmp_path / "m", kv=kv)
 
 
 def _fails(*_args):

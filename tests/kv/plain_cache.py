@@ -24,7 +24,7 @@ class PlainCache:
             for t in range(n):
                 there[self.n_tokens + t] = [keys[t, head], values[t, head], 0.0]
             votes = {p: np.zeros(sharing) for p in there}
-            strikes = dict.fromkeys(there, 0)
+            strikes, new = dict.fromkeys(there, 0), {}
             for t in range(n):
                 most = dict.fromkeys(there, 0.0)
                 seen = [*old, *range(self.n_tokens, self.n_tokens + t + 1)]
@@ -35,10 +35,14 @@ class PlainCache:
                         there[p][2] += share
                         most[p] = max(most[p], share)
                         votes[p][i] += share if t >= n - getattr(self.layout.policy, "window", 0) else 0
-                if t >= n - getattr(self.layout.policy, "window", 0):
-                    for p in seen:
-                        strikes[p] += most[p] < 1 / len(seen)
+                for p in seen:
+                    if most[p] < 1 / len(seen):
+                        new.setdefault(p, []).append(self.n_tokens + t + 1)
+                        strikes[p] += t >= n - getattr(self.layout.policy, "window", 0)
             kept = self.chosen(there, votes, strikes, self.n_tokens + n)
+            self.struck = {at: when for at, when in self.struck.items() if at[:2] != (layer, head)}
+            if len(kept) == len(there) and self.layout.n_parts == 1:
+                self.struck |= {(layer, head, p): when for p, when in new.items()}
             if len(kept) < len(there):
                 self.evicted_at = self.n_tokens + n
             self.entries[layer][head] = {p: there[p] for p in kept}
@@ -46,7 +50,6 @@ class PlainCache:
 
     def done(self, n):
         self.n_tokens += n
-        self.struck = {}
 
     def chosen(self, there, votes, strikes, n_tokens):
         policy, order = self.layout.policy, sorted(there)

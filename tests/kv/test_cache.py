@@ -233,23 +233,27 @@ def test_knobs_out_of_range_are_refused(make_policy, message):
 def test_choosing_takes_what_is_stated(policy, store, heads):
     """A prompt that fills the context, as numpy allocates for it. First and last positions need no sorting by score."""
     n = 8192
-    warm = make(policy, store, heads, n_layers=1, context=n, chunk=64)
+    warm = make(policy, store, heads, n_layers=1, context=n + 3, chunk=64)
     run_prompt(warm, [arrays(np.random.default_rng(1), 600, heads)], 64)
-    cache = make(policy, store, heads, n_layers=1, context=n, chunk=64)
+    cache = make(policy, store, heads, n_layers=1, context=n + 3, chunk=64)
     rng = np.random.default_rng(1)
     cache.begin(n)
     q, k, v = arrays(rng, 64, heads)
     out = np.empty_like(q)
     cache.prefill(0, q, k, v, out)
     for start in range(64, n - 64, 64):  # what attention would do here is not looked at
-        ops.kv_append(k, v, cache._work.keys, cache._work.values, "f16", n, start)
+        ops.kv_append(k, v, cache._work.keys, cache._work.values, "f16", n + 3, start)
     cache._staged[:] = n - 64
     cache._work.observed[...] = rng.random(cache._work.observed.shape)
     with TracedPeak() as passing:
         cache.prefill(0, q, k, v, out)
     with TracedPeak() as choosing:
         cache.settle(0)
-    took = [each.result.peak - each.result.before for each in (passing, choosing)]
+    for _ in range(3):
+        cache.step(0, q[:1], k[:1], v[:1], out[:1])
+        with TracedPeak() as going:
+            cache.stepped()
+    took = [each.result.peak - each.result.before for each in (passing, choosing, going)]
     stated = cache.layout.passing().bytes
-    assert took[0] < stated
+    assert max(took[0], took[2]) < stated
     assert (0.3 if policy is None or policy.name == "sinks" else 0.6) * stated < took[1] < 1.02 * stated

@@ -9,8 +9,10 @@ from test_cache import Counted, arrays, run_prompt
 from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.registry import techniques
+from barefoot.engine.specs import spec_from_config
 from barefoot.kv import ruled
 from barefoot.kv.cache import Cache, Layout, Workspace
+from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.kivi import Kivi
@@ -123,6 +125,15 @@ def test_a_selection_is_quantized_behind_it():
         cache.begin(40)
 
 
+@pytest.mark.parametrize("n_prompt", [60, 120, 300])
+def test_every_layer_keeps_the_same_number(n_prompt):
+    """A layer chooses as the one before it did, though that one has sealed entries by then."""
+    rng = np.random.default_rng(2)
+    cache = make(Kivi(residual=32), SnapKV(keep=100, window=8, room=40), n_layers=3)
+    run_prompt(cache, [arrays(rng, n_prompt) for _ in range(3)], 40)
+    assert [cache.storage.n(layer) for layer in range(3)] == 3 * [min(n_prompt, 100)]
+
+
 def test_going_back_over_what_is_sealed_is_refused():
     cache = make(Kivi(residual=32))
     rng = np.random.default_rng(2)
@@ -132,8 +143,34 @@ def test_going_back_over_what_is_sealed_is_refused():
     with pytest.raises(InvalidInput, match="quantized together"):
         cache.trim(63)
     assert cache.n_tokens == 66
+    with pytest.raises(InvalidInput, match="0 to 66 tokens, got 67"):
+        cache.trim(67)
     cache.trim(0)
     assert cache.storage.n(1) == 0
+
+
+@pytest.mark.parametrize("n_prompt", [10, 70, 200])
+def test_a_fork_of_sealed_entries_goes_on_by_itself(n_prompt):
+    layout = Layout(HEADS, 2, 600, None, Kivi(residual=32), 40)
+    workspace = Workspace(layout, Counted(), ops.n_threads())
+    first, second, alone = (Cache(layout, workspace, Counted()) for _ in range(3))
+    prompts = [arrays(np.random.default_rng(layer), n_prompt) for layer in range(2)]
+    run_prompt(first, prompts, 40)
+    first.fork(second)
+    run_prompt(alone, prompts, 40)
+
+    def tokens(cache, seed, n):
+        rng, outs = np.random.default_rng(seed), []
+        for _ in range(n):
+            for layer in range(2):
+                q, k, v = arrays(rng, 1)
+                cache.step(layer, q, k, v, out := np.empty_like(q))
+                outs.append(out)
+            cache.stepped()
+        return np.array(outs)
+
+    tokens(first, 5, 40)
+    assert np.array_equal(tokens(second, 6, 50), tokens(alone, 6, 50))
 
 
 def test_compositions():
@@ -149,3 +186,16 @@ def test_compositions():
     ):
         with pytest.raises(Incompatible, match=message):
             ruled.parse(text, known)
+    with pytest.raises(Incompatible, match="quantized many positions at a time"):
+        ruled.Ruled(H2O(), Kivi())
+    with pytest.raises(Incompatible, match="ruled already"):
+        ruled.Ruled(H2O(), ruled.Ruled(H2O(), known["q8"]()))
+
+
+@pytest.mark.parametrize(("text", "head_dim"), [("q2", 34), ("q3", 36), ("kivi(bits=3)", 36), ("h2o > q3", 36)])
+def test_widths_that_rows_do_not_have_are_refused_by_name(text, head_dim):
+    kv = ruled.parse(text, {**techniques("kv.stores"), **techniques("kv.policies")})
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 2 * head_dim, "intermediate_size": 96}
+    more = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 99}
+    with pytest.raises(Incompatible, match="needs a head_dim in multiples of"):
+        kv.terms(spec_from_config(config | more, "x"), 64, 16)

@@ -17,6 +17,7 @@ from barefoot.engine.specs import spec_from_config
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.q8 import Int8Store
 from barefoot.plan.concurrency import prefill_operations, serving, user_kv_bytes, users_that_fit
+from barefoot.plan.job import parse_kv
 from barefoot.plan.known import known_spec
 
 A100 = replace(
@@ -97,3 +98,11 @@ def test_batched_users_share_one_read_of_the_weights():
     smol, settings = known_spec("smollm2-135m"), EngineConfig(1024, HalfStore())
     one, ten = (serving(smol, settings, A100, batch=n) for n in (1, 10))
     assert ten.decode_seconds_per_token - one.decode_seconds_per_token == pytest.approx(9 * 1024 * 23_040 / 2e12)
+
+
+@pytest.mark.parametrize("text", ["f16", "kivi", "q3", "h2o(keep=64) > q4", "snapkv(keep=64) > kivi(bits=4)"])
+@pytest.mark.parametrize("model", ["smollm2-135m", "gemma-3-1b"])
+def test_a_users_keys_and_values_are_what_the_store_states(text, model):
+    spec, kv = known_spec(model), parse_kv(text)
+    stated = sum(term.bytes for term in kv.terms(spec, 4096, 64))
+    assert user_kv_bytes(spec, kv, 4096, 64) == stated

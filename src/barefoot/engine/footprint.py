@@ -221,6 +221,11 @@ def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
         raise Incompatible(
             f"{config.kv_placement} can't place {config.kv}: it commits rows by position, and these entries are not"
         )
+    if not rule.ruled(spec):
+        raise Incompatible(
+            f"{config.kv} has nothing to rule: every layer of {spec.name} has a window, which bounds its cache already",
+            cure="take a store of rows, such as q8",
+        )
     layout = rule.layout(spec, config.context, config.chunk, config.activations)
     arrays = layout.shared(config.n_threads)
     shared = [*(array.term for array in arrays), _padding(array.bytes for array in arrays)]
@@ -228,7 +233,7 @@ def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
     return (
         entry("kv workspace", "workspace", shared, phases=RUNNING)
         + entry("prompt", "activations", [states], phases=RUNNING)
-        + entry("chooser", "workspace", [layout.passing()], phases=("prefill",))
+        + entry("chooser", "workspace", [layout.passing()], phases=RUNNING)
     )
 
 

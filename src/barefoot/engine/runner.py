@@ -259,7 +259,8 @@ class Engine:
         ------
         InvalidInput : no ids, an unknown id or sequence, or more than the context holds; nothing was appended.
         PoolExhausted : the placement's pool has no pages for them; nothing was appended.
-        CorruptFile : streamed weights can't be read; the chunks before are kept.
+        CorruptFile : streamed weights can't be read; the chunks before are kept. Where layers pass one by one (a policy
+            rules the entries), the sequence is empty then, as it is after any other interruption.
         """
         self._sequences.check(ids, sequence)
         if self._by_layer is not None:
@@ -298,6 +299,8 @@ class Engine:
             for index in range(n_layers):
                 self._enter(index, logits_follow=True)
                 for start in range(0, len(ids), chunk):
+                    if start and self._n_tiles and all_logits is not None and index + 1 == n_layers:
+                        self._enter(index, logits_follow=True)  # the head has passed through its buffer
                     views = by_layer.take(start, min(chunk, len(ids) - start))
                     by_layer.chunk(index, sequence, views, position + start)
                     by_layer.put(start, views)
@@ -359,11 +362,11 @@ class Engine:
             for index in range(self.spec.n_layers):
                 self._enter(index, logits_follow=True)
                 by_layer.step(index, sequences, positions, views)
+            by_layer.stepped(sequences)
         except BaseException:
             for sequence in sequences:
                 self.reset(sequence)  # some layers have taken the token, others not
             raise
-        by_layer.stepped(sequences)
 
     def _enter(self, index: int, *, logits_follow: bool) -> None:
         """Have a layer's weights at hand."""

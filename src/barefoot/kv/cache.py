@@ -27,9 +27,9 @@ from barefoot.kv.stores.kivi import Kivi
 OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
 
 # Bytes of numpy arrays that come and go while a layer's entries are chosen, and then placed; tests measure them. For
-# each entry and key head: to choose, to place; to choose for each query head that votes. And for each number of the
-# rows that are decoded at a time, where they are sealed and where they go to slots.
-CHOOSE, PLACE, CHOOSE_BY_VOTE, SEALED, MOVED = 34, 14, 15, 21, 8
+# each entry and key head: to choose, to choose by votes, to place; and for each further query head that votes. And for
+# each number of the rows that are decoded at a time, where they are sealed and where they go to slots.
+CHOOSE, CHOOSE_BY_VOTE, PLACE, VOTE, SEALED, MOVED = 34, 37, 14, 15, 21, 8
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,17 @@ class Layout:
     def shared(self, n_threads: int) -> tuple[Array, ...]:
         """What passes use in turn: staged keys and values, what is observed of all entries, the state of a pass, scores
         of the tokens that are observed, scratch."""
-        h, most = self.heads, self.n_slots + self.context
+        h, widest = self.heads, max(self.n_slots, self.context)
         staged = Array("kv staging", h.n_kv_heads * self.context, ops.kv_row_bytes(STAGED, h.head_dim))
-        n_scores = min(self.chunk, OBSERVED_TOKENS) * h.n_heads * most if self.n_observed else 0
+        both = self.n_slots + self.context
+        n_scores = min(self.chunk, OBSERVED_TOKENS) * h.n_heads * both if self.n_observed else 0
         return (
             staged,
             staged,
-            Array("kv observed", self.n_observed * most, 4),
+            Array("kv observed", self.n_observed * self.context, 4),
             Array("kv state", self.chunk * h.n_heads * (h.head_dim + 2), 4),
             Array("kv scores", n_scores, 4),
-            Array("kv struck", h.n_kv_heads * self.n_slots if self.n_parts else 0, 4),
+            Array("kv observed now", self.n_observed * widest, 4),
             Array("kv scratch", self._scratch_bytes(n_threads), 1),
         )
 
@@ -97,9 +98,11 @@ class Layout:
 
     def passing(self) -> Term:
         """What choosing and placing takes for a while."""
-        h, most = self.heads, self.n_slots + self.context
-        votes = CHOOSE_BY_VOTE * (h.n_heads - h.n_kv_heads) if self.observes == "votes" else 0
-        choosing = 0 if self.policy is None else most * (CHOOSE * h.n_kv_heads + votes)
+        h, most = self.heads, self.context
+        each = CHOOSE * h.n_kv_heads
+        if self.observes == "votes":
+            each = CHOOSE_BY_VOTE * h.n_kv_heads + VOTE * (h.n_heads - h.n_kv_heads)
+        choosing = 0 if self.policy is None else most * each
         if isinstance(self.store, Kivi):
             decoding = SEALED * h.n_kv_heads * self.store.residual * h.head_dim
         else:
@@ -121,19 +124,26 @@ class Workspace:
     """The arrays that all layers, and all sequences, use in turn."""
 
     def __init__(self, layout: Layout, take: Take, n_threads: int) -> None:
-        keys, values, observed, state, scores, struck, scratch = layout.shared(n_threads)
+        keys, values, observed, state, scores, now, scratch = layout.shared(n_threads)
         h, n = layout.heads, layout.chunk
         rows = (h.n_kv_heads, layout.context, keys.n_bytes)
         self.keys, self.values = zeros(take, keys, rows), zeros(take, values, rows)
-        self.observed = zeros(take, observed, (layout.n_observed, layout.n_slots + layout.context), np.float32)
+        self.observed: F32 = zeros(take, observed, (layout.n_observed, layout.context), np.float32)
         floats = zeros(take, state, (n * h.n_heads, h.head_dim + 2), np.float32).reshape(-1)
         ends = np.cumsum([n * h.n_heads * width for width in (h.head_dim, 1, 1)])
         self.sums = floats[: ends[0]].reshape(n, h.n_heads, h.head_dim)
         self.tops = floats[ends[0] : ends[1]].reshape(n, h.n_heads)
         self.totals = floats[ends[1] :].reshape(n, h.n_heads)
         self.scores = zeros(take, scores, (scores.count,), np.float32)
-        self.struck = zeros(take, struck, (h.n_kv_heads if struck.count else 0, layout.n_slots), np.float32)
+        self._now: F32 = zeros(take, now, (now.count,), np.float32)
         self.scratch = zeros(take, scratch, (scratch.count,))
+
+    def now(self, stride: int) -> F32:
+        """Zeros for what some tokens observe of ``stride`` entries, (n_observed, stride)."""
+        n = len(self.observed)
+        rows = self._now[: n * stride].reshape(n, stride)
+        rows[...] = 0
+        return rows
 
 
 class Cache:
@@ -155,6 +165,8 @@ class Cache:
         self._staging = ops.Segment(STAGED, keys, STAGED, values, key_dim=dim, value_dim=dim, counts=self._staged)
         self.n_tokens = 0
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
+        self._observed_from = 0  # the first of them that is
+        self._chooses = False  # whether the policy chooses among its entries
         self._evicted_at = 0  # tokens that there were when an entry went last
         self._parts = [0] * layout.n_parts  # tokens that there were when each part of the strikes began
         self._part = 0  # the present one
@@ -208,6 +220,8 @@ class Cache:
         ------
         InvalidInput : entries have gone since, are quantized together with others, or were observed meanwhile.
         """
+        if not 0 <= n <= self.n_tokens:
+            raise InvalidInput(f"can keep 0 to {self.n_tokens} tokens, got {n}")
         if n == self.n_tokens:
             return
         if n == 0:
@@ -238,7 +252,10 @@ class Cache:
         self._about_to_change()
         self._close()
         left = self.layout.context - self.n_tokens
-        if self._keeps_all:
+        self._chooses = self.layout.policy is not None
+        if isinstance(self.storage, sealed.Sealed) and self.n_tokens:
+            self._chooses = False  # what is sealed makes no room for others
+        if not self._chooses:
             left = min(left, self.layout.n_slots - self.storage.n(0))
         if not 1 <= n_tokens <= left:
             raise InvalidInput(
@@ -246,11 +263,16 @@ class Cache:
                 cure="shorten the prompt, use a larger context, or reset",
             )
         self._prompt = n_tokens
+        self._observed_from = self._first_observed()
 
-    @property
-    def _keeps_all(self) -> bool:
-        """Whether nothing is chosen among a prompt's entries: entries that are sealed can't make room for others."""
-        return self.layout.policy is None or (isinstance(self.storage, sealed.Sealed) and self.storage.n(0) > 0)
+    def _first_observed(self) -> int:
+        """The first token of the prompt whose attention is observed."""
+        policy, n = self.layout.policy, self._prompt
+        if policy is None or policy.observes == "nothing" or not self._chooses:
+            return n
+        if policy.observes == "mass":
+            return 0
+        return max(0, n - policy.n_observed(self.storage.n(0) + n))
 
     def prefill(self, layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
         """The next tokens of the prompt in a layer: q, out float32 (n, n_heads × head_dim), k, v (n, n_kv_heads ×
@@ -265,18 +287,11 @@ class Cache:
         self._staged[:] = before + len(q)
         start = 0
         while start < len(q):
-            ahead = self._until_observed(before + start)
+            ahead = max(0, self._observed_from - before - start)
             n = min(len(q) - start, OBSERVED_TOKENS if ahead == 0 else ahead)
             part = slice(start, start + n)
             self._attend(layer, q[part], out[part], before + start, observe=ahead == 0)
             start += n
-
-    def _until_observed(self, token: int) -> int:
-        """How many tokens of the prompt from ``token`` on are not observed."""
-        policy = self.layout.policy
-        if policy is None or policy.observes == "nothing" or self._keeps_all:
-            return self._prompt
-        return 0 if policy.observes == "mass" else max(0, self._prompt - policy.window - token)
 
     def _attend(self, layer: int, q: F32, out: F32, n_before: int, *, observe: bool) -> None:
         work, h, n = self._work, self.layout.heads, len(q)
@@ -310,7 +325,7 @@ class Cache:
         if self.layout.n_parts:
             even = (1 / (self.storage.n(layer) + n_before + 1 + np.arange(n))).astype(np.float32)
         for scores, count in kept:
-            mass = np.zeros((len(work.observed), scores.shape[2]), np.float32)
+            mass = work.now(scores.shape[2])
             counts = np.full(len(mass), count, np.int32)
             ops.attention_mass(scores, tops, totals, counts, mass, thresholds=even)
             if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
@@ -330,17 +345,20 @@ class Cache:
             self._evicted_at = n_tokens
         observed = self._work.observed[:, : old + new]
         self.storage.place(layer, stay, position, self._work.keys, self._work.values)
-        if isinstance(self.storage, slots.Slots) and self.storage.mass is not None:
-            self._take_mass(self.storage, layer, position, observed)
+        chosen = stay.shape[1] < old + new
+        if isinstance(self.storage, slots.Slots):
+            self._take_observed(self.storage, layer, position, observed, chosen=chosen)
         self._staged[:] = 0
         if layer + 1 == self.layout.n_layers:
+            # Strikes of the prompt are the only part there is.
+            began = n_tokens if chosen else self.n_tokens + self._observed_from
+            self._parts, self._part = [began] * len(self._parts), 0
             self.n_tokens, self._prompt = n_tokens, 0
-            self._parts = [n_tokens] * len(self._parts)
 
     def _chosen(self, layer: int, position: I32, n_tokens: int) -> I32:
         every = np.broadcast_to(np.arange(position.shape[1], dtype=np.int32), position.shape)
         policy = self.layout.policy
-        if policy is None or self._keeps_all:
+        if policy is None or not self._chooses:
             return every
         order = np.argsort(position, axis=1).astype(np.int32)
         observed = None
@@ -352,13 +370,19 @@ class Cache:
         return np.take_along_axis(order, policy.choose(Seen(ordered, n_tokens, observed, layer)), axis=1)
 
     @staticmethod
-    def _take_mass(storage: slots.Slots, layer: int, position: I32, observed: F32) -> None:
-        """Entries keep what was observed of them, wherever they lie now."""
-        assert storage.mass is not None
+    def _take_observed(storage: slots.Slots, layer: int, position: I32, observed: F32, *, chosen: bool) -> None:
+        """Entries keep what was observed of them, wherever they lie now; strikes count anew where some were chosen."""
+        if storage.strikes is not None:
+            storage.strikes[:, layer] = 0
+        if storage.mass is None and (storage.strikes is None or chosen):
+            return
         for head, there in enumerate(storage.position(layer)):
             order = np.argsort(position[head])
             found = order[np.searchsorted(position[head], there, sorter=order)]
-            storage.mass[layer, head, : len(there)] = observed[head, found]
+            if storage.mass is not None:
+                storage.mass[layer, head, : len(there)] = observed[head, found]
+            if storage.strikes is not None:
+                storage.strikes[0, layer, head, : len(there)] = observed[head, found]
 
     # --- decoding ---------------------------------------------------------------------------------------------------
 
@@ -403,8 +427,7 @@ class Cache:
         if storage.mass is not None:
             ops.attention_mass(scores, tops, totals, storage.counts[layer], storage.mass[layer])
         if storage.strikes is not None:
-            struck = self._work.struck
-            struck[...] = 0
+            struck = self._work.now(scores.shape[2])
             even = np.array([1 / storage.n(layer)], np.float32)
             ops.attention_mass(scores, tops, totals, storage.counts[layer], struck, thresholds=even)
             storage.strikes[self._part, layer] += struck.astype(np.uint16)
@@ -416,15 +439,18 @@ class Cache:
         self._parts[self._part] = self.n_tokens
         storage.strikes[self._part] = 0
 
-    def _observed(self, storage: slots.Slots, n: int) -> F32 | None:
-        """What the policy asks for of the first ``n`` slots: mass, or strikes of the last queries."""
+    def _observed(self, storage: slots.Slots, layer: int, n: int) -> F32 | None:
+        """What the policy asks for of the first ``n`` slots of a layer: mass, or strikes of the last queries."""
         if storage.mass is not None:
-            return storage.mass[:, :, :n]
+            return storage.mass[layer, :, :n]
         if storage.strikes is None:
             return None
         assert self.layout.policy is not None
-        lately = [part >= self.n_tokens - self.layout.policy.window for part in self._parts]
-        return np.asarray(storage.strikes[lately, :, :, :n].sum(axis=0), np.float32)
+        strikes = np.zeros((storage.strikes.shape[2], n), np.float32)
+        for part, began in zip(storage.strikes, self._parts, strict=True):
+            if began >= self.n_tokens - self.layout.policy.window:
+                strikes += part[layer, :, :n]
+        return strikes
 
     def stepped(self) -> None:
         """The token has passed all layers: the storage may seal, and the policy may send entries away."""
@@ -435,13 +461,15 @@ class Cache:
             return
         assert isinstance(self.storage, slots.Slots)
         self.storage.free = None
-        if self.layout.policy is None:
+        policy, storage = self.layout.policy, self.storage
+        if policy is None:
             return
-        n = self.storage.n(0)
-        observed = self._observed(self.storage, n)
-        gone = self.layout.policy.evict(self.storage.positions[:, :, :n], observed, self.n_tokens)
-        if gone is not None:
+        n = storage.n(0)
+        goes = policy.sends_away(n)
+        if goes:
             self._evicted_at = self.n_tokens
-            self.storage.drop(gone)
-        if self.layout.n_parts and (gone is not None or self.layout.policy.begins_part(n)):
-            self._begin_part(self.storage)
+            for layer in range(self.layout.n_layers):
+                observed = self._observed(storage, layer, n)
+                storage.drop(layer, policy.evict(storage.positions[layer, :, :n], observed, self.n_tokens, layer))
+        if self.layout.n_parts and (goes or policy.begins_part(n)):
+            self._begin_part(storage)

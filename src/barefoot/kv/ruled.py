@@ -27,6 +27,11 @@ class Ruled(KVStore):
     policy: Policy | None
     store: KVStore
 
+    def __post_init__(self) -> None:
+        if isinstance(self.store, Ruled):
+            raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
+        check_composition([t for t in (self.policy, self.store) if t is not None])
+
     def __str__(self) -> str:
         return format_composition((self.store,) if self.policy is None else (self.policy, self.store))
 
@@ -44,6 +49,15 @@ class Ruled(KVStore):
         if spec.layers[layer].window is not None:
             return super().slots(spec, layer, context, chunk)
         return context if self.policy is None else self.policy.slots(context)
+
+    def most_seen(self, n: int) -> int:
+        return n if self.policy is None else min(n, self.policy.slots(n))
+
+    def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
+        ruled = self.ruled(spec)
+        if layer not in ruled:
+            return super().layer_bytes(spec, layer, context, chunk)
+        return sum(term.bytes for term in self.layout(spec, context, chunk).terms()) // len(ruled)
 
     def layout(self, spec: ModelSpec, context: int, chunk: int, activations: str = "float32") -> Layout:
         """The cache of the layers that the policy rules."""
@@ -85,7 +99,6 @@ def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:
         wrapping, last = [*wrapping, last], HalfStore()
     if not isinstance(last, KVStore) or not all(isinstance(t, Policy) for t in wrapping):
         raise Incompatible(f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > q8"')
-    check_composition([*wrapping, last])
     if not wrapping:
         return last
     if len(wrapping) > 1:

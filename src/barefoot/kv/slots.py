@@ -71,8 +71,6 @@ class Slots(Storage):
             self.positions[layer, head, slots] = position[head, new]
             if self.mass is not None:
                 self.mass[layer, head, slots] = 0
-            if self.strikes is not None:
-                self.strikes[:, layer, head] = 0
             for rows, stored in ((keys, self._keys), (values, self._values)):
                 self._write(rows[head], new - self.n(layer), stored[layer, head : head + 1], slots)
         self.counts[layer] = stay.shape[1]
@@ -114,25 +112,27 @@ class Slots(Storage):
         for row, stored in ((k, self._keys), (v, self._values)):
             ops.kv_write(row, stored[layer], self._format, slots[:, None])
 
-    def drop(self, gone: I32) -> None:
-        """Let entries ``gone`` go, (n_layers, n_kv_heads, m)."""
-        if gone.shape[-1] == 1:
-            self.free = np.ascontiguousarray(gone[..., 0])
-        else:
-            self._remove(gone)
+    def drop(self, layer: int, gone: I32) -> None:
+        """Let entries ``gone`` of a layer go, (n_kv_heads, m): the same number of all layers, one after the other."""
+        if gone.shape[1] > 1:
+            self._remove(layer, gone)
+            return
+        if self.free is None:
+            self.free = np.empty_like(self.counts)
+        self.free[layer] = gone[:, 0]
 
     def close(self) -> None:
         """Have no slot wait for an entry."""
         if self.free is not None:
-            gone, self.free = self.free[..., None], None
-            self._remove(gone)
+            for layer, gone in enumerate(self.free):
+                self._remove(layer, gone[:, None])
+            self.free = None
 
-    def _remove(self, gone: I32) -> None:
-        n = self.n(0)
-        for layer, head in np.ndindex(*gone.shape[:2]):
-            kept = np.delete(np.arange(n, dtype=np.int32), gone[layer, head])
+    def _remove(self, layer: int, gone: I32) -> None:
+        for head, own in enumerate(gone):
+            kept = np.delete(np.arange(self.n(layer), dtype=np.int32), own)
             self._gather(layer, head, kept, len(kept))
-        self.counts -= gone.shape[-1]
+        self.counts[layer] -= gone.shape[1]
 
     def trim(self, layer: int, n_tokens: int) -> None:
         for head, position in enumerate(self.position(layer)):

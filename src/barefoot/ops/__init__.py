@@ -366,7 +366,7 @@ def kv_write(rows: F32, buffer: U8, fmt: str, slots: npt.NDArray[np.int32]) -> N
 
     rows : float32 [n_tokens, n_kv_heads * dim]
     buffer : uint8 [n_kv_heads, capacity, kv_row_bytes(fmt, dim)]
-    slots : int32 [n_kv_heads, n_tokens]
+    slots : int32 [n_kv_heads, n_tokens], those of a head distinct
     """
     _impl.kv_write(rows, buffer, fmt, slots)
 
@@ -424,7 +424,7 @@ def attention_mass(
 
     The attention probability exp(score - top) / total, summed over tokens and the query heads that share the key head;
     or, with ``thresholds``, float32 [n_tokens], the number of tokens for which it is below the token's threshold in all
-    of these heads, tokens that don't see the entry among them.
+    of these heads (NaN is), tokens that don't see the entry among them.
 
     scores, tops, totals : of ``attend_segment``, once it has taken all segments
     counts : int32 [n_kv_heads], entries of the segment

@@ -117,6 +117,8 @@ def attend_segment(
         n = int(segment.counts[head])
         if not 0 <= n <= segment.stride:
             raise ValueError(f"a segment of {segment.stride} entries has a count of {n}")
+        if not n:
+            continue
         own = slice(head * sharing, (head + 1) * sharing)
         raw = np.einsum("tgd,nd->tgn", queries[:, head], segment.key(head, n).astype(np.float64)) * scale
         if segment.key_scale is not None:
@@ -130,8 +132,6 @@ def attend_segment(
             raw = np.where(seen, raw, -np.inf)
         if scores is not None:
             scores[own, :, :n] = raw.transpose(1, 0, 2)
-        if not n:
-            continue
         tops_before = tops[:, own].astype(np.float64)
         top = np.maximum(raw.max(axis=-1), tops_before)
         with np.errstate(invalid="ignore"):
@@ -156,7 +156,8 @@ def attention_mass(
         if thresholds is None:
             mass[head, :n] += shares.sum(axis=(0, 1))
         else:
-            mass[head, :n] += (shares.max(axis=0) < thresholds[:, None]).sum(axis=0)
+            most = np.fmax.reduce(shares, axis=0)  # NaN is below
+            mass[head, :n] += (~(most >= thresholds[:, None])).sum(axis=0)
 
 
 def kv_write(rows: F32, buffer: U8, fmt: str, slots: I32) -> None:

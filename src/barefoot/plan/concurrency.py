@@ -53,8 +53,7 @@ def users_that_fit(memory_bytes: int, weight_bytes: int, activation_bytes: int, 
 
 def user_kv_bytes(spec: ModelSpec, kv: KVStore, context: int, chunk: int = 1) -> int:
     """Keys and values of one user: window layers keep their window, the others everything."""
-    slots = sum(kv.slots(spec, layer, context, chunk) for layer in range(spec.n_layers))
-    return 2 * slots * spec.n_kv_heads * kv.row_bytes(spec.head_dim)
+    return sum(kv.layer_bytes(spec, layer, context, chunk) for layer in range(spec.n_layers))
 
 
 def prefill_operations(spec: ModelSpec, n: int) -> int:

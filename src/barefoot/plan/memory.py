@@ -21,8 +21,7 @@ ACCELERATOR_RUNTIME_BYTES = 512 * MIB
 
 def layer_kv_bytes(spec: ModelSpec, config: EngineConfig, layer: int, batch: int) -> int:
     """Bytes of one layer's keys and values for all sequences."""
-    slots = config.kv.slots(spec, layer, config.context, config.chunk)
-    return 2 * batch * slots * spec.n_kv_heads * config.kv.row_bytes(spec.head_dim)
+    return batch * config.kv.layer_bytes(spec, layer, config.context, config.chunk)
 
 
 def accelerator_footprint(
@@ -41,16 +40,15 @@ def accelerator_footprint(
         weights[at, f"{w.group} {layout}", blocks.block_bytes(layout)] += n_blocks
         for part in w.parts:
             weights[at, f"{w.group} {part.kind}", 1] += part.n_bytes
-    row = config.kv.row_bytes(spec.head_dim)
-    rows: Counter[Place] = Counter()
+    kv: Counter[Place] = Counter()
     for layer in range(spec.n_layers):
-        rows[layer_place(spec, layer, config, site)] += layer_kv_bytes(spec, config, layer, job.batch) // row
+        kv[layer_place(spec, layer, config, site)] += layer_kv_bytes(spec, config, layer, job.batch)
     total = Footprint()
     for at in dict.fromkeys(place for place, _, _ in weights):
         terms = [Term(f"{name} blocks", n, size) for (place, name, size), n in weights.items() if place == at]
         total += entry("model", "weights", terms, phases=RUN_PHASES, place=at)
-        if rows[at]:
-            total += entry(str(config.kv), "kv", [Term("kv rows", rows[at], row)], phases=RUN_PHASES, place=at)
+        if kv[at]:
+            total += entry(str(config.kv), "kv", [Term("keys and values", kv[at], 1)], phases=RUN_PHASES, place=at)
     n = device.n_accelerators
     heads, ffn = (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, 2 * spec.d_ff
     widest = 2 * spec.d_model + max(heads, ffn)  # residual and normed input, beside the wider half of a layer

@@ -130,10 +130,13 @@ def attention_op(spec: ModelSpec, kv: KVStore, site: Site, stage: Stage, *, n: i
     Storing counts here, not with the projections as in the paper, so that no operator depends on two techniques.
     """
     window = stage.window
+    if window is None:
+        past = min(past, kv.most_seen(past))
     pairs = batch * spec.n_heads * n_pairs(n, past, window)
     seen = past + n if window is None else min(past + n, window - 1 + n)
     width = batch * n * spec.n_heads * spec.head_dim * site.activation_bytes
-    position = 2 * batch * spec.n_kv_heads * kv.row_bytes(spec.head_dim)  # bytes of one position's keys and values
+    bits = kv.bits_per_number(spec.head_dim)
+    position = int(2 * batch * spec.n_kv_heads * spec.head_dim * bits / 8)  # bytes of one position's keys and values
     return Op(
         name="attention",
         compute=site.floating,

@@ -42,7 +42,7 @@ class Seen:
     position : int32 (n_kv_heads, n), ascending along n.
     n_tokens : tokens of the sequence so far: the next one's position.
     observed : what the policy asked for, float32; None for nothing.
-    layer : its number among all layers.
+    layer : its number among those that the policy rules.
     """
 
     position: I32
@@ -78,13 +78,21 @@ class Policy(Technique):
         """Whether strikes of the tokens behind this one are counted apart, now that there are ``n`` entries."""
         return False
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
-        """Slots (..., m) that go after a decoded token, or None if none do.
+    def n_observed(self, n: int) -> int:
+        """How many of a prompt's last queries votes and strikes are of, where ``n`` entries are there then."""
+        return self.window
 
-        position : int32 (..., n) of all entries; leading axes are layers and key heads. observed : float32 (..., n),
-        what was observed of each since it came. n_tokens : tokens of the sequence so far.
+    def sends_away(self, n: int) -> bool:
+        """Whether, behind a decoded token, some of ``n`` entries go."""
+        return False
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
+        """Slots (n_kv_heads, m) of a layer that go where ``sends_away`` says so; m is the same for all layers.
+
+        position : int32 (n_kv_heads, n) of all entries. observed : float32 (n_kv_heads, n), of each since it came.
+        n_tokens : tokens of the sequence so far.
         """
-        return None
+        raise NotImplementedError
 
 
 def top(scores: F32, n: int) -> I32:

@@ -44,8 +44,9 @@ class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
         scores = protect_recent(seen.observed, seen.position, seen.n_tokens, self.n_recent)
         return top(scores, min(self.keep, seen.n))
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
+    def sends_away(self, n: int) -> bool:
+        return n > self.keep
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
         assert observed is not None
-        if position.shape[-1] <= self.keep:
-            return None
         return lowest(protect_recent(observed, position, n_tokens, self.n_recent))

@@ -28,8 +28,9 @@ class Random(Policy, name="random", status="stable", conflicts=SINGLY):
         lots = np.random.default_rng((self.seed, seen.layer)).random(seen.position.shape, np.float32)
         return top(protect_recent(lots, seen.position, seen.n_tokens, self.recent), min(self.keep, seen.n))
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
-        if position.shape[-1] <= self.keep:
-            return None
-        lots = np.random.default_rng((self.seed, n_tokens)).random(position.shape, np.float32)
+    def sends_away(self, n: int) -> bool:
+        return n > self.keep
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
+        lots = np.random.default_rng((self.seed, layer, n_tokens)).random(position.shape, np.float32)
         return lowest(protect_recent(lots, position, n_tokens, self.recent))

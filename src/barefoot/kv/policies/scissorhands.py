@@ -11,7 +11,8 @@ whole parts (:meth:`Scissorhands.begins_part`): with m = ``drop`` and w = ``wind
 2 ⌊w / m⌋ + 1 of them. Entries of a key head: ``keep`` and the newest; for each 4 bytes of position and 2 for each part.
 
 *Differs from the paper*: with grouped queries an entry has a strike if no query head of its key head gives it more. A
-prompt is compressed to as many entries as a compaction leaves, and strikes begin anew behind it.
+prompt is compressed to as many entries as a compaction leaves. Strikes from before a prompt don't count behind it; nor
+do its own where something of it went, or where they would have to be counted in several parts.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class Scissorhands(Policy, name="scissorhands", papers=(87,), conflicts=SINGLY):
     def n_parts(self) -> int:
         return 1 if self.window <= self.n_dropped else 2 * (self.window // self.n_dropped) + 1
 
+    def n_observed(self, n: int) -> int:
+        """Where nothing goes yet, what is still among the last queries when something does."""
+        if n > self.keep:
+            return self.window
+        return max(0, self.window - (self.keep + 1 - n)) if self.n_parts == 1 else 0
+
     def begins_part(self, n: int) -> bool:
         left = self.keep + 1 - n
         return left <= self.window and (left - self.window) % self.n_dropped == 0
@@ -66,10 +73,11 @@ class Scissorhands(Policy, name="scissorhands", papers=(87,), conflicts=SINGLY):
         order = self._worst_first(seen.position, seen.observed, seen.n_tokens)
         return np.sort(order[:, seen.n - (self.keep + 1 - self.n_dropped) :], axis=1).astype(np.int32)
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
+    def sends_away(self, n: int) -> bool:
+        return n > self.keep
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
         assert observed is not None
-        if position.shape[-1] <= self.keep:
-            return None
         return self._worst_first(position, observed, n_tokens)[..., : self.n_dropped].astype(np.int32)
 
     def _worst_first(self, position: I32, strikes: F32, n_tokens: int) -> I32:

@@ -36,9 +36,10 @@ class Sinks(Policy, name="sinks", status="stable", conflicts=SINGLY):
             order = np.concatenate([order[: self.first], order[seen.n - self.keep + self.first :]])
         return np.broadcast_to(order, (len(seen.position), len(order)))
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int) -> I32 | None:
-        if position.shape[-1] <= self.keep:
-            return None
+    def sends_away(self, n: int) -> bool:
+        return n > self.keep
+
+    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
         return oldest(position, self.first)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.core.technique import Technique
+from barefoot.ops import kvrows
 
 
 class KVStore(Technique):
@@ -36,11 +38,31 @@ class KVStore(Technique):
         """Rows of a key head that a layer has room for."""
         return spec.kv_positions(layer, context, chunk)
 
+    def most_seen(self, n: int) -> int:
+        """Entries of a key head that attention meets behind ``n`` positions, in a layer that sees all of them."""
+        return n
+
+    def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
+        """Keys and values of one layer of a sequence."""
+        return 2 * spec.n_kv_heads * self.slots(spec, layer, context, chunk) * self.row_bytes(spec.head_dim)
+
     def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
         """Bytes of all layers' keys and values for ``context`` positions, prefilled ``chunk`` at a time."""
         slots = sum(self.slots(spec, layer, context, chunk) for layer in range(spec.n_layers))
         rows = 2 * slots * spec.n_kv_heads
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
+
+
+def whole_rows(store: KVStore, head_dim: int) -> None:
+    """Refuse a head_dim that rows of the store don't have.
+
+    Raises
+    ------
+    Incompatible : with what it must be a multiple of.
+    """
+    whole = kvrows.whole(store.row_format)
+    if head_dim % whole:
+        raise Incompatible(f"{store} needs a head_dim in multiples of {whole}, got {head_dim}")
 
 
 ROLE = KVStore

@@ -6,8 +6,9 @@ channels of keys are large at every position, so each channel has a range of its
 groups of 32 channels). A prompt is attended to in half precision and quantized afterwards, all but its end; behind it
 keys wait until there are ``residual`` of them, and then go all at once. What is quantized stays as it is.
 
-Bytes, of H key heads, d channels, S positions, G = ``group``, R = ``residual``: keys ⌈S / G⌉ H (4 d + G d b / 8) and
-2 H R d, values S H row(b) and 2 H (R + 32) d; of 2 bits and groups of 32, 3 bits a number.
+Bytes, of H key heads, d channels, S positions, G = ``group``, R = ``residual``: keys ⌊S / R⌋ R / G blocks (at least
+one) of H (4 d + G d b / 8), and 2 H R d; values S H row(b), S in whole 32s, and 2 H (R + 32) d; positions 4 H S. What
+is quantized takes 3 bits a number at 2 bits and groups of 32.
 
 *Differs from the paper*: values leave the last positions 32 at a time, so that between R and R + 31 of them are there.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from barefoot.core.errors import InvalidInput
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.kv.stores import KVStore
@@ -57,10 +58,23 @@ class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
 
         return Ruled(None, self).terms(spec, context, chunk)
 
+    def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
+        from barefoot.kv.ruled import Ruled
+
+        return Ruled(None, self).layer_bytes(spec, layer, context, chunk)
+
     def block_bytes(self, head_dim: int) -> int:
         """Keys of ``group`` positions of one head."""
         return kvblocks.block_bytes(self.bits, self.group, head_dim)
 
     def value_bytes(self, head_dim: int) -> int:
-        """One head's quantized values of one position."""
+        """One head's quantized values of one position.
+
+        Raises
+        ------
+        Incompatible : values of that width have no such rows.
+        """
+        whole = kvrows.whole(self.value_format)
+        if head_dim % whole:
+            raise Incompatible(f"{self} needs a head_dim in multiples of {whole}, got {head_dim}")
         return kvrows.row_bytes(self.value_format, head_dim)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from barefoot.kv.stores import KVStore
+from barefoot.kv.stores import KVStore, whole_rows
 from barefoot.ops.kvrows import GROUP
 
 
@@ -22,6 +22,7 @@ class Int2Store(KVStore, name="q2", papers=(14,)):
         return "q2"
 
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
+        whole_rows(self, head_dim)
         return (
             ("codes", head_dim // 4, 1),
             ("scales", -(-head_dim // GROUP), 2),

@@ -2,7 +2,7 @@
 // than the products themselves; every key and value is read once for up to four queries.
 //
 // f16 and f32 rows are widened in registers, for up to four queries a key head; with more, a transposed copy pays.
-// q8 and q4 rows are multiplied as integers, where head_dim is whole groups: queries are rounded to 16 bits per group
+// q8, q4, q3 and q2 rows are multiplied as integers, where head_dim is whole groups: queries are rounded to 16 bits per group
 // of 32 (32,384 levels to either side of zero, as two signed bytes), and so are, per tile and group of values, the
 // probabilities times the values' scales (32,767 levels).
 #pragma once
