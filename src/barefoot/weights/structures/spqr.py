@@ -22,9 +22,9 @@ for groups of 16 and 16 and statistics of 3 bits; 3.945 + 32 / cols for 3 bits a
 Where rounding before it has moved the matrix's inputs, what is solved is the matrix that makes up for it best, with
 ``drift`` as its ridge, as in :mod:`barefoot.weights.solvers.gptq`; 0 leaves it out.
 
-*Differs from the paper*: it does not look at drift. Scales are grouped along the row (``ops.bilevel``). Grids are fitted by least error, not by
-range. Outliers store what is missing behind their codes, not the weights. A group's weights other than its extremes
-are outliers only by their own error. No order by activations.
+*Differs from the paper*: it does not look at drift. Scales are grouped along the row (``ops.bilevel``). Grids are
+fitted by least error, not by range. Outliers store what is missing behind their codes, not the weights. A group's
+weights other than its extremes are outliers only by their own error. No order by activations.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         return int(self.outliers * rows * cols)
 
     def workspace_bytes(self, rows: int, cols: int) -> int:
-        """The matrix that makes up for drift, and beside it the factor; or M, a group's arrays, and of the weight's size:
-        itself on its side, errors, what outliers add, and what weights lose."""
+        """The matrix that makes up for drift, and beside it the factor; or M, a group's arrays, and of the weight's
+        size: itself on its side, errors, what outliers add, and what weights lose."""
         found = 4 if self.outliers and not self.tau else 3
         solving = max(
             feedback_bytes(cols, ELEMENTS), mixing_bytes(cols, ELEMENTS) + rows * (GROUP_BYTES + 4 * found * cols)
