@@ -19,16 +19,18 @@ Bytes of a (rows, cols) matrix with n ≤ outliers × rows × cols entries: rows
 outliers 4 (rows + 1 + n). Bits a weight: bits + 0.625 + 32 n / (rows cols) + 32 / cols, as the paper's formula has it
 for groups of 16 and 16 and statistics of 3 bits; 3.945 + 32 / cols for 3 bits and 1 %.
 
-*Differs from the paper*: scales are grouped along the row (``ops.bilevel``). Grids are fitted by least error, not by
-range. Outliers store what is missing behind their codes, not the weights. A group's weights other than its extremes
-are outliers only by their own error. No order by activations.
+Where rounding before it has moved the matrix's inputs, what is solved is the matrix that makes up for it best, with
+``drift`` as its ridge, as in :mod:`barefoot.weights.solvers.gptq`; 0 leaves it out.
+
+*Differs from the paper*: it does not look at drift. Scales are grouped along the row (``ops.bilevel``). Grids are
+fitted by least error, not by range. Outliers store what is missing behind their codes, not the weights. A group's
+weights other than its extremes are outliers only by their own error. No order by activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +40,7 @@ from barefoot.ops import blocks, csr
 from barefoot.ops.bilevel import BITS, ELEMENTS, GROUP, MOST, Bilevel, nearest_step, step_of
 from barefoot.ops.grids import to_f16
 from barefoot.weights.solvers import Inputs, Knowledge
-from barefoot.weights.solvers.hessian import feedback, feedback_bytes, mixing_bytes
+from barefoot.weights.solvers.hessian import corrected, corrected_bytes, feedback, feedback_bytes, mixing_bytes
 from barefoot.weights.structures import Matrix, Stored, Structure
 
 F32 = npt.NDArray[np.float32]
@@ -57,13 +59,17 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
     outliers: float = 0.01
     tau: float = 0.0
     damp: float = 0.01
+    drift: float = 0.3
 
-    wants: ClassVar[Knowledge] = "hessian"
+    @property
+    def wants(self) -> Knowledge:  # type: ignore[override]
+        return "drift" if self.drift else "hessian"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise InvalidInput(f"spqr: bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
-        for knob, got, most in (("outliers", self.outliers, 0.25), ("tau", self.tau, 1000.0)):
+        knobs = (("outliers", self.outliers, 0.25), ("tau", self.tau, 1000.0), ("drift", self.drift, 1000.0))
+        for knob, got, most in knobs:
             if not 0 <= got <= most:
                 raise InvalidInput(f"spqr: {knob} must lie between 0 and {most:g}, got {got}")
         if not 0 < self.damp < 10:
@@ -79,18 +85,20 @@ class Spqr(Structure, name="spqr", papers=(58,), status="stable"):
         return int(self.outliers * rows * cols)
 
     def workspace_bytes(self, rows: int, cols: int) -> int:
-        """The factor; or M, a group's arrays, and of the weight's size: itself on its side, errors, what outliers add,
-        and what weights lose."""
+        """The matrix that makes up for drift, and beside it the factor; or M, a group's arrays, and of the weight's
+        size: itself on its side, errors, what outliers add, and what weights lose."""
         found = 4 if self.outliers and not self.tau else 3
-        return max(
+        solving = max(
             feedback_bytes(cols, ELEMENTS), mixing_bytes(cols, ELEMENTS) + rows * (GROUP_BYTES + 4 * found * cols)
         )
+        return max(corrected_bytes(rows, cols), 4 * rows * cols + solving) if self.drift else solving
 
     def solve(self, weight: F32, inputs: Inputs | None) -> Matrix:
         assert inputs is not None
         assert inputs.hessian is not None
         form, (rows, cols) = Bilevel(self.bits), weight.shape
         blocks.row_bytes(form.name, cols)
+        weight = corrected(weight, inputs, self.drift)
         job = Feedback(form, *feedback(inputs.hessian, self.damp, ELEMENTS))
         codes, rest = self._solved(job, np.ascontiguousarray(weight.T), self.most_outliers(rows, cols))
         kept = {OUTLIERS: (csr.KIND.name, csr.encode(rest, rest != 0))} if rest.any() else {}
