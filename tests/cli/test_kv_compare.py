@@ -1,5 +1,6 @@
 """kv-compare as people run it, on a tiny model."""
 
+import importlib.util
 import json
 
 import pytest
@@ -14,11 +15,8 @@ def record(barefoot, tiny_gguf, tmp_path_factory):
     out = tmp_path_factory.mktemp("caches")
     specs = ["f16", "q8", "q2", "sinks(keep=KEEP)", "h2o(keep=KEEP) > q8", "h2o(keep=KEEP) > kivi"]
     command = ["kv-compare", tiny_gguf.path, "--context", CONTEXT, "--tokens", TOKENS, "--passages", 3]
-    done = barefoot(
-        *command, "--shares", 0.3, 0.9, "--kv", *specs, "--json", out / "all.json", "--png", out / "all.png"
-    )
+    done = barefoot(*command, "--shares", 0.3, 0.9, "--kv", *specs, "--json", out / "all.json")
     assert done.returncode == 0, done.stderr
-    assert (out / "all.png").read_bytes()[:4] == b"\x89PNG"
     return json.loads((out / "all.json").read_text()), done.stdout
 
 
@@ -69,3 +67,16 @@ def test_bad_questions_are_answered(barefoot, tiny_gguf, more, says):
     assert done.returncode in (2, 4)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_picture_is_drawn_or_what_it_needs_is_said(barefoot, tiny_gguf, tmp_path):
+    picture = tmp_path / "all.png"
+    command = ["kv-compare", tiny_gguf.path, "--context", 40, "--tokens", 3, "--passages", 1, "--kv", "q8", "q4"]
+    done = barefoot(*command, "--png", picture)
+    if importlib.util.find_spec("matplotlib") is None:
+        assert done.returncode != 0
+        assert "pip install barefoot[plot]" in done.stderr
+        assert not picture.exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from random_files import GEMMA, LLAMA, write_random
 
-from barefoot.core.errors import OverBudget
+from barefoot.core.errors import Incompatible, OverBudget
 from barefoot.core.measure import resident, resident_at
 from barefoot.core.registry import techniques
 from barefoot.engine.config import EngineConfig
@@ -15,8 +15,9 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.kv.placement.slots import PoolExhausted
 from barefoot.kv.placement.vattention import VAttention
 from barefoot.kv.stores.f16 import HalfStore
+from barefoot.plan.job import parse_kv
 
-STORES = techniques("kv.stores")
+STORES = {n: s for n, s in techniques("kv.stores").items() if "sealed entries" not in s.provides}  # rows
 PAGE = 4096
 LENGTHS = (70, 3, 33)
 # LLAMA: 4 layers with a head of 32 channels: 64 bytes in half precision, 64 tokens a page, 8 pages a group
@@ -81,7 +82,7 @@ def test_the_plan_is_the_pool_and_memory_never_more(llama):
     assert planned["kv"] == 6 * GROUP
     with open_engine(llama, kv_placement=placement) as run:
         assert run.arena.used_by_owner()["kv"] == 6 * GROUP
-        pages = run.kv.arrays[0]
+        pages = run.kv.arrays[0][0]
         address, n_bytes = pages.ctypes.data, run.kv.cache.geometry.n_bytes
         assert n_bytes == 3 * 3 * GROUP  # 192 positions are three pages
         for lengths in ((64, 0, 0), (64, 65, 0), (64, 65, 128)):
@@ -116,3 +117,9 @@ def test_a_prompt_is_refused_before_any_of_it_is_appended(llama):
         assert run.position == 30
         run.reset()
         assert np.array_equal(run.prefill(prompt(0, 30)), rows)
+
+
+def test_entries_that_are_no_rows_are_refused(llama):
+    for text in ("kivi", "h2o(keep=20) > q8"):
+        with pytest.raises(Incompatible, match="commits rows by position"):
+            open_engine(llama, kv=parse_kv(text), kv_placement=VAttention())
