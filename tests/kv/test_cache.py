@@ -143,6 +143,15 @@ def test_rows_of_other_stores(store):
         assert np.array_equal(cache.storage._keys[1, 0, slot], kvrows.encode(store.row_format, row[None])[0])
 
 
+def decode(cache, rng, n):
+    """Append ``n`` tokens of random queries, keys and values to two layers."""
+    for _ in range(n):
+        for layer in range(2):
+            q, k, v = arrays(rng, 1)
+            cache.step(layer, q, k, v, np.empty_like(q))
+        cache.stepped()
+
+
 @pytest.mark.parametrize("policy", [*POLICIES, Random(keep=30)], ids=str)
 @pytest.mark.parametrize("store", [HalfStore(), Int8Store()], ids=str)
 def test_bytes_are_those_that_were_stated(policy, store):
@@ -159,11 +168,7 @@ def test_a_policy_keeps_no_more_than_its_slots():
     for policy in POLICIES[1:]:
         cache = make(policy)
         run_prompt(cache, [arrays(rng, 100) for _ in range(2)], 24)
-        for _ in range(60):
-            for layer in range(2):
-                q, k, v = arrays(rng, 1)
-                cache.step(layer, q, k, v, np.empty_like(q))
-            cache.stepped()
+        decode(cache, rng, 60)
         assert cache.storage.n(0) <= policy.slots(400)
         n = len(positions(cache, 0, 0))
         if policy.name == "scissorhands":
@@ -187,11 +192,7 @@ def test_too_many_tokens_are_refused_and_nothing_is_lost():
     with pytest.raises(InvalidInput, match="51 tokens don't fit: 50 of 50"):
         cache.begin(51)
     run_prompt(cache, [arrays(rng, 30) for _ in range(2)], 24)
-    for _ in range(3):
-        for layer in range(2):
-            q, k, v = arrays(rng, 1)
-            cache.step(layer, q, k, v, np.empty_like(q))
-        cache.stepped()
+    decode(cache, rng, 3)
     with pytest.raises(InvalidInput, match="all 11 slots are taken"):
         cache.check_step()
     assert cache.storage.n(0) == 11

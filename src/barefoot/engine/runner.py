@@ -334,7 +334,8 @@ class Engine:
         Raises
         ------
         InvalidInput, PoolExhausted : as in prefill; nothing was appended to any sequence.
-        CorruptFile : streamed weights can't be read; nothing was appended, unless it was the logits' matrix.
+        CorruptFile : streamed weights can't be read; nothing was appended, unless it was the logits' matrix. Where
+            layers pass one by one, these sequences are empty then.
         """
         for sequence, token in tokens.items():
             self._sequences.check((token,), sequence)

@@ -70,10 +70,6 @@ class Sealed(Storage):
             for i, (key_format, keys, value_format, values) in enumerate(parts)
         )  # fmt: skip
 
-    @property
-    def n_slots(self) -> int:
-        return int(self._positions.shape[2])
-
     def n(self, layer: int) -> int:
         return int(self._n[layer])
 

@@ -51,10 +51,6 @@ class Slots(Storage):
             for k, v, n in zip(self._keys, self._values, self.counts, strict=True)
         ]
 
-    @property
-    def n_slots(self) -> int:
-        return int(self.positions.shape[2])
-
     def n(self, layer: int) -> int:
         return int(self.counts[layer, 0])
 

@@ -30,7 +30,7 @@ Observation = Literal["nothing", "mass", "votes", "strikes"]
 
 
 #: For policies that send entries away one by one while they decode.
-SINGLY = {"sealed entries": "keys by channel are quantized many positions at a time, and can't go one by one"}
+SINGLY = {"sealed entries": "keys by channel are quantized many positions at a time, and can't go a few at a time"}
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,14 @@ class KVStore(Technique):
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
 
 
-def whole_rows(store: KVStore, head_dim: int) -> None:
-    """Refuse a head_dim that rows of the store don't have.
+def whole_rows(store: KVStore, row_format: str, head_dim: int) -> None:
+    """Refuse a head_dim that the store's rows of this format don't have.
 
     Raises
     ------
     Incompatible : with what it must be a multiple of.
     """
-    whole = kvrows.whole(store.row_format)
+    whole = kvrows.whole(row_format)
     if head_dim % whole:
         raise Incompatible(f"{store} needs a head_dim in multiples of {whole}, got {head_dim}")
 

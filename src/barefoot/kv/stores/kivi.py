@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from barefoot.core.errors import Incompatible, InvalidInput
+from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
-from barefoot.kv.stores import KVStore
+from barefoot.kv.stores import KVStore, whole_rows
 from barefoot.ops import kvblocks, kvrows
 
 
@@ -74,7 +74,5 @@ class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
         ------
         Incompatible : values of that width have no such rows.
         """
-        whole = kvrows.whole(self.value_format)
-        if head_dim % whole:
-            raise Incompatible(f"{self} needs a head_dim in multiples of {whole}, got {head_dim}")
+        whole_rows(self, self.value_format, head_dim)
         return kvrows.row_bytes(self.value_format, head_dim)

@@ -22,7 +22,7 @@ class Int2Store(KVStore, name="q2", papers=(14,)):
         return "q2"
 
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
-        whole_rows(self, head_dim)
+        whole_rows(self, self.row_format, head_dim)
         return (
             ("codes", head_dim // 4, 1),
             ("scales", -(-head_dim // GROUP), 2),

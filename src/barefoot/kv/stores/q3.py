@@ -22,7 +22,7 @@ class Int3Store(KVStore, name="q3", papers=(14,)):
         return "q3"
 
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
-        whole_rows(self, head_dim)
+        whole_rows(self, self.row_format, head_dim)
         return (
             ("codes", 3 * head_dim // 8, 1),
             ("scales", -(-head_dim // GROUP), 2),
