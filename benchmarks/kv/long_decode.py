@@ -63,7 +63,9 @@ def main() -> None:
         ratios[f"{arm}: bytes"] = seen[arm][0]["kv_bytes"] / seen[FULL][0]["kv_bytes"]
         least, most = BOUNDS.get(arm.split("(")[0], (None, None))
         if least is not None:
-            claims.append(claim(f"{arm}: tokens a second over f16's", ratios[f"{arm}: tokens a second"], at_least=least))
+            claims.append(
+                claim(f"{arm}: tokens a second over f16's", ratios[f"{arm}: tokens a second"], at_least=least)
+            )
             claims.append(claim(f"{arm}: bytes over f16's", ratios[f"{arm}: bytes"], at_most=most))
     record = {"config": config, "card": facts, "results": results, "ratios": ratios, "claims": claims}
     save(f"kv/long_decode_{args.name}", record)

@@ -9,12 +9,14 @@ from plain_cache import PlainCache
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.measure import TracedPeak
-from barefoot.kv.cache import Cache, Layout, Workspace
+from barefoot.kv.cache import Cache
+from barefoot.kv.layout import Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.random import Random
 from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
+from barefoot.kv.slots import NONE
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.f32 import FloatStore
@@ -75,8 +77,9 @@ def run_prompt(cache, per_layer, chunk):
 def positions(cache, layer, head):
     """Of a head's entries, those of a slot left free taken out."""
     there = cache.storage.position(layer)[head].tolist()
-    if getattr(cache.storage, "free", None) is not None:
-        del there[cache.storage.free[layer, head]]
+    free = getattr(cache.storage, "free", None)
+    if free is not None and free[layer, head] != NONE:
+        del there[free[layer, head]]
     return there
 
 
@@ -121,9 +124,9 @@ def test_half_precision_that_is_kept_is_what_came():
     for layer, (_, k, v) in enumerate(per_layer):
         for head in range(2):
             for slot, position in enumerate(positions(cache, layer, head)):
-                for rows, stored in ((k, cache.storage._keys), (v, cache.storage._values)):
+                for rows, stored in ((k, cache.storage.regions[layer].keys), (v, cache.storage.regions[layer].values)):
                     row = rows.reshape(40, 2, 32)[position, head].astype(np.float16)
-                    assert np.array_equal(stored[layer, head, slot].view(np.float16), row)
+                    assert np.array_equal(stored[head, slot].view(np.float16), row)
 
 
 @pytest.mark.parametrize("store", [FloatStore(), Int8Store()], ids=str)
@@ -140,7 +143,7 @@ def test_rows_of_other_stores(store):
             row = per_layer[1][1].reshape(70, 2, 32)[position, 0].astype(np.float16).astype(np.float32)
         else:
             row = k.reshape(2, 32)[0]
-        assert np.array_equal(cache.storage._keys[1, 0, slot], kvrows.encode(store.row_format, row[None])[0])
+        assert np.array_equal(cache.storage.regions[1].keys[0, slot], kvrows.encode(store.row_format, row[None])[0])
 
 
 def decode(cache, rng, n):

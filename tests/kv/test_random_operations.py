@@ -9,7 +9,8 @@ from test_cache import Counted, arrays, run_prompt
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.cache import Cache, Layout, Workspace
+from barefoot.kv.cache import Cache
+from barefoot.kv.layout import Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
@@ -91,12 +92,12 @@ def check(caches, plain):
         assert cache.n_tokens == model.n_tokens
         storage = cache.storage
         for head, there in enumerate(model.entries[0]):
-            slots = [s for s in range(storage.n(0)) if storage.free is None or storage.free[0, head] != s]
-            position = storage.positions[0, head, slots]
+            slots = [s for s in range(storage.n(0)) if storage.free[0, head] != s]
+            position = storage.position(0)[head, slots]
             assert sorted(position) == sorted(there)
             expected = np.array([there[p][:2] for p in position], np.float16).reshape(-1, 2, 8)
-            for i, rows in enumerate((storage._keys, storage._values)):
-                assert np.array_equal(rows[0, head, slots].view(np.float16), expected[:, i])
-            if storage.mass is not None:
+            for i, rows in enumerate((storage.regions[0].keys, storage.regions[0].values)):
+                assert np.array_equal(rows[head, slots].view(np.float16), expected[:, i])
+            if storage.mass(0) is not None:
                 observed = np.array([there[p][2] for p in position])
-                assert np.allclose(storage.mass[0, head, slots], observed, atol=1e-3)
+                assert np.allclose(storage.mass(0)[head, slots], observed, atol=1e-3)

@@ -16,7 +16,8 @@ from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.programs import Layer, Recorder
-from barefoot.kv.cache import Cache, Workspace
+from barefoot.kv.cache import Cache
+from barefoot.kv.layout import Workspace
 from barefoot.kv.ruled import Ruled
 
 U8 = npt.NDArray[np.uint8]

@@ -10,7 +10,7 @@ from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.core.spec import format_composition, parse_composition
 from barefoot.core.technique import Technique, check_composition
-from barefoot.kv.cache import Layout
+from barefoot.kv.layout import Layout
 from barefoot.kv.policies import Policy
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores import KVStore
@@ -82,7 +82,7 @@ def of(kv: KVStore) -> Ruled | None:
     """How ``kv`` is kept where a layer sees all positions; None where that is in rows, one for each position."""
     if isinstance(kv, Ruled):
         return kv
-    return Ruled(None, kv) if "sealed entries" in kv.provides else None
+    return None if kv.rows else Ruled(None, kv)
 
 
 def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:

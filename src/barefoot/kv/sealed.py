@@ -14,23 +14,12 @@ import numpy as np
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.units import round_up
-from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
+from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.ops import kvblocks, kvrows
 
 VALUES = 32  # that are sealed at a time
-
-
-def arrays(heads: Heads, n_layers: int, n_slots: int, store: Kivi) -> tuple[Array, ...]:
-    """Blocks of keys, keys that wait, sealed values, values that wait, and positions, of a sequence."""
-    n, row = n_layers * heads.n_kv_heads, kvrows.row_bytes(STAGED, heads.head_dim)
-    return (
-        Array("kv blocks of keys", n * n_blocks(n_slots, store), store.block_bytes(heads.head_dim)),
-        Array("kv last keys", n * store.residual, row),
-        Array("kv sealed values", n * round_up(n_slots, VALUES), store.value_bytes(heads.head_dim)),
-        Array("kv last values", n * (store.residual + VALUES), row),
-        Array("kv positions", n * n_slots, 4),
-    )
+SEALED = 21  # bytes of numpy arrays for each number of the keys that are sealed at a time
 
 
 def n_blocks(n_slots: int, store: Kivi) -> int:
@@ -39,8 +28,27 @@ def n_blocks(n_slots: int, store: Kivi) -> int:
 
 
 class Sealed(Storage):
-    def __init__(self, heads: Heads, n_layers: int, n_slots: int, store: Kivi, take: Take) -> None:
-        blocks, keys, sealed, values, positions = arrays(heads, n_layers, n_slots, store)
+    @staticmethod
+    def arrays(shape: Shape, store: Kivi) -> tuple[Array, ...]:
+        """Blocks of keys, keys that wait, sealed values, values that wait, and positions, of a sequence."""
+        heads, n_slots = shape.heads, shape.n_slots
+        n, row = shape.n_layers * heads.n_kv_heads, kvrows.row_bytes(STAGED, heads.head_dim)
+        return (
+            Array("kv blocks of keys", n * n_blocks(n_slots, store), store.block_bytes(heads.head_dim)),
+            Array("kv last keys", n * store.residual, row),
+            Array("kv sealed values", n * round_up(n_slots, VALUES), store.value_bytes(heads.head_dim)),
+            Array("kv last values", n * (store.residual + VALUES), row),
+            Array("kv positions", n * n_slots, 4),
+        )
+
+    @staticmethod
+    def placing_bytes(shape: Shape, store: Kivi) -> int:
+        heads = shape.heads
+        return SEALED * heads.n_kv_heads * store.residual * heads.head_dim
+
+    def __init__(self, shape: Shape, store: Kivi, take: Take) -> None:
+        heads, n_layers, n_slots = shape.heads, shape.n_layers, shape.n_slots
+        blocks, keys, sealed, values, positions = self.arrays(shape, store)
         self._store, self._dim = store, heads.head_dim
         each, row = (n_layers, heads.n_kv_heads), kvrows.row_bytes(STAGED, heads.head_dim)
         self._ring = store.residual + VALUES
@@ -73,10 +81,13 @@ class Sealed(Storage):
     def n(self, layer: int) -> int:
         return int(self._n[layer])
 
+    def room(self, layer: int) -> int:
+        return int(self._positions.shape[2]) - self.n(layer)
+
     def position(self, layer: int) -> I32:
         return self._positions[layer, :, : self.n(layer)]
 
-    def segments(self, layer: int) -> Sequence[tuple[ops.Segment, I32]]:
+    def parts(self, layer: int) -> Sequence[Part]:
         n = self.n(layer)
         n_keys, n_values = int(self._n_keys[layer]), int(self._n_values[layer])
         both, keys, neither = self._segments[layer]
@@ -84,7 +95,7 @@ class Sealed(Storage):
         counts[0], counts[1], counts[2] = n_values, n_keys - n_values, n - n_keys
         keys.key_start, keys.value_start = n_values, n_values % self._ring
         neither.value_start = n_keys % self._ring
-        return [(s, c) for s, c in zip((both, keys, neither), counts, strict=True) if c[0]]
+        return [Part(s, c) for s, c in zip((both, keys, neither), counts, strict=True) if c[0]]
 
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
         n, heads = self.n(layer), np.arange(len(stay))[:, None]
@@ -100,11 +111,11 @@ class Sealed(Storage):
             self._keys[layer][:, at - self._n_keys[layer]] = keys[heads, part]
             self._values[layer][:, at % self._ring] = values[heads, part]
             self._n[layer] += part.shape[1]
-            self.seal(layer)
+            self.stepped(layer)
             done += part.shape[1]
 
     def append(self, layer: int, k: F32, v: F32, position: int) -> None:
-        """The entry joins the last ones; ``seal`` follows when attention has seen it."""
+        """The entry joins the last ones; ``stepped`` follows when attention has seen it."""
         n = self.n(layer)
         last = ((k, self._keys, n - int(self._n_keys[layer])), (v, self._values, n % self._ring))
         for row, stored, slot in last:
@@ -112,7 +123,7 @@ class Sealed(Storage):
         self._positions[layer, :, n] = position
         self._n[layer] += 1
 
-    def seal(self, layer: int) -> None:
+    def stepped(self, layer: int) -> None:
         """Quantize what has waited long enough."""
         store, n = self._store, self.n(layer)
         first = int(self._n_keys[layer])

@@ -1,84 +1,167 @@
 """Slots: entries at rows of any format, in any order; one that goes leaves its slot to another.
 
 Bytes, of n layers with H key heads, S slots and rows of r bytes: n × H × S × (2 r + 4), a position for each; 4 more for
-each where attention mass is kept, or 2 for each part of its strikes.
+each where attention mass is kept, 4 where entries have a bias, 2 for each part of strikes. A layer's slots are one
+region of the arrays, so that layers can share them unequally.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
+from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
 
-U16 = npt.NDArray[np.uint16]
-
 MOVED_ROWS = 256  # entries of a key head that are decoded at a time
+MOVED = 8  # bytes of numpy arrays for each of their numbers
+NONE = -1  # no slot
 
 
-def arrays(heads: Heads, n_layers: int, n_slots: int, store: KVStore, *, mass: bool, n_parts: int) -> tuple[Array, ...]:
-    """Keys, values, positions, mass, and strikes in so many parts, of a sequence."""
-    n = n_layers * heads.n_kv_heads * n_slots
-    row = store.row_bytes(heads.head_dim)
-    kept = (Array("kv keys", n, row), Array("kv values", n, row), Array("kv positions", n, 4))
-    observed = (Array("kv mass", n, 4),) if mass else (Array("kv strikes", n_parts * n, 2),) if n_parts else ()
-    return (*kept, *observed)
+class Region:
+    """A layer's slots: views (n_kv_heads, slots, …) of the arrays."""
+
+    def __init__(self, storage: Slots, layer: int, first: int, n_slots: int) -> None:
+        heads = storage.shape.heads
+        n, self.n_slots = heads.n_kv_heads, n_slots
+        own = slice(n * first, n * (first + n_slots))
+        self.keys = storage.all_keys[own].reshape(n, n_slots, -1)
+        self.values = storage.all_values[own].reshape(n, n_slots, -1)
+        self.position = storage.all_positions[own].reshape(n, n_slots)
+        self.mass = None if storage.all_mass is None else storage.all_mass[own].reshape(n, n_slots)
+        self.bias = None if storage.all_biases is None else storage.all_biases[own].reshape(n, n_slots)
+        strikes = storage.all_strikes
+        self.strikes = None if strikes is None else strikes[:, own].reshape(len(strikes), n, n_slots)
+        fmt, dim = storage.row_format, heads.head_dim
+        self.segment = ops.Segment(
+            fmt, self.keys, fmt, self.values,
+            key_dim=dim, value_dim=dim, counts=storage.counts[layer], bias=self.bias,
+        )  # fmt: skip
+
+    @property
+    def by_entry(self) -> list[U8 | I32 | F32 | U16]:
+        """All arrays, (n_kv_heads, slots, …)."""
+        kept = [a for a in (self.mass, self.bias) if a is not None]
+        return [self.keys, self.values, self.position, *kept, *([] if self.strikes is None else self.strikes)]
 
 
 class Slots(Storage):
-    def __init__(
-        self, heads: Heads, n_layers: int, n_slots: int, store: KVStore, take: Take, *, mass: bool, n_parts: int
-    ) -> None:
-        keys, values, positions, *observed = arrays(heads, n_layers, n_slots, store, mass=mass, n_parts=n_parts)
-        self._format, row = store.row_format, store.row_bytes(heads.head_dim)
-        each = (n_layers, heads.n_kv_heads, n_slots)
-        self._keys = zeros(take, keys, (*each, row))
-        self._values = zeros(take, values, (*each, row))
-        self.positions: I32 = zeros(take, positions, each, np.int32)
-        self.mass: F32 | None = zeros(take, observed[0], each, np.float32) if mass else None
-        self.strikes: U16 | None = zeros(take, observed[0], (n_parts, *each), np.uint16) if n_parts else None
-        self.counts: I32 = np.zeros((n_layers, heads.n_kv_heads), np.int32)
-        # (n_layers, n_kv_heads): slots below the counts that wait for the next entry, where one has just gone.
-        self.free: I32 | None = None
-        dim, fmt = heads.head_dim, self._format
-        self._segments = [
-            ops.Segment(fmt, k, fmt, v, key_dim=dim, value_dim=dim, counts=n)
-            for k, v, n in zip(self._keys, self._values, self.counts, strict=True)
-        ]
+    lets_go: ClassVar[bool] = True
+
+    @staticmethod
+    def arrays(shape: Shape, store: KVStore) -> tuple[Array, ...]:
+        """Keys, values, positions, and what is kept of each entry, of a sequence."""
+        n = shape.n_layers * shape.heads.n_kv_heads * shape.n_slots
+        row = store.row_bytes(shape.heads.head_dim)
+        kept = [Array("kv keys", n, row), Array("kv values", n, row), Array("kv positions", n, 4)]
+        kept += [Array("kv mass", n, 4)] if shape.mass else []
+        kept += [Array("kv biases", n, 4)] if shape.biased else []
+        kept += [Array("kv strikes", shape.n_parts * n, 2)] if shape.n_parts else []
+        return tuple(kept)
+
+    @staticmethod
+    def placing_bytes(shape: Shape, store: KVStore) -> int:
+        return MOVED * MOVED_ROWS * shape.heads.head_dim
+
+    def __init__(self, shape: Shape, store: KVStore, take: Take) -> None:
+        self.shape, self.row_format = shape, store.row_format
+        row = store.row_bytes(shape.heads.head_dim)
+        found = {array.name: array for array in self.arrays(shape, store)}
+        n = found["kv positions"].count
+        self.all_keys: U8 = zeros(take, found["kv keys"], (n, row))
+        self.all_values: U8 = zeros(take, found["kv values"], (n, row))
+        self.all_positions: I32 = zeros(take, found["kv positions"], (n,), np.int32)
+        self.all_mass: F32 | None = zeros(take, found["kv mass"], (n,), np.float32) if shape.mass else None
+        self.all_biases: F32 | None = zeros(take, found["kv biases"], (n,), np.float32) if shape.biased else None
+        parts = shape.n_parts
+        self.all_strikes: U16 | None = zeros(take, found["kv strikes"], (parts, n), np.uint16) if parts else None
+        self.counts: I32 = np.zeros((shape.n_layers, shape.heads.n_kv_heads), np.int32)
+        # Of each layer and key head: a slot below the count that waits for the next entry, where one has just gone.
+        self.free: I32 = np.full_like(self.counts, NONE)
+        self.regions = self._regions([shape.n_slots] * shape.n_layers)
+
+    def _regions(self, n_slots: Sequence[int]) -> list[Region]:
+        first = [0, *np.cumsum(n_slots).tolist()]
+        return [Region(self, layer, first[layer], n) for layer, n in enumerate(n_slots)]
+
+    def resize(self, n_slots: Sequence[int]) -> None:
+        there = [region.n_slots for region in self.regions]
+        if list(n_slots) == there:
+            return
+        self.close()
+        n = [self.n(layer) for layer in range(len(there))]
+        assert all(each <= room for each, room in zip(n, n_slots, strict=True))
+        assert sum(n_slots) <= self.shape.n_layers * self.shape.n_slots
+        # To the left without gaps, the first layer first; then to the right, the last one first: none is overwritten.
+        for sizes, layers in ((n, range(len(n))), (n_slots, reversed(range(len(n))))):
+            regions = self._regions(sizes)
+            for layer in layers:
+                pairs = zip(regions[layer].by_entry, self.regions[layer].by_entry, strict=True)
+                for into, own in pairs:
+                    into[:, : n[layer]] = own[:, : n[layer]].copy()
+            self.regions = regions
 
     def n(self, layer: int) -> int:
         return int(self.counts[layer, 0])
 
-    def position(self, layer: int) -> I32:
-        return self.positions[layer, :, : self.n(layer)]
+    def room(self, layer: int) -> int:
+        return self.regions[layer].n_slots - self.n(layer) + int(self.free[layer, 0] != NONE)
 
-    def segments(self, layer: int) -> Sequence[tuple[ops.Segment, I32]]:
-        return [(self._segments[layer], self.counts[layer])] if self.n(layer) else []
+    def position(self, layer: int) -> I32:
+        return self.regions[layer].position[:, : self.n(layer)]
+
+    def mass(self, layer: int) -> F32 | None:
+        mass = self.regions[layer].mass
+        return None if mass is None else mass[:, : self.n(layer)]
+
+    def strikes(self, layer: int) -> U16 | None:
+        strikes = self.regions[layer].strikes
+        return None if strikes is None else strikes[:, :, : self.n(layer)]
+
+    def bias(self, layer: int) -> F32 | None:
+        bias = self.regions[layer].bias
+        return None if bias is None else bias[:, : self.n(layer)]
+
+    def parts(self, layer: int) -> Sequence[Part]:
+        return [Part(self.regions[layer].segment, self.counts[layer])] if self.n(layer) else []
+
+    def keys(self, layer: int, head: int) -> F32:
+        rows = self.regions[layer].keys[head, : self.n(layer)]
+        return kvrows.decode(self.row_format, rows, self.shape.heads.head_dim)
+
+    def values(self, layer: int, head: int, entries: I32) -> F32:
+        return kvrows.decode(self.row_format, self.regions[layer].values[head, entries], self.shape.heads.head_dim)
+
+    def rewrite(self, layer: int, head: int, entries: I32, keys: F32, values: F32) -> None:
+        region = self.regions[layer]
+        for rows, stored in ((keys, region.keys), (values, region.values)):
+            ops.kv_write(rows, stored[head : head + 1], self.row_format, np.ascontiguousarray(entries[None], np.int32))
 
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
+        region = self.regions[layer]
         for head, own in enumerate(stay):
             kept, new = own[own < self.n(layer)], own[own >= self.n(layer)]
             slots = self._gather(layer, head, kept, len(own))
-            self.positions[layer, head, slots] = position[head, new]
-            if self.mass is not None:
-                self.mass[layer, head, slots] = 0
-            for rows, stored in ((keys, self._keys), (values, self._values)):
-                self._write(rows[head], new - self.n(layer), stored[layer, head : head + 1], slots)
+            region.position[head, slots] = position[head, new]
+            for kept_of in (region.mass, region.bias):
+                if kept_of is not None:
+                    kept_of[head, slots] = 0
+            for rows, stored in ((keys, region.keys), (values, region.values)):
+                self._write(rows[head], new - self.n(layer), stored[head : head + 1], slots)
         self.counts[layer] = stay.shape[1]
 
     def _write(self, staged: U8, rows: I32, stored: U8, slots: I32) -> None:
         for start in range(0, len(rows), MOVED_ROWS):
             part = slice(start, start + MOVED_ROWS)
-            if self._format == STAGED:
+            if self.row_format == STAGED:
                 stored[0, slots[part]] = staged[rows[part]]
             else:
                 floats = kvrows.decode(STAGED, staged[rows[part]], staged.shape[-1] // 2)
-                ops.kv_write(floats, stored, self._format, np.ascontiguousarray(slots[None, part]))
+                ops.kv_write(floats, stored, self.row_format, np.ascontiguousarray(slots[None, part]))
 
     def _gather(self, layer: int, head: int, kept: I32, n: int) -> I32:
         """Bring the entries ``kept`` below slot ``n``, which are no more than that, and return the slots left there."""
@@ -86,43 +169,37 @@ class Slots(Storage):
         movers = kept[kept >= n]
         into, left = free[: len(movers)], free[len(movers) :]
         if len(movers):
-            for array in (self._keys, self._values, self.positions, self.mass):
-                if array is not None:
-                    array[layer, head, into] = array[layer, head, movers]
-            if self.strikes is not None:
-                self.strikes[:, layer, head, into] = self.strikes[:, layer, head, movers]
+            for array in self.regions[layer].by_entry:
+                array[head, into] = array[head, movers]
         return left
 
     def append(self, layer: int, k: F32, v: F32, position: int) -> None:
-        if self.free is None:
+        region = self.regions[layer]
+        slots = self.free[layer]
+        if slots[0] == NONE:
             slots = self.counts[layer].copy()
             self.counts[layer] += 1
-        else:
-            slots = self.free[layer]
         heads = np.arange(len(slots))
-        self.positions[layer, heads, slots] = position
-        if self.mass is not None:
-            self.mass[layer, heads, slots] = 0
-        if self.strikes is not None:
-            self.strikes[:, layer, heads, slots] = 0
-        for row, stored in ((k, self._keys), (v, self._values)):
-            ops.kv_write(row, stored[layer], self._format, slots[:, None])
+        region.position[heads, slots] = position
+        for kept_of in region.by_entry[3:]:
+            kept_of[heads, slots] = 0
+        for row, stored in ((k, region.keys), (v, region.values)):
+            ops.kv_write(row, stored, self.row_format, slots[:, None])
+
+    def stepped(self, layer: int) -> None:
+        self.free[layer] = NONE
 
     def drop(self, layer: int, gone: I32) -> None:
-        """Let entries ``gone`` of a layer go, (n_kv_heads, m): the same number of all layers, one after the other."""
         if gone.shape[1] > 1:
             self._remove(layer, gone)
-            return
-        if self.free is None:
-            self.free = np.empty_like(self.counts)
-        self.free[layer] = gone[:, 0]
+        else:
+            self.free[layer] = gone[:, 0]
 
     def close(self) -> None:
-        """Have no slot wait for an entry."""
-        if self.free is not None:
-            for layer, gone in enumerate(self.free):
-                self._remove(layer, gone[:, None])
-            self.free = None
+        for layer, slots in enumerate(self.free):
+            if slots[0] != NONE:
+                self._remove(layer, slots[:, None])
+        self.free[...] = NONE
 
     def _remove(self, layer: int, gone: I32) -> None:
         for head, own in enumerate(gone):
@@ -138,15 +215,13 @@ class Slots(Storage):
 
     def clear(self) -> None:
         self.counts[...] = 0
-        self.free = None
+        self.free[...] = NONE
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Slots)
-        n = int(other.counts.max(initial=0))
-        arrays = (self._keys, other._keys), (self._values, other._values), (self.positions, other.positions)
-        for own, theirs in (*arrays, *(((self.mass, other.mass),) if self.mass is not None else ())):
-            own[:, :, :n] = theirs[:, :, :n]
-        if self.strikes is not None and other.strikes is not None:
-            self.strikes[..., :n] = other.strikes[..., :n]
-        self.counts[...] = other.counts
-        self.free = None if other.free is None else other.free.copy()
+        self.clear()
+        self.resize([region.n_slots for region in other.regions])
+        for layer, region in enumerate(other.regions):
+            for into, theirs in zip(self.regions[layer].by_entry, region.by_entry, strict=True):
+                into[:, : other.n(layer)] = theirs[:, : other.n(layer)]
+        self.counts[...], self.free[...] = other.counts, other.free

@@ -1,7 +1,7 @@
-"""Where a cache's entries lie: what the two storages share.
+"""Where a cache's entries lie: what all storages share.
 
-Entries of a layer are numbered from 0 on, the same number for all its key heads. A storage gives them to attention as
-segments, in that order, takes new ones, and states its arrays before it has any.
+Entries of a layer are numbered from 0 on, the same number for all its key heads. A storage gives them to attention in
+parts, in that order, takes new ones, and states its arrays before it has any.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from barefoot.core.ledger import Term
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+U16 = npt.NDArray[np.uint16]
 U8 = npt.NDArray[np.uint8]
 Take = Callable[[int], U8]
 
@@ -53,20 +54,96 @@ class Array:
         return Term(self.name, self.count, self.n_bytes)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a storage is to hold: ``n_slots`` entries of each key head, in a layer of mean size.
+
+    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position.
+    """
+
+    heads: Heads
+    n_layers: int
+    n_slots: int
+    mass: bool = False
+    biased: bool = False
+    n_parts: int = 0
+
+
+class Part(NamedTuple):
+    """Some of a layer's entries.
+
+    Attributes
+    ----------
+    counts : int32 (n_kv_heads,), how many each key head has of them.
+    query : makes queries, float32 (n, n_heads × head_dim), what these keys are multiplied with; None for themselves.
+    """
+
+    segment: ops.Segment
+    counts: I32
+    query: Callable[[F32], F32] | None = None
+
+
 class Storage(ABC):
     """The entries of all layers of one sequence."""
+
+    lets_go: ClassVar[bool] = False  # whether an entry that has been placed can go
+
+    @staticmethod
+    @abstractmethod
+    def arrays(shape: Shape, store: Any) -> tuple[Array, ...]:
+        """Of a sequence."""
+
+    @staticmethod
+    @abstractmethod
+    def placing_bytes(shape: Shape, store: Any) -> int:
+        """Of arrays that come and go while entries are placed."""
+
+    @abstractmethod
+    def __init__(self, shape: Shape, store: Any, take: Take) -> None: ...
 
     @abstractmethod
     def n(self, layer: int) -> int:
         """Entries of each key head."""
 
     @abstractmethod
+    def room(self, layer: int) -> int:
+        """Entries of each key head that there is room for besides."""
+
+    @abstractmethod
     def position(self, layer: int) -> I32:
         """Positions of the entries, (n_kv_heads, n)."""
 
+    def mass(self, layer: int) -> F32 | None:
+        """Attention mass of the entries, (n_kv_heads, n), where it is kept: it can be written."""
+        return None
+
+    def strikes(self, layer: int) -> U16 | None:
+        """Strikes of the entries, (n_parts, n_kv_heads, n), where they are counted: they can be written."""
+        return None
+
+    def bias(self, layer: int) -> F32 | None:
+        """Biases of the entries, (n_kv_heads, n), where they have any: they can be written."""
+        return None
+
     @abstractmethod
-    def segments(self, layer: int) -> Sequence[tuple[ops.Segment, I32]]:
-        """All entries, in order, and how many each key head has of each segment."""
+    def parts(self, layer: int) -> Sequence[Part]:
+        """All entries, in order."""
+
+    def keys(self, layer: int, head: int) -> F32:
+        """Keys of a head's entries, (n, head_dim)."""
+        raise NotImplementedError
+
+    def values(self, layer: int, head: int, entries: I32) -> F32:
+        """Values of some entries of a head, (m, head_dim)."""
+        raise NotImplementedError
+
+    def rewrite(self, layer: int, head: int, entries: I32, keys: F32, values: F32) -> None:
+        """Let some entries of a head have these keys and values, (m, head_dim)."""
+        raise NotImplementedError
+
+    def see(self, layer: int, q: F32, n_behind: int) -> None:
+        """Queries of a prompt, float32 (n, n_heads × head_dim), which goes on for ``n_behind`` tokens."""
+        return
 
     @abstractmethod
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
@@ -79,6 +156,22 @@ class Storage(ABC):
     def append(self, layer: int, k: F32, v: F32, position: int) -> None:
         """One more entry: k, v float32 (1, n_kv_heads × head_dim)."""
 
+    def drop(self, layer: int, gone: I32) -> None:
+        """Let entries ``gone`` of a layer go, (n_kv_heads, m)."""
+        raise NotImplementedError
+
+    def resize(self, n_slots: Sequence[int]) -> None:
+        """Have room for so many entries in each layer, in all no more than there was for."""
+        raise NotImplementedError
+
+    def stepped(self, layer: int) -> None:
+        """A decoded token has passed the layer."""
+        return
+
+    def close(self) -> None:
+        """Have no entry among the ``n`` that has gone already."""
+        return
+
     @abstractmethod
     def trim(self, layer: int, n_tokens: int) -> None:
         """Only keep positions below ``n_tokens``."""
@@ -89,7 +182,7 @@ class Storage(ABC):
 
     @abstractmethod
     def copy(self, other: Storage) -> None:
-        """Have the entries of another storage of the same layout, in place of one's own."""
+        """Have the entries of another storage of the same shape, in place of one's own."""
 
 
 def zeros(take: Take, array: Array, shape: Sequence[int], dtype: npt.DTypeLike = np.uint8) -> Any:

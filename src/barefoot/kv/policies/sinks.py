@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, SINGLY, Policy, Seen, at_least, lowest
+from barefoot.kv.policies import I32, SINGLY, Policy, Seen, at_least, lowest
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Sinks(Policy, name="sinks", status="stable", conflicts=SINGLY):
             order = np.concatenate([order[: self.first], order[seen.n - self.keep + self.first :]])
         return np.broadcast_to(order, (len(seen.position), len(order)))
 
-    def sends_away(self, n: int) -> bool:
+    def sends_away(self, n: int, n_tokens: int) -> bool:
         return n > self.keep
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
-        return oldest(position, self.first)
+    def evict(self, seen: Seen) -> I32:
+        return oldest(seen.position, self.first)
 
 
 def oldest(position: I32, first: int) -> I32:

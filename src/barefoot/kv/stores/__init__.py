@@ -7,6 +7,7 @@ lies in slot p mod capacity, so that a window layer is a ring.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
@@ -14,9 +15,14 @@ from barefoot.core.model import ModelSpec
 from barefoot.core.technique import Technique
 from barefoot.ops import kvrows
 
+if TYPE_CHECKING:
+    from barefoot.kv.storage import Storage
+
 
 class KVStore(Technique):
     """The role: the type of the rows. ``row_format`` is the kernels' id for it."""
+
+    rows: ClassVar[bool] = True  # whether an entry is a row of keys and a row of values
 
     @property
     @abstractmethod
@@ -25,6 +31,12 @@ class KVStore(Technique):
     @abstractmethod
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
         """The parts of one head's row of one position: (name, count, bytes each)."""
+
+    def storage(self) -> type[Storage]:
+        """Where entries lie that don't lie by position: a policy rules them, or they are no rows."""
+        from barefoot.kv.slots import Slots
+
+        return Slots
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one head's keys (or values) of one position."""

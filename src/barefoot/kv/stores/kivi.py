@@ -16,6 +16,7 @@ is quantized takes 3 bits a number at 2 bits and groups of 32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Term
@@ -23,9 +24,14 @@ from barefoot.core.model import ModelSpec
 from barefoot.kv.stores import KVStore, whole_rows
 from barefoot.ops import kvblocks, kvrows
 
+if TYPE_CHECKING:
+    from barefoot.kv.storage import Storage
+
 
 @dataclass(frozen=True)
 class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
+    rows: ClassVar[bool] = False
+
     bits: int = 2
     group: int = 32
     residual: int = 128
@@ -37,6 +43,11 @@ class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
             raise InvalidInput(f"kivi: group must be a multiple of {kvblocks.RUN}, got {self.group}")
         if self.residual <= 0 or self.residual % self.group:
             raise InvalidInput(f"kivi: residual must be a multiple of group, got {self.residual}")
+
+    def storage(self) -> type[Storage]:
+        from barefoot.kv.sealed import Sealed
+
+        return Sealed
 
     @property
     def row_format(self) -> str:
