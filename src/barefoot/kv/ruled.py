@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
-from barefoot.core.spec import format_composition, parse_composition
+from barefoot.core.spec import parse_composition
 from barefoot.core.technique import Technique, check_composition
 from barefoot.kv.layout import Layout
 from barefoot.kv.policies import Policy
 from barefoot.kv.storage import Heads
-from barefoot.kv.stores import KVStore
+from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.kv.stores.f16 import HalfStore
 
 
@@ -31,9 +31,11 @@ class Ruled(KVStore):
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
         check_composition([t for t in (self.policy, self.store) if t is not None])
+        if self.policy is not None:
+            self.store.check_policy(self.policy)
 
     def __str__(self) -> str:
-        return format_composition((self.store,) if self.policy is None else (self.policy, self.store))
+        return str(self.store) if self.policy is None else f"{self.policy} > {self.store}"
 
     @property
     def row_format(self) -> str:
@@ -86,23 +88,25 @@ def of(kv: KVStore) -> Ruled | None:
 
 
 def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:
-    """The KV store of a spec string: a store, a policy, or ``policy > store``; a policy alone keeps f16.
+    """The KV store of a spec string: a store, a policy, or ``policy > store``, where a store may wrap another one. What
+    wraps nothing is in f16.
 
     Raises
     ------
     InvalidInput : unreadable text, unknown names or knobs.
     Incompatible : what does not go together.
     """
-    techniques = parse_composition(text, known, "kv")
-    *wrapping, last = techniques
-    if isinstance(last, Policy):
-        wrapping, last = [*wrapping, last], HalfStore()
-    if not isinstance(last, KVStore) or not all(isinstance(t, Policy) for t in wrapping):
+    *outer, last = parse_composition(text, known, "kv")
+    store: KVStore = HalfStore()
+    if isinstance(last, KVStore) and not isinstance(last, Wrapper):
+        store = last
+    else:
+        outer.append(last)
+    while outer and isinstance(outer[-1], Wrapper):
+        store, outer = outer[-1].around(store), outer[:-1]
+    policies = [t for t in outer if isinstance(t, Policy)]
+    if len(policies) < len(outer):
         raise Incompatible(f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > q8"')
-    if not wrapping:
-        return last
-    if len(wrapping) > 1:
-        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(wrapping)}")
-    policy = wrapping[0]
-    assert isinstance(policy, Policy)
-    return Ruled(policy, last)
+    if len(policies) > 1:
+        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(policies)}")
+    return Ruled(policies[0], store) if policies else store

@@ -7,15 +7,18 @@ lies in slot p mod capacity, so that a window layer is a ring.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
+from barefoot.core.spec import format_technique
 from barefoot.core.technique import Technique
 from barefoot.ops import kvrows
 
 if TYPE_CHECKING:
+    from barefoot.kv.policies import Policy
     from barefoot.kv.storage import Storage
 
 
@@ -37,6 +40,19 @@ class KVStore(Technique):
         from barefoot.kv.slots import Slots
 
         return Slots
+
+    def groups(self, n_layers: int) -> tuple[range, ...]:
+        """The layers in order, those together that keep the same entries: a policy chooses once for them."""
+        return tuple(range(layer, layer + 1) for layer in range(n_layers))
+
+    def check_policy(self, policy: Policy) -> None:
+        """Refuse a policy whose choices such entries can't follow.
+
+        Raises
+        ------
+        Incompatible : with the reason.
+        """
+        return
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one head's keys (or values) of one position."""
@@ -63,6 +79,30 @@ class KVStore(Technique):
         slots = sum(self.slots(spec, layer, context, chunk) for layer in range(spec.n_layers))
         rows = 2 * slots * spec.n_kv_heads
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
+
+
+class Wrapper(KVStore):
+    """A store of what it makes of entries, in the rows of another one, ``inner``: ``name(knob=value) > inner``."""
+
+    inner: KVStore
+
+    @classmethod
+    def knobs(cls) -> dict[str, Any]:
+        return {name: default for name, default in super().knobs().items() if name != "inner"}
+
+    def __str__(self) -> str:
+        return f"{format_technique(self)} > {self.inner}"
+
+    def around(self, inner: KVStore) -> Wrapper:
+        """The same in another one's rows."""
+        return replace(self, inner=inner)  # type: ignore[type-var]
+
+    @property
+    def row_format(self) -> str:
+        return self.inner.row_format
+
+    def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
+        return self.inner.row_parts(head_dim)
 
 
 def whole_rows(store: KVStore, row_format: str, head_dim: int) -> None:
