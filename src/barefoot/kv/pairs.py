@@ -20,9 +20,9 @@ from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, S
 from barefoot.kv.stores.minicache import MiniCache, angles
 from barefoot.ops import kvrows
 
-MERGED_ROWS = 256  # entries of a key head that are merged at a time
-MERGED = 44  # bytes of numpy arrays for each of their numbers
-ARRANGED = 34  # and for each entry of a key head, while those to merge are found
+MERGED_ROWS = 128  # entries of a key head that are merged at a time
+MERGED = 64  # bytes of numpy arrays for each of their numbers
+ARRANGED = 26  # and for each entry of a key head, while those to merge are found
 
 
 class Pair:
@@ -140,8 +140,9 @@ class Pair:
         whole = np.empty(stay.shape[1], np.int32)  # of each entry its number before
         for head, (own, rows) in enumerate(zip(stay, loose, strict=True)):
             far = self._angles(head, rows, staged)
-            order = np.argsort(far, kind="stable")
+            order = np.argsort(far, kind="stable").astype(np.int32)
             near, rest = np.sort(order[: len(rows) - exact]), np.sort(order[len(rows) - exact :])
+            del order
             movers, free = _moves(own[own < n_merged], merged)
             whole[:merged] = np.arange(merged)
             whole[free] = np.concatenate([movers, n_merged + rows[near]])
@@ -171,13 +172,14 @@ class Pair:
         found = np.empty(len(rows), np.float32)
         old = rows < self.n_exact
         found[old] = self.angles[head, rows[old]]
-        for some in _at_a_time(np.flatnonzero(~old)):
-            found[some] = _larger(self._rows(head, rows[some], staged))
+        new = np.flatnonzero(~old).astype(np.int32)
+        for some in _at_a_time(len(new)):
+            found[new[some]] = _larger(self._rows(head, rows[new[some]], staged))
         return found
 
     def _merge(self, head: int, rows: I32, slots: I32, staged: Sequence[U8]) -> None:
         """Merge exact rows of both layers into those slots."""
-        for some in _at_a_time(np.arange(len(rows))):
+        for some in _at_a_time(len(rows)):
             found = self._store.merge(*self._rows(head, rows[some], staged))
             own = np.ascontiguousarray(slots[None, some], np.int32)
             for rows_of, stored in zip(found.direction, self.directions, strict=True):
@@ -220,8 +222,8 @@ def _larger(rows: F32) -> F32:
     return found
 
 
-def _at_a_time(numbers: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-    return (numbers[start : start + MERGED_ROWS] for start in range(0, len(numbers), MERGED_ROWS))
+def _at_a_time(n: int) -> Iterator[slice]:
+    return (slice(start, start + MERGED_ROWS) for start in range(0, n, MERGED_ROWS))
 
 
 class Pairs(Storage):

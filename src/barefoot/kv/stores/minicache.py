@@ -168,8 +168,9 @@ def slerp(first: F32, second: F32, t: float) -> Merged:
     sine = np.sin(angle)
     linear = sine < SMALL
     sine[linear] = 1
-    before, behind = (np.where(linear, np.float32(part), np.sin(part * angle) / sine) for part in (1 - t, t))
-    direction, length = _units(before[..., None] * ours + behind[..., None] * theirs)
+    weights = (np.where(linear, part, np.sin(part * angle) / sine) for part in (1 - t, t))
+    before, behind = (np.asarray(weight, np.float32)[..., None] for weight in weights)
+    direction, length = _units(before * ours + behind * theirs)
     lost = length < SMALL
     direction[lost] = np.where(m[..., None] == 0, ours, theirs)[lost]
     return Merged(direction, np.stack([n, m]))
@@ -178,5 +179,5 @@ def slerp(first: F32, second: F32, t: float) -> Merged:
 def _units(rows: F32) -> tuple[F32, F32]:
     """Rows of length 1, and the lengths that they had; rows of zeros stay."""
     lengths: F32 = np.sqrt(np.einsum("...d,...d->...", rows, rows))
-    units: F32 = rows / np.where(lengths == 0, np.float32(1), lengths)[..., None]
+    units = np.divide(rows, lengths[..., None], out=np.zeros_like(rows), where=lengths[..., None] != 0)
     return units, lengths
