@@ -52,7 +52,7 @@ class Cache:
         layout, policy = self.layout, self.layout.policy
         self.n_tokens = 0
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
-        self._prompt_end = 0  # tokens that there were behind the last one
+        self._prompt_ends: list[int] = []  # tokens that there were behind each one
         self._observed_from = 0  # the first token of a prompt that is observed
         self._chooses = False  # whether the policy chooses among its entries
         self._evicted_at = 0  # tokens that there were when an entry went last
@@ -77,7 +77,7 @@ class Cache:
         """Let ``into`` have what this cache has. Bytes are copied when either of both changes for the first time."""
         into.clear()
         into._lender, into.n_tokens = self, self.n_tokens
-        into._evicted_at, into._prompt_end = self._evicted_at, self._prompt_end
+        into._evicted_at, into._prompt_ends = self._evicted_at, list(self._prompt_ends)
         into._parts, into._part = list(self._parts), self._part
         into._rules, into._weights, into._carried = list(self._rules), list(self._weights), self._carried.copy()
         self._borrowers.append(into)
@@ -129,6 +129,7 @@ class Cache:
         for layer in range(self.layout.n_layers):
             self.storage.trim(layer, n)
         self.n_tokens = n
+        self._prompt_ends = [end for end in self._prompt_ends if end <= n]
 
     # --- a prompt ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +263,8 @@ class Cache:
             # Strikes of the prompt are the only part there is.
             began = n_tokens if chosen else self.n_tokens + self._observed_from
             self._parts, self._part = [began] * len(self._parts), 0
-            self.n_tokens, self._prompt, self._prompt_end = n_tokens, 0, n_tokens
+            self.n_tokens, self._prompt = n_tokens, 0
+            self._prompt_ends.append(n_tokens)
 
     def _biases(self, layer: int, n_new: int) -> F32 | None:
         """Of a layer's entries, and zeros for so many new ones; None where entries have none."""
@@ -276,6 +278,7 @@ class Cache:
         """
         policy = self._rules[layer]
         order = np.argsort(position, axis=1).astype(np.int32)
+        rows = PromptRows(self.storage, layer, self._work.keys, self._work.values, order)
         ordered = None
         if self.layout.n_observed:
             sharing = len(observed) // len(position)
@@ -288,10 +291,10 @@ class Cache:
             n_prompt=n_tokens,
             bias=None if bias is None else np.take_along_axis(bias, order, axis=1),
             carried=self._carried[layer],
+            keys=rows.keys,
         )
         kept = policy.choose(seen)
         if policy.merges and kept.shape[1] < seen.n:
-            rows = PromptRows(self.storage, layer, self._work.keys, self._work.values, order)
             found = merge(policy, seen, kept, rows)
             if found.carried is not None:
                 self._carried[layer] = found.carried
@@ -403,22 +406,23 @@ class Cache:
 
     def _send_away(self, layer: int) -> None:
         policy, storage = self._rules[layer], self.storage
-        bias = storage.bias(layer)
+        bias, rows = storage.bias(layer), StoredRows(storage, layer)
         seen = Seen(
             position=storage.position(layer),
             n_tokens=self.n_tokens,
             observed=self._observed(layer),
             layer=layer,
-            n_prompt=self._prompt_end,
+            n_prompt=self._prompt_ends[-1] if self._prompt_ends else 0,
             bias=bias,
             carried=self._carried[layer],
+            keys=rows.keys,
         )
         gone = policy.evict(seen)
-        if policy.merges:
+        if policy.merges_tokens:
             stays = np.ones(seen.position.shape, bool)
             np.put_along_axis(stays, gone, False, axis=1)
             stay = np.nonzero(stays)[1].reshape(len(stays), -1).astype(np.int32)
-            found = merge(policy, seen, stay, StoredRows(storage, layer))
+            found = merge(policy, seen, stay, rows)
             if found.carried is not None:
                 self._carried[layer] = found.carried
             if bias is not None and found.bias is not None:

@@ -15,9 +15,9 @@ from barefoot.kv.stores import KVStore
 OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
 
 # Bytes of numpy arrays that come and go while a layer's entries are chosen, merged, and then placed; tests measure
-# them. For each entry and key head: to choose, to choose by votes, to place; for each further query head that votes;
-# for each number of a head's keys while its entries are merged.
-CHOOSE, CHOOSE_BY_VOTE, PLACE, VOTE, MERGE = 34, 37, 14, 15, 16
+# them. For each entry and key head: to choose, to choose by votes, to choose and merge, to place; for each further
+# query head that votes; for each number of one head's keys while its entries merge.
+CHOOSE, CHOOSE_BY_VOTE, CHOOSE_AND_MERGE, PLACE, VOTE, MERGE = 34, 37, 94, 14, 15, 12
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Layout:
         each = CHOOSE * h.n_kv_heads
         if self.observes == "votes":
             each = CHOOSE_BY_VOTE * h.n_kv_heads + VOTE * (h.n_heads - h.n_kv_heads)
-        choosing = 0 if self.policy is None else most * each
         if self.policy is not None and self.policy.merges:
-            choosing += most * MERGE * h.head_dim
+            each = CHOOSE_AND_MERGE * h.n_kv_heads + MERGE * h.head_dim
+        choosing = 0 if self.policy is None else most * each
         placing = PLACE * h.n_kv_heads * most + self.store.storage().placing_bytes(self.shape, self.store)
         return Term("kv choosing", max(choosing, placing), 1)
 

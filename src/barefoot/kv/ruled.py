@@ -31,6 +31,13 @@ class Ruled(KVStore):
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
         check_composition([t for t in (self.policy, self.store) if t is not None])
+        if self.policy is not None and "sealed entries" in self.store.provides:
+            if self.policy.biased:
+                raise Incompatible(f"{self.policy} can't rule {self.store}: sealed entries have no biases")
+            if self.policy.layers != "uniform":
+                raise Incompatible(
+                    f"{self.policy} can't rule {self.store}: its layers have room for as many entries each"
+                )
 
     def __str__(self) -> str:
         return format_composition((self.store,) if self.policy is None else (self.policy, self.store))

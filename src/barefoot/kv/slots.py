@@ -25,22 +25,16 @@ NONE = -1  # no slot
 class Region:
     """A layer's slots: views (n_kv_heads, slots, …) of the arrays."""
 
-    def __init__(self, storage: Slots, layer: int, first: int, n_slots: int) -> None:
-        heads = storage.shape.heads
-        n, self.n_slots = heads.n_kv_heads, n_slots
-        own = slice(n * first, n * (first + n_slots))
-        self.keys = storage.all_keys[own].reshape(n, n_slots, -1)
-        self.values = storage.all_values[own].reshape(n, n_slots, -1)
+    def __init__(self, storage: Slots, first: int, n_slots: int) -> None:
+        n, self.n_slots = storage.shape.heads.n_kv_heads, n_slots
+        own, row = slice(n * first, n * (first + n_slots)), storage.all_keys.shape[1]
+        self.keys = storage.all_keys[own].reshape(n, n_slots, row)
+        self.values = storage.all_values[own].reshape(n, n_slots, row)
         self.position = storage.all_positions[own].reshape(n, n_slots)
         self.mass = None if storage.all_mass is None else storage.all_mass[own].reshape(n, n_slots)
         self.bias = None if storage.all_biases is None else storage.all_biases[own].reshape(n, n_slots)
         strikes = storage.all_strikes
         self.strikes = None if strikes is None else strikes[:, own].reshape(len(strikes), n, n_slots)
-        fmt, dim = storage.row_format, heads.head_dim
-        self.segment = ops.Segment(
-            fmt, self.keys, fmt, self.values,
-            key_dim=dim, value_dim=dim, counts=storage.counts[layer], bias=self.bias,
-        )  # fmt: skip
 
     @property
     def by_entry(self) -> list[U8 | I32 | F32 | U16]:
@@ -83,10 +77,11 @@ class Slots(Storage):
         # Of each layer and key head: a slot below the count that waits for the next entry, where one has just gone.
         self.free: I32 = np.full_like(self.counts, NONE)
         self.regions = self._regions([shape.n_slots] * shape.n_layers)
+        self._segments: dict[int, ops.Segment] = {}
 
     def _regions(self, n_slots: Sequence[int]) -> list[Region]:
         first = [0, *np.cumsum(n_slots).tolist()]
-        return [Region(self, layer, first[layer], n) for layer, n in enumerate(n_slots)]
+        return [Region(self, at, n) for at, n in zip(first, n_slots, strict=False)]
 
     def resize(self, n_slots: Sequence[int]) -> None:
         there = [region.n_slots for region in self.regions]
@@ -96,14 +91,17 @@ class Slots(Storage):
         n = [self.n(layer) for layer in range(len(there))]
         assert all(each <= room for each, room in zip(n, n_slots, strict=True))
         assert sum(n_slots) <= self.shape.n_layers * self.shape.n_slots
-        # To the left without gaps, the first layer first; then to the right, the last one first: none is overwritten.
-        for sizes, layers in ((n, range(len(n))), (n_slots, reversed(range(len(n))))):
+        # To the left without gaps, the first ones first; then to the right, the last ones first: none is overwritten.
+        for sizes, turn in ((n, 1), (n_slots, -1)):
             regions = self._regions(sizes)
-            for layer in layers:
-                pairs = zip(regions[layer].by_entry, self.regions[layer].by_entry, strict=True)
-                for into, own in pairs:
-                    into[:, : n[layer]] = own[:, : n[layer]].copy()
+            for layer in range(len(n))[::turn]:
+                for into, own in zip(regions[layer].by_entry, self.regions[layer].by_entry, strict=True):
+                    for head in range(len(own))[::turn]:
+                        for start in range(0, n[layer], MOVED_ROWS)[::turn]:
+                            part = slice(start, min(start + MOVED_ROWS, n[layer]))
+                            into[head, part] = own[head, part]
             self.regions = regions
+        self._segments = {}
 
     def n(self, layer: int) -> int:
         return int(self.counts[layer, 0])
@@ -127,7 +125,15 @@ class Slots(Storage):
         return None if bias is None else bias[:, : self.n(layer)]
 
     def parts(self, layer: int) -> Sequence[Part]:
-        return [Part(self.regions[layer].segment, self.counts[layer])] if self.n(layer) else []
+        if not self.n(layer):
+            return []
+        if layer not in self._segments:
+            region, fmt, dim = self.regions[layer], self.row_format, self.shape.heads.head_dim
+            self._segments[layer] = ops.Segment(
+                fmt, region.keys, fmt, region.values,
+                key_dim=dim, value_dim=dim, counts=self.counts[layer], bias=region.bias,
+            )  # fmt: skip
+        return [Part(self._segments[layer], self.counts[layer])]
 
     def keys(self, layer: int, head: int) -> F32:
         rows = self.regions[layer].keys[head, : self.n(layer)]
