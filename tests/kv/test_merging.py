@@ -264,7 +264,7 @@ def test_kvmerger_links_the_most_alike_neighbours_and_weighs_by_distance():
         near = np.exp(-apart / (2 * variance)) if len(members) > 1 else np.ones(1)
         assert found.into[0, members].tolist() == [pivot] * len(members)
         assert np.allclose(found.weight[0, members], near / near.sum(), rtol=1e-4)
-        assert found.value_factor[0, pivot] == len(members)
+        assert found.value_factor[0, pivot] == pytest.approx(len(members))
 
 
 def test_where_too_few_are_alike_the_least_attended_sets_are_lost():
@@ -290,7 +290,7 @@ def test_a_merged_entry_counts_for_all_it_stands_for_when_it_merges_again():
 MERGING = (
     Elastic(ratio=0.4, first=1, distance=3),
     D2O(keep=9, recent=3, first=1, layers="uniform"),
-    D2O(keep=9, recent=3, first=1),
+    D2O(keep=9, recent=3, first=1, mass="bias"),
     D2O(keep=9, recent=3, first=1, layers="pyramid", merging=False),
     H2O(keep=9, recent=3, layers="measured"),
     KVMerger(keep=9, recent=3, heavy=2, alike=-1.0, room=14),
@@ -384,3 +384,21 @@ def same(cache, other):
                 found.append([array[head, order] for array in region.by_entry])
             for a, b in zip(*found, strict=True):
                 assert np.array_equal(a, b) if a.dtype != np.float32 else np.allclose(a, b, atol=1e-5)
+
+
+def test_with_a_bias_every_token_that_d2o_recalls_counts():
+    """Equal keys and values: attention to what is left is attention to all of it; without the bias it is not."""
+    rng = np.random.default_rng(1)
+    which = np.concatenate([np.arange(8), rng.integers(0, 8, 30)])
+    kept, values = rng.standard_normal((8, 32)), rng.standard_normal((8, 32))
+    seen = seen_of(kept[which][None].astype(np.float32), rng.random((1, 38)))
+    stay = np.arange(8, dtype=np.int32)[None]
+    q = rng.standard_normal((20, 32)) / 4
+    full = softmax_output(q, kept[which], values[which])
+    error = {}
+    for mass in ("bias", "none"):
+        found = D2O(keep=8, first=0, recent=0, smoothing=0.0, mass=mass).merge(seen, stay)
+        out = softmax_output(q, *merged_rows(found, kept[which], values[which]))
+        error[mass] = np.abs(out - full).max()
+    assert error["bias"] < 1e-5
+    assert error["none"] > 0.01

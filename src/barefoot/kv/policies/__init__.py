@@ -178,6 +178,16 @@ def protect_recent(scores: F32, position: I32, n_tokens: int, n: int) -> F32:
     return np.where(position >= n_tokens - n, np.float32(np.inf), scores)
 
 
+def stands_for(into: I32, bias: F32 | None) -> F32:
+    """Biases (n_kv_heads, n) of entries that others have joined: the logarithm of how many tokens each stands for, of
+    which ``bias`` says the same before."""
+    before = np.ones(into.shape) if bias is None else np.exp(bias.astype(np.float64))
+    counts = [
+        np.bincount(own[own >= 0], weights=n[own >= 0], minlength=len(own)) for own, n in zip(into, before, strict=True)
+    ]
+    return np.log(np.maximum(counts, 1)).astype(np.float32)
+
+
 def every(seen: Seen) -> I32:
     """All slots, (n_kv_heads, n)."""
     return np.broadcast_to(np.arange(seen.n, dtype=np.int32), seen.position.shape)

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, Merge, Observation, Policy, Seen, at_least, every, one_of
+from barefoot.kv.policies import F32, I32, Merge, Observation, Policy, Seen, at_least, every, one_of, stands_for
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class KVMerger(Policy, name="kvmerger", papers=(70,)):
     recent: int | None = None  # a third of ``keep``
     heavy: int | None = None  # a quarter of ``keep``
     alike: float = 0.75
-    spread: float = 1.0
+    spread: float = 0.5
     mass: Literal["value", "bias", "none"] = "value"
     room: int = 512
 
@@ -106,8 +106,9 @@ class KVMerger(Policy, name="kvmerger", papers=(70,)):
     def merge(self, seen: Seen, stay: I32) -> Merge:
         assert seen.keys is not None
         into = np.stack([self._pivots(seen, head)[1] for head in range(len(seen.position))])
-        stands_for = np.ones(into.shape) if seen.bias is None else np.exp(seen.bias.astype(np.float64))
-        weight, size = np.zeros(into.shape, np.float32), np.ones(into.shape)
+        bias = stands_for(into, seen.bias)
+        before = np.ones(into.shape) if seen.bias is None else np.exp(seen.bias.astype(np.float64))
+        weight = np.zeros(into.shape, np.float32)
         for head, pivot in enumerate(into):
             lives = np.flatnonzero(pivot >= 0)
             to = pivot[lives]
@@ -115,15 +116,13 @@ class KVMerger(Policy, name="kvmerger", papers=(70,)):
             apart = np.square(keys[lives] - keys[to]).sum(axis=1, dtype=np.float64)
             others = np.maximum(np.bincount(to, minlength=seen.n) - 1, 1)
             variance = self.spread * np.bincount(to, weights=apart, minlength=seen.n) / others
-            near = np.exp(-apart / (2 * np.maximum(variance[to], 1e-30))) * stands_for[head, lives]
+            near = np.exp(-apart / (2 * np.maximum(variance[to], 1e-30))) * before[head, lives]
             weight[head, lives] = near / np.bincount(to, weights=near, minlength=seen.n)[to]
-            size[head] = np.bincount(to, weights=stands_for[head, lives], minlength=seen.n)
-        size = np.maximum(size, 1)
         return Merge(
             into,
             weight,
-            value_factor=size.astype(np.float32) if self.mass == "value" else None,
-            bias=np.log(size).astype(np.float32) if self.mass == "bias" else None,
+            value_factor=np.exp(bias) if self.mass == "value" else None,
+            bias=bias if self.mass == "bias" else None,
         )
 
 
