@@ -15,12 +15,15 @@ had waited, since the highest scores are among the highest of more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.kv import budgets
 from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
 from barefoot.kv.merging import PromptRows, StoredRows, merge
@@ -130,6 +133,80 @@ class Cache:
             self.storage.trim(layer, n)
         self.n_tokens = n
         self._prompt_ends = [end for end in self._prompt_ends if end <= n]
+
+    # --- in a file ---------------------------------------------------------------------------------------------------
+
+    def header(self) -> dict[str, Any]:
+        """How much there is, as JSON: what :meth:`restore` needs for :meth:`held` to be of the same shapes.
+
+        Raises
+        ------
+        Incompatible : such entries can't be saved.
+        """
+        return {
+            "tokens": self.n_tokens,
+            "evicted_at": self._evicted_at,
+            "parts": self._parts,
+            "part": self._part,
+            "prompts": self._prompt_ends,
+            "keeps": [rule.keep for rule in self._rules],
+            "carried": self._carried.tolist(),
+            "entries": self.storage.counters(),
+        }
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name: views that can be written when ``restore`` has made room."""
+        return self.storage.held()
+
+    def restore(self, header: Mapping[str, Any]) -> None:
+        """Have as much as the header says; then :meth:`held` is to be filled, and :meth:`check` to be called.
+
+        Raises
+        ------
+        CorruptFile : that isn't possible. The cache is empty then.
+        """
+        self.clear()
+        layout = self.layout
+        try:
+            self.n_tokens = untrusted.count(header, "tokens", layout.context)
+            self._evicted_at = untrusted.count(header, "evicted_at", self.n_tokens)
+            self._parts = untrusted.counts(header, "parts", len(self._parts), self.n_tokens)
+            self._part = untrusted.count(header, "part", max(0, len(self._parts) - 1))
+            ends = header.get("prompts")
+            self._prompt_ends = untrusted.counts(
+                header, "prompts", len(ends) if isinstance(ends, list) else 0, self.n_tokens
+            )
+            self._carried[...] = untrusted.numbers(header, "carried", self._carried.shape)
+            keeps = untrusted.counts(header, "keeps", len(self._rules), layout.n_layers * layout.n_slots)
+            if layout.policy is not None and layout.policy.layers != "uniform":
+                if min(keeps) < layout.policy.least_keep:
+                    raise CorruptFile(f"a layer that keeps {min(keeps)} entries, must be {layout.policy.least_keep}")
+                self._rules = [layout.policy.with_keep(keep) for keep in keeps]
+                slots = [rule.slots(layout.context) for rule in self._rules]
+                if sum(slots) > layout.n_layers * layout.n_slots:
+                    raise CorruptFile(
+                        f"layers that keep {sum(slots)} entries in all, of {layout.n_layers * layout.n_slots}"
+                    )
+                self._own.resize(slots)
+            entries = header.get("entries")
+            self._own.restore(entries if isinstance(entries, dict) else {})
+        except CorruptFile:
+            self.clear()
+            raise
+
+    def check(self) -> None:
+        """Refuse what was filled in if positions are none.
+
+        Raises
+        ------
+        CorruptFile : so it is. The cache is empty then.
+        """
+        for layer in range(self.layout.n_layers):
+            position = np.sort(self.storage.position(layer), axis=1)
+            inside = position.size == 0 or (position[:, 0].min() >= 0 and position[:, -1].max() < self.n_tokens)
+            if not inside or (np.diff(position, axis=1) == 0).any():
+                self.clear()
+                raise CorruptFile(f"positions of layer {layer} are not different ones below {self.n_tokens}")
 
     # --- a prompt ---------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ region of the arrays, so that layers can share them unequally.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core import untrusted
 from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
@@ -222,6 +224,28 @@ class Slots(Storage):
     def clear(self) -> None:
         self.counts[...] = 0
         self.free[...] = NONE
+
+    def counters(self) -> dict[str, list[int]]:
+        self.close()
+        return {"n": self.counts[:, 0].tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        slots = [region.n_slots for region in self.regions]
+        self.free[...] = NONE
+        self.counts[...] = np.array(untrusted.counts(counters, "n", len(slots), slots))[:, None]
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found = {}
+        for layer, region in enumerate(self.regions):
+            for name, array in zip(self._names, region.by_entry, strict=True):
+                found[f"{layer}.{name}"] = array[:, : self.n(layer)]
+        return found
+
+    @property
+    def _names(self) -> list[str]:
+        """Of a region's arrays."""
+        kept = [name for name, there in (("mass", self.all_mass), ("bias", self.all_biases)) if there is not None]
+        return ["keys", "values", "position", *kept, *(f"strikes{i}" for i in range(self.shape.n_parts))]
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Slots)

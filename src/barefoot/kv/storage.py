@@ -7,7 +7,7 @@ parts, in that order, takes new ones, and states its arrays before it has any.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 
 F32 = npt.NDArray[np.float32]
@@ -179,6 +180,23 @@ class Storage(ABC):
     @abstractmethod
     def clear(self) -> None:
         """No entries."""
+
+    def counters(self) -> dict[str, list[int]]:
+        """How much there is: what :meth:`restore` needs for :meth:`held` to be of the same shapes."""
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        """Have as much as ``counters`` say, of any content.
+
+        Raises
+        ------
+        CorruptFile : it isn't possible.
+        """
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name: views whose last axes are contiguous, and which can be written."""
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
 
     @abstractmethod
     def copy(self, other: Storage) -> None:
