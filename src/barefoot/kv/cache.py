@@ -29,6 +29,7 @@ from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
 from barefoot.kv.merging import PromptRows, StoredRows, merge
 from barefoot.kv.policies import Policy, Seen, by_layer
 from barefoot.kv.storage import F32, I32, STAGED, Part, Storage, Take
+from barefoot.kv.turning import Turning
 
 
 class Cache:
@@ -38,9 +39,14 @@ class Cache:
     ----------
     workspace : shared with other sequences of the same layout; one passes at a time.
     take : gives zeroed bytes.
+    turnings : the rotary embedding of each layer; needed where a policy has entries that queries turn to meet.
     """
 
-    def __init__(self, layout: Layout, workspace: Workspace, take: Take) -> None:
+    def __init__(
+        self, layout: Layout, workspace: Workspace, take: Take, turnings: Sequence[Turning] | None = None
+    ) -> None:
+        assert turnings is not None or not layout.n_anchored
+        self._turnings = turnings
         h, self.layout, self._work = layout.heads, layout, workspace
         self._own = layout.storage(take)
         self._lender: Cache | None = None  # whose entries these are, until either of both changes
@@ -271,7 +277,7 @@ class Cache:
                 scratch=work.scratch,
             )  # fmt: skip
             return
-        parts = [*self.storage.parts(layer), Part(self._staging, self._staged)]
+        parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), Part(self._staging, self._staged)]
         at, even = 0, None
         if self.layout.n_parts:
             even = (1 / (self.storage.n(layer) + n_before + 1 + np.arange(n))).astype(np.float32)
@@ -280,6 +286,14 @@ class Cache:
                 seen -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
             work.observed[:, at : at + count] += seen
             at += count
+
+    def _parts_of(self, layer: int, n_gone: int) -> list[Part]:
+        """The storage's parts; queries meet the anchored ones as if those that have gone had not been."""
+        parts = list(self.storage.parts(layer))
+        if self._turnings is not None and self.layout.n_anchored and n_gone:
+            turning, head_dim = self._turnings[layer], self.layout.heads.head_dim
+            parts[0] = parts[0]._replace(query=lambda q: turning.turn(q, head_dim, -n_gone))
+        return parts
 
     def _pass(
         self, parts: Sequence[Part], q: F32, out: F32, *, observe: bool, n_before: int = -1, even: F32 | None = None
@@ -440,7 +454,9 @@ class Cache:
         even = None if strikes is None else np.array([1 / storage.n(layer)], np.float32)
         observe = mass is not None or strikes is not None
         at = 0
-        for count, seen in self._pass(storage.parts(layer), q, out, observe=observe, even=even):
+        for count, seen in self._pass(
+            self._parts_of(layer, self.n_tokens + 1 - storage.n(layer)), q, out, observe=observe, even=even
+        ):
             if mass is not None:
                 mass[:, at : at + count] += seen
             if strikes is not None:

@@ -18,6 +18,7 @@ OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
 # them. For each entry and key head: to choose, to choose by votes, to choose and merge, to place; for each further
 # query head that votes; for each number of one head's keys while its entries merge.
 CHOOSE, CHOOSE_BY_VOTE, CHOOSE_AND_MERGE, PLACE, VOTE, MERGE = 34, 37, 94, 14, 15, 12
+TURN = 16  # bytes for each number of the queries of a chunk while they turn
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Layout:
         return self.policy.n_parts if self.policy is not None and self.observes == "strikes" else 0
 
     @property
+    def n_anchored(self) -> int:
+        """First entries that queries turn to meet."""
+        return 0 if self.policy is None else self.policy.n_anchored
+
+    @property
     def widest(self) -> int:
         """The most entries of a layer: the context's, where layers share their budgets."""
         shared = self.policy is not None and self.policy.layers != "uniform"
@@ -61,7 +67,8 @@ class Layout:
     @property
     def shape(self) -> Shape:
         biased = self.policy is not None and self.policy.biased
-        return Shape(self.heads, self.n_layers, self.n_slots, self.observes == "mass", biased, self.n_parts)
+        mass = self.observes == "mass"
+        return Shape(self.heads, self.n_layers, self.n_slots, mass, biased, self.n_parts, self.n_anchored)
 
     def own(self) -> tuple[Array, ...]:
         """The arrays of a sequence."""
@@ -108,8 +115,9 @@ class Layout:
         if self.policy is not None and self.policy.merges:
             each = CHOOSE_AND_MERGE * h.n_kv_heads + MERGE * h.head_dim
         choosing = 0 if self.policy is None else most * each
+        turning = TURN * self.chunk * h.n_heads * h.head_dim if self.n_anchored else 0
         placing = PLACE * h.n_kv_heads * most + self.store.storage().placing_bytes(self.shape, self.store)
-        return Term("kv choosing", max(choosing, placing), 1)
+        return Term("kv choosing", max(choosing, placing, turning), 1)
 
 
 class Workspace:

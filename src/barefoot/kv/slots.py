@@ -79,7 +79,7 @@ class Slots(Storage):
         # Of each layer and key head: a slot below the count that waits for the next entry, where one has just gone.
         self.free: I32 = np.full_like(self.counts, NONE)
         self.regions = self._regions([shape.n_slots] * shape.n_layers)
-        self._segments: dict[int, ops.Segment] = {}
+        self._parts: dict[int, list[Part]] = {}
 
     def _regions(self, n_slots: Sequence[int]) -> list[Region]:
         first = [0, *np.cumsum(n_slots).tolist()]
@@ -103,7 +103,7 @@ class Slots(Storage):
                             part = slice(start, min(start + MOVED_ROWS, n[layer]))
                             into[head, part] = own[head, part]
             self.regions = regions
-        self._segments = {}
+        self._parts = {}
 
     def n(self, layer: int) -> int:
         return int(self.counts[layer, 0])
@@ -129,13 +129,27 @@ class Slots(Storage):
     def parts(self, layer: int) -> Sequence[Part]:
         if not self.n(layer):
             return []
-        if layer not in self._segments:
-            region, fmt, dim = self.regions[layer], self.row_format, self.shape.heads.head_dim
-            self._segments[layer] = ops.Segment(
-                fmt, region.keys, fmt, region.values,
-                key_dim=dim, value_dim=dim, counts=self.counts[layer], bias=region.bias,
-            )  # fmt: skip
-        return [Part(self._segments[layer], self.counts[layer])]
+        if layer not in self._parts:
+            self._parts[layer] = self._parts_of(layer)
+        parts = self._parts[layer]
+        if len(parts) > 1:
+            first, rest = (part.counts for part in parts)
+            first[:] = min(self.n(layer), self.shape.n_anchored)
+            rest[:] = self.counts[layer] - first
+        return [part for part in parts if part.counts[0]]
+
+    def _parts_of(self, layer: int) -> list[Part]:
+        """One of all entries; or one of the anchored ones, which keep the first slots, and one of the others."""
+        region, fmt, dim = self.regions[layer], self.row_format, self.shape.heads.head_dim
+        anchored, own = self.shape.n_anchored, self.counts[layer]
+        parts = []
+        for counts in (np.zeros_like(own), np.zeros_like(own)) if anchored else (own,):
+            segment = ops.Segment(
+                fmt, region.keys, fmt, region.values, key_dim=dim, value_dim=dim, counts=counts, bias=region.bias
+            )
+            parts.append(Part(segment, counts))
+        parts[-1].segment.key_start = parts[-1].segment.value_start = anchored
+        return parts
 
     def keys(self, layer: int, head: int) -> F32:
         rows = self.regions[layer].keys[head, : self.n(layer)]

@@ -59,7 +59,8 @@ class Array:
 class Shape:
     """What a storage is to hold: ``n_slots`` entries of each key head, in a layer of mean size.
 
-    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position.
+    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position. ``n_anchored``: so
+    many of the first entries are a part of their own, and never go.
     """
 
     heads: Heads
@@ -68,6 +69,7 @@ class Shape:
     mass: bool = False
     biased: bool = False
     n_parts: int = 0
+    n_anchored: int = 0
 
 
 class Part(NamedTuple):

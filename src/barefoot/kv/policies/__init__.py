@@ -108,6 +108,12 @@ class Policy(Technique):
         return 1
 
     @property
+    def n_anchored(self) -> int:
+        """So many of the first positions, which always stay, are as far from a query as entries are between them, not
+        tokens."""
+        return 0
+
+    @property
     def merges(self) -> bool:
         """Whether entries live on in others that go when a prompt is done."""
         return False
