@@ -16,6 +16,8 @@ from barefoot.kv.storage import Heads
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.f16 import HalfStore
 
+MOST_POSITIONS = (1 << 31) - 1
+
 
 @dataclass(frozen=True)
 class Ruled(KVStore):
@@ -56,6 +58,11 @@ class Ruled(KVStore):
         if spec.layers[layer].window is not None:
             return super().slots(spec, layer, context, chunk)
         return context if self.policy is None else self.policy.slots(context)
+
+    def longest(self, spec: ModelSpec) -> int:
+        """Any, where distances are those between entries."""
+        endless = self.policy is not None and self.policy.n_anchored > 0
+        return MOST_POSITIONS if endless else spec.context_length
 
     def most_seen(self, n: int) -> int:
         return n if self.policy is None else min(n, self.policy.slots(n))
