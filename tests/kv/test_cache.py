@@ -10,13 +10,13 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.measure import TracedPeak
 from barefoot.kv.cache import Cache
+from barefoot.kv.entries import NONE
 from barefoot.kv.layout import Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.random import Random
 from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
-from barefoot.kv.slots import NONE
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.f32 import FloatStore
