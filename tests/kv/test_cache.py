@@ -75,9 +75,10 @@ def run_prompt(cache, per_layer, chunk):
 
 
 def positions(cache, layer, head):
-    """Of a head's entries, those of a slot left free taken out."""
-    there = cache.storage.position(layer)[head].tolist()
-    free = getattr(cache.storage, "free", None)
+    """Of a head's entries that a policy chooses among, those of a slot left free taken out."""
+    storage = getattr(cache.storage, "kept", cache.storage)
+    there = storage.position(layer)[head].tolist()
+    free = getattr(storage, "free", None)
     if free is not None and free[layer, head] != NONE:
         del there[free[layer, head]]
     return there

@@ -39,12 +39,12 @@ def test_operations(policy):
 @pytest.mark.parametrize("policy", [*POLICIES[:4], H2O(keep=9, recent=0), VOTES], ids=str)
 def test_operations_on_thin_keys(policy):
     """Some policies take entries out of those that are whole."""
-    operate(policy, THIN, PlainThin, WIDE, 2500)
+    operate(policy, THIN, PlainThin, WIDE, 1200)
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=str)
 def test_operations_on_what_is_demoted(policy):
-    operate(policy, MiKV(bits=3), PlainDemoted, WIDE, 2500)
+    operate(policy, MiKV(bits=3), PlainDemoted, WIDE, 1200)
 
 
 def operate(policy, store, plain_cache, heads, n_operations):

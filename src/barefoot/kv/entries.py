@@ -184,8 +184,11 @@ class Entries(Storage):
 
 def pack(arrays: list[U8 | I32 | F32 | U16], head: int, kept: I32, first: int, last: int) -> I32:
     """Bring a head's entries ``kept`` into the slots from ``first`` to ``last``; return those that are left there."""
-    free = np.setdiff1d(np.arange(first, last, dtype=np.int32), kept)
-    movers = kept[(kept < first) | (kept >= last)]
+    inside = (kept >= first) & (kept < last)
+    empty = np.ones(max(0, last - first), bool)
+    empty[kept[inside] - first] = False
+    free = np.flatnonzero(empty).astype(np.int32) + np.int32(first)
+    movers = kept[~inside]
     into, left = free[: len(movers)], free[len(movers) :]
     if len(movers):
         for array in arrays:

@@ -22,7 +22,8 @@ from barefoot.kv.stores.kivi import Kivi
 from barefoot.kv.stores.think import Think
 from barefoot.ops import kvrows
 
-MOVED = 10  # bytes of numpy arrays for each number of the keys that become thin at a time
+MOVED = 12  # bytes of numpy arrays for each number of the keys that become thin at a time
+SIDES = 16  # and for each entry of a key head, to say which side it is on
 
 
 class TwoWidths(Region):
@@ -58,7 +59,7 @@ class Thin(Entries):
 
     @staticmethod
     def placing_bytes(shape: Shape, store: Think) -> int:
-        return MOVED * MOVED_ROWS * shape.heads.head_dim
+        return MOVED * MOVED_ROWS * shape.heads.head_dim + SIDES * shape.n_slots
 
     @staticmethod
     def asking_bytes(shape: Shape, store: Think, n_tokens: int) -> int:
@@ -99,13 +100,15 @@ class Thin(Entries):
             whole = ~is_thin
             self.whole[layer, head, slots[part][whole]] = staged[rows[part][whole]]
             if is_thin.any():
-                floats = kvrows.decode(STAGED, staged[rows[part][is_thin]], self._dim)
-                thin = floats[:, self.channels.kept[layer, head]][:, None]
-                self._write_thin(layer, slice(head, head + 1), thin, slots[part][is_thin][None])
+                self._write_thin(
+                    layer, slice(head, head + 1), staged[None, rows[part][is_thin]], slots[part][is_thin][None]
+                )
 
-    def _write_thin(self, layer: int, heads: slice, keys: F32, slots: I32) -> None:
-        """Keys (m, heads, n_kept) at slots (heads, m)."""
-        rows = np.ascontiguousarray(keys).reshape(len(keys), -1)
+    def _write_thin(self, layer: int, heads: slice, whole: U8, slots: I32) -> None:
+        """Keys in half precision, (heads, m, row bytes), at slots (heads, m)."""
+        kept = self.channels.kept[layer, heads].astype(np.int64)
+        thin = np.take_along_axis(kvrows.decode(STAGED, whole, self._dim), kept[:, None], axis=2)
+        rows = np.ascontiguousarray(thin.swapaxes(0, 1)).reshape(whole.shape[1], -1)
         at = np.ascontiguousarray(slots - self._recent, np.int32)
         ops.kv_write(rows, self.thin[layer, heads], self.row_format, at)
 
@@ -151,12 +154,10 @@ class Thin(Entries):
 
     def _lower(self, layer: int, heads: slice, whole: I32, into: I32) -> None:
         """Take channels from entries, (heads, m): they go to other slots."""
-        kept = self.channels.kept[layer, heads].astype(np.int64)
         for start in range(0, whole.shape[1], MOVED_ROWS):
             part = slice(start, start + MOVED_ROWS)
             rows = np.take_along_axis(self.whole[layer, heads], whole[:, part, None], axis=1)
-            thin = np.take_along_axis(kvrows.decode(STAGED, rows, self._dim), kept[:, None], axis=2)
-            self._write_thin(layer, heads, thin.swapaxes(0, 1), into[:, part])
+            self._write_thin(layer, heads, rows, into[:, part])
         self._move(layer, heads, whole, into)
 
     def _lift(self, layer: int, head: int, thin: I32, into: I32) -> None:
