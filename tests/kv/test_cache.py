@@ -10,6 +10,7 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.measure import TracedPeak
 from barefoot.kv.cache import Cache
+from barefoot.kv.entries import NONE
 from barefoot.kv.layout import Layout, Workspace
 from barefoot.kv.policies.d2o import D2O
 from barefoot.kv.policies.elastic import Elastic
@@ -19,7 +20,6 @@ from barefoot.kv.policies.random import Random
 from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
-from barefoot.kv.slots import NONE
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.f32 import FloatStore
@@ -78,9 +78,10 @@ def run_prompt(cache, per_layer, chunk):
 
 
 def positions(cache, layer, head):
-    """Of a head's entries, those of a slot left free taken out."""
-    there = cache.storage.position(layer)[head].tolist()
-    free = getattr(cache.storage, "free", None)
+    """Of a head's entries that a policy chooses among, those of a slot left free taken out."""
+    storage = getattr(cache.storage, "kept", cache.storage)
+    there = storage.position(layer)[head].tolist()
+    free = getattr(storage, "free", None)
     if free is not None and free[layer, head] != NONE:
         del there[free[layer, head]]
     return there

@@ -280,7 +280,8 @@ class Cache:
         parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), Part(self._staging, self._staged)]
         at, even = 0, None
         if self.layout.n_parts:
-            even = (1 / (self.storage.n(layer) + n_before + 1 + np.arange(n))).astype(np.float32)
+            behind = sum(int(part.counts[0]) for part in parts[:-1])
+            even = (1 / (behind + n_before + 1 + np.arange(n))).astype(np.float32)
         for count, seen in self._pass(parts, q, out, observe=observe, n_before=n_before, even=even):
             if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
                 seen -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
@@ -303,28 +304,28 @@ class Cache:
         work, h, n = self._work, self.layout.heads, len(q)
         sums, tops, totals = work.sums[:n], work.tops[:n], work.totals[:n]
         sums[...], tops[...], totals[...] = 0, -np.inf, 0
-        kept: list[F32] = []
+        kept: list[tuple[Part, F32]] = []
         used = 0
         for i, part in enumerate(parts):
             scores = None
-            if observe:
+            if observe and part.chosen:
                 shape = (h.n_heads, n, part.segment.stride)
                 size = int(np.prod(shape))
                 scores = work.scores[used : used + size].reshape(shape)
                 used += size
-                kept.append(scores)
+                kept.append((part, scores))
             ops.attend_segment(
                 q if part.query is None else part.query(q), part.segment, sums, tops, totals,
                 n_before=n_before if i + 1 == len(parts) else -1,
                 scale=h.scale, softcap=h.softcap, scores=scores, scratch=work.scratch,
             )  # fmt: skip
         np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
-        return self._observations(parts, kept, tops, totals, even)
+        return self._observations(kept, tops, totals, even)
 
     def _observations(
-        self, parts: Sequence[Part], kept: Sequence[F32], tops: F32, totals: F32, even: F32 | None
+        self, kept: Sequence[tuple[Part, F32]], tops: F32, totals: F32, even: F32 | None
     ) -> Iterator[tuple[int, F32]]:
-        for part, scores in zip(parts, kept, strict=False):
+        for part, scores in kept:
             seen, count = self._work.now(scores.shape[2]), int(part.counts[0])
             counts = np.full(len(seen), count, np.int32)
             ops.attention_mass(scores, tops, totals, counts, seen, thresholds=even)
@@ -451,12 +452,11 @@ class Cache:
         storage = self.storage
         storage.append(layer, k, v, self.n_tokens)
         mass, strikes = storage.mass(layer), storage.strikes(layer)
-        even = None if strikes is None else np.array([1 / storage.n(layer)], np.float32)
+        parts = self._parts_of(layer, self.n_tokens + 1 - storage.n(layer))
+        even = None if strikes is None else np.array([1 / sum(int(part.counts[0]) for part in parts)], np.float32)
         observe = mass is not None or strikes is not None
         at = 0
-        for count, seen in self._pass(
-            self._parts_of(layer, self.n_tokens + 1 - storage.n(layer)), q, out, observe=observe, even=even
-        ):
+        for count, seen in self._pass(parts, q, out, observe=observe, even=even):
             if mass is not None:
                 mass[:, at : at + count] += seen
             if strikes is not None:

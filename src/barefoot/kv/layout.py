@@ -68,7 +68,8 @@ class Layout:
     def shape(self) -> Shape:
         biased = self.policy is not None and self.policy.biased
         mass = self.observes == "mass"
-        return Shape(self.heads, self.n_layers, self.n_slots, mass, biased, self.n_parts, self.n_anchored)
+        n_sent = 0 if self.policy is None else max(0, self.context - self.policy.n_left)
+        return Shape(self.heads, self.n_layers, self.n_slots, mass, biased, self.n_parts, self.n_anchored, n_sent)
 
     def own(self) -> tuple[Array, ...]:
         """The arrays of a sequence."""
@@ -107,8 +108,8 @@ class Layout:
         return max(sizes)
 
     def passing(self) -> Term:
-        """What choosing, merging and placing takes for a while."""
-        h, most = self.heads, self.context
+        """What choosing, merging and placing, or queries of other keys, take for a while."""
+        h, most, storage = self.heads, self.context, self.store.storage()
         each = CHOOSE * h.n_kv_heads
         if self.observes == "votes":
             each = CHOOSE_BY_VOTE * h.n_kv_heads + VOTE * (h.n_heads - h.n_kv_heads)
@@ -116,8 +117,9 @@ class Layout:
             each = CHOOSE_AND_MERGE * h.n_kv_heads + MERGE * h.head_dim
         choosing = 0 if self.policy is None else most * each
         turning = TURN * self.chunk * h.n_heads * h.head_dim if self.n_anchored else 0
-        placing = PLACE * h.n_kv_heads * most + self.store.storage().placing_bytes(self.shape, self.store)
-        return Term("kv choosing", max(choosing, placing, turning), 1)
+        placing = PLACE * h.n_kv_heads * most + storage.placing_bytes(self.shape, self.store)
+        asking = storage.asking_bytes(self.shape, self.store, self.chunk)
+        return Term("kv choosing", max(choosing, placing, turning, asking), 1)
 
 
 class Workspace:

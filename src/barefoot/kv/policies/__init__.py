@@ -103,6 +103,11 @@ class Policy(Technique):
         return 2
 
     @property
+    def n_left(self) -> int:
+        """The fewest entries of a key head that are left when some go."""
+        return self.keep
+
+    @property
     def n_parts(self) -> int:
         """In which strikes are counted."""
         return 1
