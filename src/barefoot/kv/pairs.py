@@ -9,13 +9,15 @@ has its own of both, as many as the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile
 from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.minicache import MiniCache, angles
 from barefoot.ops import kvrows
@@ -198,15 +200,22 @@ class Pair:
     def _decode(self, rows: U8) -> F32:
         return kvrows.decode(STAGED, rows, self._dim)
 
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name."""
+        merged, exact = self.n_merged, self.n_exact
+        return {
+            "directions": self.directions[..., :merged, :],
+            "lengths": self.lengths[..., :merged],
+            "exact": self.exact[..., :exact, :],
+            "angles": self.angles[:, :exact],
+            **{f"entries{i}": array[:, : self.n] for i, array in enumerate(self.by_entry)},
+        }
+
     def copy(self, other: Pair) -> None:
         self.counts[...] = other.counts
-        merged, exact = self.n_merged, self.n_exact
-        self.directions[..., :merged, :] = other.directions[..., :merged, :]
-        self.lengths[..., :merged] = other.lengths[..., :merged]
-        self.exact[..., :exact, :] = other.exact[..., :exact, :]
-        self.angles[:, :exact] = other.angles[:, :exact]
-        for own, theirs in zip(self.by_entry, other.by_entry, strict=True):
-            own[:, : self.n] = theirs[:, : self.n]
+        theirs = other.held()
+        for name, own in self.held().items():
+            own[...] = theirs[name]
 
 
 def _moves(there: I32, n: int) -> tuple[I32, I32]:
@@ -319,6 +328,22 @@ class Pairs(Storage):
     def clear(self) -> None:
         for pair in self._pairs:
             pair.counts[...] = 0
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"merged": [pair.n_merged for pair in self._pairs], "exact": [pair.n_exact for pair in self._pairs]}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        merged = untrusted.counts(counters, "merged", len(self._pairs), [pair.room_merged for pair in self._pairs])
+        exact = untrusted.counts(counters, "exact", len(self._pairs), [pair.room_exact for pair in self._pairs])
+        for pair, n_merged, n_exact in zip(self._pairs, merged, exact, strict=True):
+            if n_exact == pair.room_exact and n_merged < pair.room_merged:
+                raise CorruptFile(
+                    f"{n_exact} exact entries beside {n_merged} merged ones: some of them would be merged"
+                )
+            pair.counts[0], pair.counts[1] = n_merged, n_exact
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        return {f"pair{i}.{name}": array for i, pair in enumerate(self._pairs) for name, array in pair.held().items()}
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Pairs)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
-from barefoot.core.spec import parse_composition
+from barefoot.core.spec import format_composition, parse_composition
 from barefoot.core.technique import Technique, check_composition
 from barefoot.kv.layout import Layout
 from barefoot.kv.policies import Policy
@@ -16,12 +16,18 @@ from barefoot.kv.storage import Heads
 from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.kv.stores.f16 import HalfStore
 
+MOST_POSITIONS = (1 << 31) - 1
+
 
 @dataclass(frozen=True)
 class Ruled(KVStore):
     """``policy`` rules the layers that see all positions; those with a window keep what it reaches, in rows.
 
     Without a policy every entry stays: what stores need whose entries are no rows.
+
+    Raises
+    ------
+    Incompatible : the policy, the store and what it wraps don't go together.
     """
 
     policy: Policy | None
@@ -30,12 +36,23 @@ class Ruled(KVStore):
     def __post_init__(self) -> None:
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
-        check_composition([t for t in (self.policy, self.store) if t is not None])
-        if self.policy is not None:
-            self.store.check_policy(self.policy)
+        check_composition(self._techniques, frozenset() if self.policy is None else frozenset({"a policy"}))
+        storage = self.store.storage()
+        if self.policy is None:
+            return
+        if self.policy.merges and not storage.merges:
+            raise Incompatible(f"{self.policy} lets entries join others, which {self.store} can't rewrite")
+        if self.policy.n_anchored and not storage.anchors:
+            raise Incompatible(f"{self.policy} turns queries to its first entries, which {self.store} has among others")
+        if self.policy.layers != "uniform" and not storage.resizes:
+            raise Incompatible(f"{self.policy} gives layers unequal room, which {self.store} can't share")
+
+    @property
+    def _techniques(self) -> tuple[Technique, ...]:
+        return self.store.chain if self.policy is None else (self.policy, *self.store.chain)
 
     def __str__(self) -> str:
-        return str(self.store) if self.policy is None else f"{self.policy} > {self.store}"
+        return format_composition(self._techniques)
 
     @property
     def row_format(self) -> str:
@@ -52,8 +69,13 @@ class Ruled(KVStore):
             return super().slots(spec, layer, context, chunk)
         return context if self.policy is None else self.policy.slots(context)
 
+    def longest(self, spec: ModelSpec) -> int:
+        """Any, where distances are those between entries."""
+        endless = self.policy is not None and self.policy.n_anchored > 0
+        return MOST_POSITIONS if endless else spec.context_length
+
     def most_seen(self, n: int) -> int:
-        return n if self.policy is None else min(n, self.policy.slots(n))
+        return n if self.policy is None or not self.store.forgets else min(n, self.policy.slots(n))
 
     def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
         ruled = self.ruled(spec)
@@ -88,25 +110,29 @@ def of(kv: KVStore) -> Ruled | None:
 
 
 def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:
-    """The KV store of a spec string: a store, a policy, or ``policy > store``, where a store may wrap another one. What
-    wraps nothing is in f16.
+    """The KV store of a spec string: ``policy > wrapper > … > store``, of which the store, or all else, can be left
+    out; f16 is what is kept then.
 
     Raises
     ------
     InvalidInput : unreadable text, unknown names or knobs.
     Incompatible : what does not go together.
     """
-    *outer, last = parse_composition(text, known, "kv")
-    store: KVStore = HalfStore()
-    if isinstance(last, KVStore) and not isinstance(last, Wrapper):
-        store = last
-    else:
-        outer.append(last)
-    while outer and isinstance(outer[-1], Wrapper):
-        store, outer = outer[-1].around(store), outer[:-1]
-    policies = [t for t in outer if isinstance(t, Policy)]
-    if len(policies) < len(outer):
-        raise Incompatible(f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > q8"')
-    if len(policies) > 1:
-        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(policies)}")
-    return Ruled(policies[0], store) if policies else store
+    *outer, store = parse_composition(text, known, "kv")
+    if isinstance(store, Policy):
+        outer, store = [*outer, store], HalfStore()
+    while isinstance(store, KVStore) and outer and isinstance(wrapper := outer[-1], Wrapper):
+        store = replace(wrapper, inner=store)
+        outer.pop()
+    if not isinstance(store, KVStore) or not all(isinstance(t, Policy) for t in outer):
+        raise Incompatible(
+            f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > think > q8"'
+        )
+    if len(outer) > 1:
+        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(outer)}")
+    if outer:
+        policy = outer[0]
+        assert isinstance(policy, Policy)
+        return Ruled(policy, store)
+    of(store)
+    return store

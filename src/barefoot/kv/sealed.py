@@ -7,12 +7,16 @@ them above it (0 below R + 32). Entries keep their order, so what is sealed can'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.core.units import round_up
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.kivi import Kivi
@@ -46,10 +50,12 @@ class Sealed(Storage):
         heads = shape.heads
         return SEALED * heads.n_kv_heads * store.residual * heads.head_dim
 
-    def __init__(self, shape: Shape, store: Kivi, take: Take) -> None:
+    def __init__(self, shape: Shape, store: Kivi, take: Take, *, key_dim: int | None = None) -> None:
+        """``key_dim``: channels of what is sealed, where that isn't all (``sealed_keys``)."""
         heads, n_layers, n_slots = shape.heads, shape.n_layers, shape.n_slots
-        blocks, keys, sealed, values, positions = self.arrays(shape, store)
-        self._store, self._dim = store, heads.head_dim
+        blocks, keys, sealed, values, positions = Sealed.arrays(shape, store)
+        self._store, self._dim, self._key_dim = store, heads.head_dim, key_dim or heads.head_dim
+        blocks = replace(blocks, n_bytes=store.block_bytes(self._key_dim))
         each, row = (n_layers, heads.n_kv_heads), kvrows.row_bytes(STAGED, heads.head_dim)
         self._ring = store.residual + VALUES
         self._blocks = zeros(take, blocks, (*each, n_blocks(n_slots, store), blocks.n_bytes))
@@ -66,16 +72,16 @@ class Sealed(Storage):
         """Both sealed; keys sealed, values not yet; neither."""
         store, channels = self._store, f"c{self._store.bits}"
         parts = (
-            (channels, self._blocks, store.value_format, self._sealed),
-            (channels, self._blocks, STAGED, self._values),
-            (STAGED, self._keys, STAGED, self._values),
+            (channels, self._blocks, self._key_dim, store.value_format, self._sealed),
+            (channels, self._blocks, self._key_dim, STAGED, self._values),
+            (STAGED, self._keys, self._dim, STAGED, self._values),
         )
         return tuple(
             ops.Segment(
                 key_format, keys[layer], value_format, values[layer],
-                key_dim=self._dim, value_dim=self._dim, counts=self._counts[layer, i], group=store.group,
+                key_dim=key_dim, value_dim=self._dim, counts=self._counts[layer, i], group=store.group,
             )
-            for i, (key_format, keys, value_format, values) in enumerate(parts)
+            for i, (key_format, keys, key_dim, value_format, values) in enumerate(parts)
         )  # fmt: skip
 
     def n(self, layer: int) -> int:
@@ -95,7 +101,17 @@ class Sealed(Storage):
         counts[0], counts[1], counts[2] = n_values, n_keys - n_values, n - n_keys
         keys.key_start, keys.value_start = n_values, n_values % self._ring
         neither.value_start = n_keys % self._ring
-        return [Part(s, c) for s, c in zip((both, keys, neither), counts, strict=True) if c[0]]
+        query = self.query(layer)
+        found = zip((both, keys, neither), counts, (query, query, None), strict=True)
+        return [Part(*part) for part in found if part[1][0]]
+
+    def query(self, layer: int) -> Callable[[F32], F32] | None:
+        """Makes queries what sealed keys are multiplied with."""
+        return None
+
+    def sealed_keys(self, layer: int, keys: F32) -> F32:
+        """What is sealed of keys, (n_kv_heads, n, head_dim)."""
+        return keys
 
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
         n, heads = self.n(layer), np.arange(len(stay))[:, None]
@@ -129,7 +145,7 @@ class Sealed(Storage):
         first = int(self._n_keys[layer])
         if n - first == store.residual:
             rows = kvrows.decode(STAGED, self._keys[layer], self._dim)
-            blocks = rows.reshape(len(rows), -1, store.group, self._dim)
+            blocks = self.sealed_keys(layer, rows).reshape(len(rows), -1, store.group, self._key_dim)
             at = first // store.group
             self._blocks[layer, :, at : at + blocks.shape[1]] = kvblocks.encode(store.bits, blocks)
             self._n_keys[layer] += store.residual
@@ -157,6 +173,31 @@ class Sealed(Storage):
     def clear(self) -> None:
         for each in (self._n, self._n_keys, self._n_values):
             each[:] = 0
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"n": self._n.tolist(), "keys": self._n_keys.tolist(), "values": self._n_values.tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        n = untrusted.counts(counters, "n", len(self._n), int(self._positions.shape[2]))
+        n_keys, n_values = (untrusted.counts(counters, name, len(n), n) for name in ("keys", "values"))
+        residual = self._store.residual
+        for all_of_them, keys, values in zip(n, n_keys, n_values, strict=True):
+            fits = keys == all_of_them // residual * residual and values % VALUES == 0
+            if not fits or not all_of_them - values < self._ring:
+                raise CorruptFile(f"a snapshot's {all_of_them} entries can't have {keys} and {values} sealed")
+        self._n[:], self._n_keys[:], self._n_values[:] = n, n_keys, n_values
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found: dict[str, npt.NDArray[Any]] = {}
+        for layer, (n, n_keys, n_values) in enumerate(zip(self._n, self._n_keys, self._n_values, strict=True)):
+            found |= {
+                f"{layer}.blocks": self._blocks[layer, :, : n_keys // self._store.group],
+                f"{layer}.keys": self._keys[layer, :, : n - n_keys],
+                f"{layer}.sealed": self._sealed[layer, :, :n_values],
+                f"{layer}.values": self._values[layer],
+                f"{layer}.position": self._positions[layer, :, :n],
+            }
+        return found
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Sealed)

@@ -7,7 +7,7 @@ parts, in that order, takes new ones, and states its arrays before it has any.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 
 F32 = npt.NDArray[np.float32]
@@ -58,7 +59,9 @@ class Array:
 class Shape:
     """What a storage is to hold: ``n_slots`` entries of each key head, in a layer of mean size.
 
-    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position.
+    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position. ``n_anchored``: so
+    many of the first entries are a part of their own, and never go. ``n_sent``: the most entries of a key head that a
+    policy sends away.
     """
 
     heads: Heads
@@ -67,6 +70,8 @@ class Shape:
     mass: bool = False
     biased: bool = False
     n_parts: int = 0
+    n_anchored: int = 0
+    n_sent: int = 0
 
 
 class Part(NamedTuple):
@@ -76,17 +81,22 @@ class Part(NamedTuple):
     ----------
     counts : int32 (n_kv_heads,), how many each key head has of them.
     query : makes queries, float32 (n, n_heads × head_dim), what these keys are multiplied with; None for themselves.
+    chosen : whether the policy chooses among them, so that what is observed of them counts; else they come last.
     """
 
     segment: ops.Segment
     counts: I32
     query: Callable[[F32], F32] | None = None
+    chosen: bool = True
 
 
 class Storage(ABC):
     """The entries of all layers of one sequence."""
 
     lets_go: ClassVar[bool] = False  # whether an entry that has been placed can go
+    merges: ClassVar[bool] = False  # whether an entry can be rewritten
+    resizes: ClassVar[bool] = False  # whether layers can have unequal room
+    anchors: ClassVar[bool] = False  # whether the first entries can be a part of their own
 
     @staticmethod
     @abstractmethod
@@ -97,6 +107,11 @@ class Storage(ABC):
     @abstractmethod
     def placing_bytes(shape: Shape, store: Any) -> int:
         """Of arrays that come and go while entries are placed."""
+
+    @staticmethod
+    def asking_bytes(shape: Shape, store: Any, n_tokens: int) -> int:
+        """Of arrays that come and go while ``n_tokens`` are seen, and attend."""
+        return 0
 
     @abstractmethod
     def __init__(self, shape: Shape, store: Any, take: Take) -> None: ...
@@ -127,7 +142,7 @@ class Storage(ABC):
 
     @abstractmethod
     def parts(self, layer: int) -> Sequence[Part]:
-        """All entries, in order."""
+        """All entries, in order, and behind them those that no policy chooses among."""
 
     def keys(self, layer: int, head: int) -> F32:
         """Keys of a head's entries, (n, head_dim)."""
@@ -180,6 +195,23 @@ class Storage(ABC):
     @abstractmethod
     def clear(self) -> None:
         """No entries."""
+
+    def counters(self) -> dict[str, list[int]]:
+        """How much there is: what :meth:`restore` needs for :meth:`held` to be of the same shapes."""
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        """Have as much as ``counters`` say, of any content.
+
+        Raises
+        ------
+        CorruptFile : it isn't possible.
+        """
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name: views whose last axes are contiguous, and which can be written."""
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
 
     @abstractmethod
     def copy(self, other: Storage) -> None:

@@ -50,6 +50,10 @@ class Scissorhands(Policy, name="scissorhands", papers=(87,), conflicts=SINGLY):
         return self.keep // 2 if self.drop is None else self.drop
 
     @property
+    def n_left(self) -> int:
+        return self.keep + 1 - self.n_dropped
+
+    @property
     def n_parts(self) -> int:
         return 1 if self.window <= self.n_dropped else 2 * (self.window // self.n_dropped) + 1
 
@@ -71,7 +75,7 @@ class Scissorhands(Policy, name="scissorhands", papers=(87,), conflicts=SINGLY):
             return every(seen)
         assert seen.observed is not None
         order = self._worst_first(seen.position, seen.observed, seen.n_tokens)
-        return np.sort(order[:, seen.n - (self.keep + 1 - self.n_dropped) :], axis=1).astype(np.int32)
+        return np.sort(order[:, seen.n - self.n_left :], axis=1).astype(np.int32)
 
     def sends_away(self, n: int, n_tokens: int) -> bool:
         return n > self.keep

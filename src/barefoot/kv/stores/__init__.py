@@ -1,24 +1,24 @@
 """KV stores: how the keys and values of past positions are kept, and their bytes.
 
 A store keeps, for each layer, keys and values as rows of one head each: (n_kv_heads, capacity, row_bytes). Position p
-lies in slot p mod capacity, so that a window layer is a ring.
+lies in slot p mod capacity, so that a window layer is a ring. One whose entries are no such rows says where they lie
+(``storage``); one that changes how another keeps some of them wraps that (``think > q8``).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
-from barefoot.core.spec import format_technique
+from barefoot.core.spec import format_composition
 from barefoot.core.technique import Technique
 from barefoot.ops import kvrows
 
 if TYPE_CHECKING:
-    from barefoot.kv.policies import Policy
     from barefoot.kv.storage import Storage
 
 
@@ -26,6 +26,7 @@ class KVStore(Technique):
     """The role: the type of the rows. ``row_format`` is the kernels' id for it."""
 
     rows: ClassVar[bool] = True  # whether an entry is a row of keys and a row of values
+    forgets: ClassVar[bool] = True  # whether what a policy sends away is gone
 
     @property
     @abstractmethod
@@ -45,15 +46,6 @@ class KVStore(Technique):
         """The layers in order, those together that keep the same entries: a policy chooses once for them."""
         return tuple(range(layer, layer + 1) for layer in range(n_layers))
 
-    def check_policy(self, policy: Policy) -> None:
-        """Refuse a policy whose choices such entries can't follow.
-
-        Raises
-        ------
-        Incompatible : with the reason.
-        """
-        return
-
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one head's keys (or values) of one position."""
         return sum(count * size for _, count, size in self.row_parts(head_dim))
@@ -66,23 +58,44 @@ class KVStore(Technique):
         """Rows of a key head that a layer has room for."""
         return spec.kv_positions(layer, context, chunk)
 
+    def longest(self, spec: ModelSpec) -> int:
+        """The largest context of a sequence."""
+        return spec.context_length
+
     def most_seen(self, n: int) -> int:
         """Entries of a key head that attention meets behind ``n`` positions, in a layer that sees all of them."""
         return n
 
     def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
         """Keys and values of one layer of a sequence."""
+        if not self.rows:
+            return self._unruled().layer_bytes(spec, layer, context, chunk)
         return 2 * spec.n_kv_heads * self.slots(spec, layer, context, chunk) * self.row_bytes(spec.head_dim)
 
     def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
         """Bytes of all layers' keys and values for ``context`` positions, prefilled ``chunk`` at a time."""
+        if not self.rows:
+            return self._unruled().terms(spec, context, chunk)
         slots = sum(self.slots(spec, layer, context, chunk) for layer in range(spec.n_layers))
         rows = 2 * slots * spec.n_kv_heads
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
 
+    def _unruled(self) -> KVStore:
+        from barefoot.kv.ruled import Ruled
 
+        return Ruled(None, self)
+
+    @property
+    def chain(self) -> tuple[KVStore, ...]:
+        """The store, and what it wraps."""
+        return (self,)
+
+
+@dataclass(frozen=True)
 class Wrapper(KVStore):
-    """A store of what it makes of entries, in the rows of another one, ``inner``: ``name(knob=value) > inner``."""
+    """A store that changes how ``inner`` keeps some entries; layers with a window are ``inner``'s alone."""
+
+    rows: ClassVar[bool] = False
 
     inner: KVStore
 
@@ -90,12 +103,12 @@ class Wrapper(KVStore):
     def knobs(cls) -> dict[str, Any]:
         return {name: default for name, default in super().knobs().items() if name != "inner"}
 
-    def __str__(self) -> str:
-        return f"{format_technique(self)} > {self.inner}"
+    @property
+    def chain(self) -> tuple[KVStore, ...]:
+        return (self, *self.inner.chain)
 
-    def around(self, inner: KVStore) -> Wrapper:
-        """The same in another one's rows."""
-        return replace(self, inner=inner)  # type: ignore[type-var]
+    def __str__(self) -> str:
+        return format_composition(self.chain)
 
     @property
     def row_format(self) -> str:

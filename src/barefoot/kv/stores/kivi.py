@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from barefoot.core.errors import InvalidInput
-from barefoot.core.ledger import Term
-from barefoot.core.model import ModelSpec
 from barefoot.kv.stores import KVStore, whole_rows
 from barefoot.ops import kvblocks, kvrows
 
@@ -63,16 +61,6 @@ class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
 
     def bits_per_number(self, head_dim: int) -> float:
         return 4 * (self.block_bytes(head_dim) / self.group + self.value_bytes(head_dim)) / head_dim
-
-    def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
-        from barefoot.kv.ruled import Ruled
-
-        return Ruled(None, self).terms(spec, context, chunk)
-
-    def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
-        from barefoot.kv.ruled import Ruled
-
-        return Ruled(None, self).layer_bytes(spec, layer, context, chunk)
 
     def block_bytes(self, head_dim: int) -> int:
         """Keys of ``group`` positions of one head."""

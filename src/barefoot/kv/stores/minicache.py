@@ -30,29 +30,21 @@ are quantized by token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import Incompatible, InvalidInput
-from barefoot.core.ledger import Term
-from barefoot.core.model import ModelSpec
-from barefoot.core.technique import check_composition
 from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.kv.stores.f16 import HalfStore
 
 if TYPE_CHECKING:
-    from barefoot.kv.policies import Policy
     from barefoot.kv.storage import Storage
 
 F32 = npt.NDArray[np.float32]
 
 SMALL = 1e-3  # sines of angles that are interpolated linearly
-
-SEALED = {
-    "sealed entries": "an entry comes to the shared ones when others are more different, in no order of positions"
-}
 
 
 class Merged(NamedTuple):
@@ -69,14 +61,12 @@ class Merged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MiniCache(Wrapper, name="minicache", papers=(49,), conflicts=SEALED):
+class MiniCache(Wrapper, name="minicache", papers=(49,)):
+    inner: KVStore = field(default_factory=HalfStore)
     start: int | None = None  # half of the layers that see all positions
     t: float = 0.6
     retain: float = 0.05
     recent: int = 16
-    inner: KVStore = field(default_factory=HalfStore)
-
-    rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.start is not None and self.start < 0:
@@ -87,9 +77,11 @@ class MiniCache(Wrapper, name="minicache", papers=(49,), conflicts=SEALED):
             raise InvalidInput(f"minicache: retain must be 0 or more and less than 1, got {self.retain}")
         if self.recent < 1:
             raise InvalidInput(f"minicache: recent must be 1 or more, got {self.recent}")
-        check_composition((self, self.inner))
         if not self.inner.rows:
-            raise Incompatible(f"minicache needs a store of rows for its directions, got {self.inner}")
+            raise Incompatible(
+                f"minicache can't keep directions in {self.inner}: they come one by one, in no order of positions",
+                cure="let it wrap rows, such as q8",
+            )
 
     def storage(self) -> type[Storage]:
         from barefoot.kv.by_depth import ByDepth
@@ -118,18 +110,6 @@ class MiniCache(Wrapper, name="minicache", papers=(49,), conflicts=SEALED):
         """Merged entries of a pair's key head that there is room for, 1 or more."""
         return max(1, n_slots - self.n_exact(n_slots))
 
-    def check_policy(self, policy: Policy) -> None:
-        if policy.layers != "uniform":
-            raise Incompatible(
-                f"{policy} can't rule {self}: budgets that differ by layer differ within a pair, whose layers keep the "
-                "same entries",
-                cure="take layers=uniform",
-            )
-        if policy.merges or policy.biased:
-            raise Incompatible(
-                f"{policy} can't rule {self}: an entry that is merged with another layer's takes in no more"
-            )
-
     def merge(self, first: F32, second: F32) -> Merged:
         """Rows (…, d) of a pair's layers as one direction each, and both lengths."""
         return slerp(first, second, self.t)
@@ -138,16 +118,6 @@ class MiniCache(Wrapper, name="minicache", papers=(49,), conflicts=SEALED):
         """Of a cache half of whose layers are in pairs."""
         single = self.inner.bits_per_number(head_dim)
         return (1 - self.retain) * (0.75 * single + 0.5 * 32 / head_dim) + self.retain * (0.5 * single + 0.5 * 16)
-
-    def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
-        from barefoot.kv.ruled import Ruled
-
-        return Ruled(None, self).terms(spec, context, chunk)
-
-    def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
-        from barefoot.kv.ruled import Ruled
-
-        return Ruled(None, self).layer_bytes(spec, layer, context, chunk)
 
 
 def angles(first: F32, second: F32) -> F32:
