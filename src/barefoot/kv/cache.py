@@ -11,12 +11,15 @@ rotation of their positions, and positions go on counting all tokens.
 Where budgets follow what is measured, the layers that have passed a first prompt share the budget of all, so that each
 one's shrinks as further ones come: the storage never holds more than it will, and what stays is what would stay if all
 had waited, since the highest scores are among the highest of more.
+
+Layers that keep the same entries (``KVStore.groups``) choose once, behind the last of them, from the sum of what their
+attention gave; until then they are whole, all in staging.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +31,16 @@ from barefoot.kv import budgets
 from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
 from barefoot.kv.merging import PromptRows, StoredRows, merge
 from barefoot.kv.policies import Policy, Seen, by_layer
-from barefoot.kv.storage import F32, I32, STAGED, Part, Storage, Take
+from barefoot.kv.storage import F32, I32, STAGED, U8, Part, Storage, Take
 from barefoot.kv.turning import Turning
+
+
+class Staging(NamedTuple):
+    """Where a prompt's keys and values of one layer stand while it passes."""
+
+    keys: U8
+    values: U8
+    part: Part
 
 
 class Cache:
@@ -51,10 +62,19 @@ class Cache:
         self._own = layout.storage(take)
         self._lender: Cache | None = None  # whose entries these are, until either of both changes
         self._borrowers: list[Cache] = []
+        self._groups = [group for group in layout.groups for _ in group]  # of each layer
+        self._choosing = [group[-1] for group in layout.groups]  # layers behind which entries are chosen
         self._staged: I32 = np.zeros(h.n_kv_heads, np.int32)
-        keys, values, dim = workspace.keys, workspace.values, h.head_dim
-        self._staging = ops.Segment(STAGED, keys, STAGED, values, key_dim=dim, value_dim=dim, counts=self._staged)
+        # Of the first layer of a group, the second, …
+        self._staging = [self._stage(workspace, i) for i in range(max(map(len, layout.groups)))]
         self._start()
+
+    def _stage(self, work: Workspace, i: int) -> Staging:
+        h = self.layout.heads
+        own = slice(i * h.n_kv_heads, (i + 1) * h.n_kv_heads)
+        keys, values, dim = work.keys[own], work.values[own], h.head_dim
+        segment = ops.Segment(STAGED, keys, STAGED, values, key_dim=dim, value_dim=dim, counts=self._staged)
+        return Staging(keys, values, Part(segment, self._staged))
 
     def _start(self) -> None:
         """Be of no tokens."""
@@ -250,14 +270,14 @@ class Cache:
     def prefill(self, layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
         """The next tokens of the prompt in a layer: q, out float32 (n, n_heads × head_dim), k, v (n, n_kv_heads ×
         head_dim), rotated, n at most ``chunk``."""
-        work, before = self._work, int(self._staged[0])
-        if before == 0:
+        work, before, staging = self._work, int(self._staged[0]), self._staging_of(layer)
+        if before == 0 and layer == self._groups[layer][0]:
             work.observed[...] = 0
             mass = self.storage.mass(layer)
             if mass is not None:
                 work.observed[:, : mass.shape[1]] = mass
         self.storage.see(layer, q, self._prompt - before - len(q))
-        ops.kv_append(k, v, work.keys, work.values, STAGED, self.layout.context, before)
+        ops.kv_append(k, v, staging.keys, staging.values, STAGED, self.layout.context, before)
         self._staged[:] = before + len(q)
         start = 0
         while start < len(q):
@@ -267,17 +287,20 @@ class Cache:
             self._attend(layer, q[part], out[part], before + start, observe=ahead == 0)
             start += n
 
+    def _staging_of(self, layer: int) -> Staging:
+        return self._staging[layer - self._groups[layer][0]]
+
     def _attend(self, layer: int, q: F32, out: F32, n_before: int, *, observe: bool) -> None:
-        work, h, n = self._work, self.layout.heads, len(q)
+        work, h, n, staging = self._work, self.layout.heads, len(q), self._staging_of(layer)
         if not observe and not self.storage.n(layer):
             ops.attention(
-                q, work.keys, work.values, STAGED, out,
+                q, staging.keys, staging.values, STAGED, out,
                 n_heads=h.n_heads, n_kv_heads=h.n_kv_heads, head_dim=h.head_dim, capacity=self.layout.context,
                 n_past=n_before, n_tokens=n, scale=h.scale, softcap=h.softcap, activations=self.layout.activations,
                 scratch=work.scratch,
             )  # fmt: skip
             return
-        parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), Part(self._staging, self._staged)]
+        parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), staging.part]
         at, even = 0, None
         if self.layout.n_parts:
             behind = sum(int(part.counts[0]) for part in parts[:-1])
@@ -332,7 +355,12 @@ class Cache:
             yield count, seen[:, :count]
 
     def settle(self, layer: int) -> None:
-        """The prompt has passed the layer: the policy chooses what stays. Behind the last layer the prompt is done."""
+        """The prompt has passed the layer, and those that choose with it: the policy chooses what stays. Behind the
+        last layer the prompt is done."""
+        group = self._groups[layer]
+        if layer != group[-1]:
+            self._staged[:] = 0
+            return
         storage, work = self.storage, self._work
         old, new = storage.n(layer), int(self._staged[0])
         n_tokens = self.n_tokens + self._prompt
@@ -345,7 +373,8 @@ class Cache:
             if self._rules[layer].layers == "measured" and self.n_tokens == 0:
                 self._share_budgets(observed, n_tokens)
             stay = self._chosen(layer, position, observed, bias, n_tokens)
-        storage.place(layer, stay, position, work.keys, work.values)
+        n_staged = len(group) * self.layout.heads.n_kv_heads
+        storage.place(layer, stay, position, work.keys[:n_staged], work.values[:n_staged])
         chosen = stay.shape[1] < old + new
         if chosen:
             self._evicted_at = n_tokens
@@ -487,7 +516,7 @@ class Cache:
         """The token has passed all layers: the storage may seal, and the policy may send entries away."""
         self.n_tokens += 1
         goes = False
-        for layer in range(self.layout.n_layers):
+        for layer in self._choosing:
             self.storage.stepped(layer)
             if self._rules and self._rules[layer].sends_away(self.storage.n(layer), self.n_tokens):
                 goes = True

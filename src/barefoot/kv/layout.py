@@ -39,6 +39,11 @@ class Layout:
         return self.context if self.policy is None else self.policy.slots(self.context)
 
     @property
+    def groups(self) -> tuple[range, ...]:
+        """The layers in order, those together that keep the same entries."""
+        return self.store.groups(self.n_layers)
+
+    @property
     def observes(self) -> Observation:
         return "nothing" if self.policy is None else self.policy.observes
 
@@ -86,7 +91,8 @@ class Layout:
         """What passes use in turn: staged keys and values, what is observed of all entries, the state of a pass, scores
         of the tokens that are observed, scratch."""
         h, widest = self.heads, max(self.widest, self.context)
-        staged = Array("kv staging", h.n_kv_heads * self.context, ops.kv_row_bytes(STAGED, h.head_dim))
+        n_staged = max(map(len, self.groups)) * h.n_kv_heads
+        staged = Array("kv staging", n_staged * self.context, ops.kv_row_bytes(STAGED, h.head_dim))
         both = self.widest + self.context
         n_scores = min(self.chunk, OBSERVED_TOKENS) * h.n_heads * both if self.n_observed else 0
         return (
@@ -128,7 +134,7 @@ class Workspace:
     def __init__(self, layout: Layout, take: Take, n_threads: int) -> None:
         keys, values, observed, state, scores, now, scratch = layout.shared(n_threads)
         h, n = layout.heads, layout.chunk
-        rows = (h.n_kv_heads, layout.context, keys.n_bytes)
+        rows = (-1, layout.context, keys.n_bytes)  # of all key heads of a layer, and of those that choose with it
         self.keys, self.values = zeros(take, keys, rows), zeros(take, values, rows)
         self.observed: F32 = zeros(take, observed, (layout.n_observed, layout.context), np.float32)
         floats = zeros(take, state, (n * h.n_heads, h.head_dim + 2), np.float32).reshape(-1)

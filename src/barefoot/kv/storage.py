@@ -164,7 +164,8 @@ class Storage(ABC):
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
         """Of ``n`` entries and those staged behind them, keep ``stay``, (n_kv_heads, kept).
 
-        position : int32 (n_kv_heads, n and staged). keys, values : staged rows, uint8 (n_kv_heads, staged, row bytes).
+        layer : the last of those that keep the same entries. position : int32 (n_kv_heads, n and staged). keys, values
+        : staged rows, uint8 (layers × n_kv_heads, staged, row bytes), of these layers one after the other.
         """
 
     @abstractmethod
@@ -180,7 +181,7 @@ class Storage(ABC):
         raise NotImplementedError
 
     def stepped(self, layer: int) -> None:
-        """A decoded token has passed the layer."""
+        """A decoded token has passed the layer, the last of those that keep the same entries."""
         return
 
     def close(self) -> None:

@@ -42,6 +42,10 @@ class KVStore(Technique):
 
         return Slots
 
+    def groups(self, n_layers: int) -> tuple[range, ...]:
+        """The layers in order, those together that keep the same entries: a policy chooses once for them."""
+        return tuple(range(layer, layer + 1) for layer in range(n_layers))
+
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one head's keys (or values) of one position."""
         return sum(count * size for _, count, size in self.row_parts(head_dim))
