@@ -24,6 +24,8 @@ KV = (
     "d2o(keep=20,first=1,mass=bias)",
     "elastic(ratio=0.4)",
     "kvmerger(keep=20,alike=-1.0,mass=bias)",
+    "h2o(keep=30) > minicache(start=0,recent=3) > q8",
+    "minicache(recent=5)",
 )
 
 
@@ -106,6 +108,10 @@ def put(header, keys, value):
         ("scissorhands(keep=20,window=9,recent=4)", ("cache", "part"), 9),
         ("kivi(residual=32)", ("cache", "entries", "keys", 0), 31),
         ("kivi(residual=32)", ("cache", "entries", "values", 0), 57),
+        ("minicache(start=0,recent=3)", ("cache", "entries", "merged", 0), 1 << 40),
+        ("minicache(start=0,recent=3)", ("cache", "entries", "merged", 1), 40),
+        ("minicache(start=0,recent=3)", ("cache", "entries", "exact", 0), 7),  # of 96 slots 4 are kept, 3 wait
+        ("minicache(start=0,recent=3)", ("cache", "entries", "exact"), [4]),
         ("f16", ("highest",), 1 << 35),
         ("f16", ("highest",), 60),
     ],

@@ -399,11 +399,14 @@ def test_compositions_are_read_and_printed(text, printed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("minicache > kivi", "can't be used with kivi: an entry comes to the shared ones"),
-        ("minicache > minicache > q8", "needs a store of rows for its directions, got minicache > q8"),
+        ("minicache > kivi", "can't keep directions in kivi: they come one by one"),
+        ("minicache > think > q8", "can't keep directions in think > q8"),
+        ("think > minicache", "think can't take channels from minicache > f16"),
+        ("d2o > minicache", "lets entries join others, which minicache > f16 can't rewrite"),
+        ("sinks(rope=slot) > minicache", "turns queries to its first entries, which minicache > f16 has among others"),
         ("minicache > h2o", "policies come first"),
         ("q8 > minicache", "policies come first"),
-        ("h2o(layers=pyramid) > minicache", "gives layers unequal room, which minicache > f16 can't share"),
+        ("h2o(layers=pyramid) > minicache", "unequal room, which minicache > f16 can't share"),
     ],
 )
 def test_what_does_not_go_together_is_refused(text, message):

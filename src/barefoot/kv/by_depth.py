@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import numpy.typing as npt
 
 from barefoot.kv.pairs import Pairs
 from barefoot.kv.slots import Slots
@@ -90,6 +92,16 @@ class ByDepth(Storage):
     def clear(self) -> None:
         self._slots.clear()
         self._pairs.clear()
+
+    def counters(self) -> dict[str, list[int]]:
+        return {**self._slots.counters(), **self._pairs.counters()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        self._slots.restore(counters)
+        self._pairs.restore(counters)
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        return {**self._slots.held(), **self._pairs.held()}
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, ByDepth)

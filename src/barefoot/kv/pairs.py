@@ -9,13 +9,16 @@ has its own of both, as many as the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile
+from barefoot.kv.entries import pack
 from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.minicache import MiniCache, angles
 from barefoot.ops import kvrows
@@ -132,40 +135,46 @@ class Pair:
         position, staged : of all entries, (n_kv_heads, n and staged), and keys and values of those behind ``n``, uint8
         (2 layers, n_kv_heads, staged, row bytes); there are none where they are left out.
         """
-        n, n_merged, n_exact = self.n, self.n_merged, self.n_exact
+        n, n_merged = self.n, self.n_merged
         loose = [own[own >= n_merged] - n_merged for own in stay]  # numbers of exact rows: slots, then those staged
         exact = min(most, *map(len, loose))
         merged = stay.shape[1] - exact
         assert merged <= self.room_merged
-        whole = np.empty(stay.shape[1], np.int32)  # of each entry its number before
         for head, (own, rows) in enumerate(zip(stay, loose, strict=True)):
             far = self._angles(head, rows, staged)
-            order = np.argsort(far, kind="stable").astype(np.int32)
-            near, rest = np.sort(order[: len(rows) - exact]), np.sort(order[len(rows) - exact :])
-            del order
-            movers, free = _moves(own[own < n_merged], merged)
-            whole[:merged] = np.arange(merged)
-            whole[free] = np.concatenate([movers, n_merged + rows[near]])
-            into, left = free[: len(movers)], free[len(movers) :]
-            self.lengths[..., head, into] = self.lengths[..., head, movers]
-            self.directions[:, head, into] = self.directions[:, head, movers]
-            self._merge(head, rows[near], left, staged)
-
-            kept, far = rows[rest], far[rest]
-            old = kept < n_exact
-            movers, free = _moves(kept[old], exact)
-            into, left = free[: len(movers)], free[len(movers) :]
-            whole[merged:] = n_merged + np.arange(exact)
-            whole[merged + free] = n_merged + np.concatenate([movers, kept[~old]])
-            self.angles[head, into], self.angles[head, left] = self.angles[head, movers], far[~old]
-            self.exact[:, :, head, into] = self.exact[:, :, head, movers]
-            for i, each in enumerate(staged):
-                self.exact[:, i, head, left] = each[:, head, kept[~old] - n_exact]
+            near, rest = np.split(np.argsort(far, kind="stable").astype(np.int32), [len(rows) - exact])
+            before = np.empty(merged + exact, np.int32)  # of each entry its number
+            before[:merged] = self._have_merged(head, merged, own[own < n_merged], rows[near], staged)
+            before[merged:] = n_merged + self._have_exact(head, exact, rows[rest], far[rest], staged)
             for array in self.by_entry:
-                array[head, : len(whole)] = np.where(whole < n, np.take(array[head], whole, mode="clip"), 0)
+                array[head, : len(before)] = np.where(before < n, np.take(array[head], before, mode="clip"), 0)
             if position is not None:
-                self.position[head, : len(whole)] = position[head, whole]
+                self.position[head, : len(before)] = position[head, before]
         self.counts[0], self.counts[1] = merged, exact
+
+    def _have_merged(self, head: int, n: int, there: I32, rows: I32, staged: Sequence[U8]) -> I32:
+        """Have ``n`` merged entries, those ``there`` and exact ``rows``; return their numbers before."""
+        before = np.arange(self.room_merged, dtype=np.int32)
+        arrays = (self.directions.transpose(1, 2, 0, 3), self.lengths.transpose(2, 3, 0, 1))
+        slots = pack([before[None], *(array[head : head + 1] for array in arrays)], 0, there, 0, n)
+        before[slots] = self.n_merged + rows
+        for some in _at_a_time(len(rows)):
+            found = self._store.merge(*self._rows(head, rows[some], staged))
+            for directions, stored in zip(found.direction, self.directions, strict=True):
+                ops.kv_write(directions, stored[head : head + 1], self._store.row_format, slots[None, some])
+            self.lengths[:, :, head, slots[some]] = found.lengths
+        return before[:n]
+
+    def _have_exact(self, head: int, n: int, rows: I32, far: F32, staged: Sequence[U8]) -> I32:
+        """Have these ``n`` exact rows, of angles ``far``; return their numbers before."""
+        before = np.arange(self.room_exact, dtype=np.int32)
+        old = rows < self.n_exact
+        arrays = (self.exact.transpose(2, 3, 0, 1, 4), self.angles)
+        slots = pack([before[None], *(array[head : head + 1] for array in arrays)], 0, rows[old], 0, n)
+        before[slots], self.angles[head, slots] = rows[~old], far[~old]
+        for i, each in enumerate(staged):
+            self.exact[:, i, head, slots] = each[:, head, rows[~old] - self.n_exact]
+        return before[:n]
 
     def _angles(self, head: int, rows: I32, staged: Sequence[U8]) -> F32:
         """Of exact rows; those of slots are known."""
@@ -176,15 +185,6 @@ class Pair:
         for some in _at_a_time(len(new)):
             found[new[some]] = _larger(self._rows(head, rows[new[some]], staged))
         return found
-
-    def _merge(self, head: int, rows: I32, slots: I32, staged: Sequence[U8]) -> None:
-        """Merge exact rows of both layers into those slots."""
-        for some in _at_a_time(len(rows)):
-            found = self._store.merge(*self._rows(head, rows[some], staged))
-            own = np.ascontiguousarray(slots[None, some], np.int32)
-            for rows_of, stored in zip(found.direction, self.directions, strict=True):
-                ops.kv_write(rows_of, stored[head : head + 1], self._store.row_format, own)
-            self.lengths[:, :, head, slots[some]] = found.lengths
 
     def _rows(self, head: int, rows: I32, staged: Sequence[U8]) -> F32:
         """Of both layers, keys and values, (2, 2, n, head_dim)."""
@@ -198,22 +198,22 @@ class Pair:
     def _decode(self, rows: U8) -> F32:
         return kvrows.decode(STAGED, rows, self._dim)
 
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name."""
+        merged, exact = self.n_merged, self.n_exact
+        return {
+            "directions": self.directions[..., :merged, :],
+            "lengths": self.lengths[..., :merged],
+            "exact": self.exact[..., :exact, :],
+            "angles": self.angles[:, :exact],
+            **{f"entries{i}": array[:, : self.n] for i, array in enumerate(self.by_entry)},
+        }
+
     def copy(self, other: Pair) -> None:
         self.counts[...] = other.counts
-        merged, exact = self.n_merged, self.n_exact
-        self.directions[..., :merged, :] = other.directions[..., :merged, :]
-        self.lengths[..., :merged] = other.lengths[..., :merged]
-        self.exact[..., :exact, :] = other.exact[..., :exact, :]
-        self.angles[:, :exact] = other.angles[:, :exact]
-        for own, theirs in zip(self.by_entry, other.by_entry, strict=True):
-            own[:, : self.n] = theirs[:, : self.n]
-
-
-def _moves(there: I32, n: int) -> tuple[I32, I32]:
-    """To have those ``there`` in the first ``n`` slots: which move, and all free slots, the first of them for these."""
-    free = np.ones(n, bool)
-    free[there[there < n]] = False
-    return there[there >= n], np.flatnonzero(free).astype(np.int32)
+        theirs = other.held()
+        for name, own in self.held().items():
+            own[...] = theirs[name]
 
 
 def _larger(rows: F32) -> F32:
@@ -319,6 +319,22 @@ class Pairs(Storage):
     def clear(self) -> None:
         for pair in self._pairs:
             pair.counts[...] = 0
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"merged": [pair.n_merged for pair in self._pairs], "exact": [pair.n_exact for pair in self._pairs]}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        merged = untrusted.counts(counters, "merged", len(self._pairs), [pair.room_merged for pair in self._pairs])
+        exact = untrusted.counts(counters, "exact", len(self._pairs), [pair.room_exact for pair in self._pairs])
+        for pair, n_merged, n_exact in zip(self._pairs, merged, exact, strict=True):
+            if n_exact == pair.room_exact and n_merged < pair.room_merged:
+                raise CorruptFile(
+                    f"{n_exact} exact entries beside {n_merged} merged ones: some of them would be merged"
+                )
+            pair.counts[0], pair.counts[1] = n_merged, n_exact
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        return {f"pair{i}.{name}": array for i, pair in enumerate(self._pairs) for name, array in pair.held().items()}
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Pairs)

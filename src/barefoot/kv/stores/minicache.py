@@ -36,7 +36,6 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.core.errors import Incompatible, InvalidInput
-from barefoot.core.technique import check_composition
 from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.kv.stores.f16 import HalfStore
 
@@ -46,10 +45,6 @@ if TYPE_CHECKING:
 F32 = npt.NDArray[np.float32]
 
 SMALL = 1e-3  # sines of angles that are interpolated linearly
-
-SEALED = {
-    "sealed entries": "an entry comes to the shared ones when others are more different, in no order of positions"
-}
 
 
 class Merged(NamedTuple):
@@ -66,7 +61,7 @@ class Merged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MiniCache(Wrapper, name="minicache", papers=(49,), conflicts=SEALED):
+class MiniCache(Wrapper, name="minicache", papers=(49,)):
     inner: KVStore = field(default_factory=HalfStore)
     start: int | None = None  # half of the layers that see all positions
     t: float = 0.6
@@ -82,9 +77,11 @@ class MiniCache(Wrapper, name="minicache", papers=(49,), conflicts=SEALED):
             raise InvalidInput(f"minicache: retain must be 0 or more and less than 1, got {self.retain}")
         if self.recent < 1:
             raise InvalidInput(f"minicache: recent must be 1 or more, got {self.recent}")
-        check_composition((self, self.inner))
         if not self.inner.rows:
-            raise Incompatible(f"minicache needs a store of rows for its directions, got {self.inner}")
+            raise Incompatible(
+                f"minicache can't keep directions in {self.inner}: they come one by one, in no order of positions",
+                cure="let it wrap rows, such as q8",
+            )
 
     def storage(self) -> type[Storage]:
         from barefoot.kv.by_depth import ByDepth
