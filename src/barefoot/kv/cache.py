@@ -15,17 +15,21 @@ had waited, since the highest scores are among the highest of more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.kv import budgets
 from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
 from barefoot.kv.merging import PromptRows, StoredRows, merge
 from barefoot.kv.policies import Policy, Seen, by_layer
 from barefoot.kv.storage import F32, I32, STAGED, Part, Storage, Take
+from barefoot.kv.turning import Turning
 
 
 class Cache:
@@ -35,9 +39,14 @@ class Cache:
     ----------
     workspace : shared with other sequences of the same layout; one passes at a time.
     take : gives zeroed bytes.
+    turnings : the rotary embedding of each layer; needed where a policy has entries that queries turn to meet.
     """
 
-    def __init__(self, layout: Layout, workspace: Workspace, take: Take) -> None:
+    def __init__(
+        self, layout: Layout, workspace: Workspace, take: Take, turnings: Sequence[Turning] | None = None
+    ) -> None:
+        assert turnings is not None or not layout.n_anchored
+        self._turnings = turnings
         h, self.layout, self._work = layout.heads, layout, workspace
         self._own = layout.storage(take)
         self._lender: Cache | None = None  # whose entries these are, until either of both changes
@@ -52,7 +61,7 @@ class Cache:
         layout, policy = self.layout, self.layout.policy
         self.n_tokens = 0
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
-        self._prompt_end = 0  # tokens that there were behind the last one
+        self._prompt_ends: list[int] = []  # tokens that there were behind each one
         self._observed_from = 0  # the first token of a prompt that is observed
         self._chooses = False  # whether the policy chooses among its entries
         self._evicted_at = 0  # tokens that there were when an entry went last
@@ -77,7 +86,7 @@ class Cache:
         """Let ``into`` have what this cache has. Bytes are copied when either of both changes for the first time."""
         into.clear()
         into._lender, into.n_tokens = self, self.n_tokens
-        into._evicted_at, into._prompt_end = self._evicted_at, self._prompt_end
+        into._evicted_at, into._prompt_ends = self._evicted_at, list(self._prompt_ends)
         into._parts, into._part = list(self._parts), self._part
         into._rules, into._weights, into._carried = list(self._rules), list(self._weights), self._carried.copy()
         self._borrowers.append(into)
@@ -129,6 +138,81 @@ class Cache:
         for layer in range(self.layout.n_layers):
             self.storage.trim(layer, n)
         self.n_tokens = n
+        self._prompt_ends = [end for end in self._prompt_ends if end <= n]
+
+    # --- in a file ---------------------------------------------------------------------------------------------------
+
+    def header(self) -> dict[str, Any]:
+        """How much there is, as JSON: what :meth:`restore` needs for :meth:`held` to be of the same shapes.
+
+        Raises
+        ------
+        Incompatible : such entries can't be saved.
+        """
+        return {
+            "tokens": self.n_tokens,
+            "evicted_at": self._evicted_at,
+            "parts": self._parts,
+            "part": self._part,
+            "prompts": self._prompt_ends,
+            "keeps": [rule.keep for rule in self._rules],
+            "carried": self._carried.tolist(),
+            "entries": self.storage.counters(),
+        }
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name: views that can be written when ``restore`` has made room."""
+        return self.storage.held()
+
+    def restore(self, header: Mapping[str, Any]) -> None:
+        """Have as much as the header says; then :meth:`held` is to be filled, and :meth:`check` to be called.
+
+        Raises
+        ------
+        CorruptFile : that isn't possible. The cache is empty then.
+        """
+        self.clear()
+        layout = self.layout
+        try:
+            self.n_tokens = untrusted.count(header, "tokens", layout.context)
+            self._evicted_at = untrusted.count(header, "evicted_at", self.n_tokens)
+            self._parts = untrusted.counts(header, "parts", len(self._parts), self.n_tokens)
+            self._part = untrusted.count(header, "part", max(0, len(self._parts) - 1))
+            ends = header.get("prompts")
+            self._prompt_ends = untrusted.counts(
+                header, "prompts", len(ends) if isinstance(ends, list) else 0, self.n_tokens
+            )
+            self._carried[...] = untrusted.numbers(header, "carried", self._carried.shape)
+            keeps = untrusted.counts(header, "keeps", len(self._rules), layout.n_layers * layout.n_slots)
+            if layout.policy is not None and layout.policy.layers != "uniform":
+                if min(keeps) < layout.policy.least_keep:
+                    raise CorruptFile(f"a layer that keeps {min(keeps)} entries, must be {layout.policy.least_keep}")
+                self._rules = [layout.policy.with_keep(keep) for keep in keeps]
+                slots = [rule.slots(layout.context) for rule in self._rules]
+                if sum(slots) > layout.n_layers * layout.n_slots:
+                    raise CorruptFile(
+                        f"layers that keep {sum(slots)} entries in all, of {layout.n_layers * layout.n_slots}"
+                    )
+                self._own.resize(slots)
+            entries = header.get("entries")
+            self._own.restore(entries if isinstance(entries, dict) else {})
+        except CorruptFile:
+            self.clear()
+            raise
+
+    def check(self) -> None:
+        """Refuse what was filled in if positions are none.
+
+        Raises
+        ------
+        CorruptFile : so it is. The cache is empty then.
+        """
+        for layer in range(self.layout.n_layers):
+            position = np.sort(self.storage.position(layer), axis=1)
+            inside = position.size == 0 or (position[:, 0].min() >= 0 and position[:, -1].max() < self.n_tokens)
+            if not inside or (np.diff(position, axis=1) == 0).any():
+                self.clear()
+                raise CorruptFile(f"positions of layer {layer} are not different ones below {self.n_tokens}")
 
     # --- a prompt ---------------------------------------------------------------------------------------------------
 
@@ -193,7 +277,7 @@ class Cache:
                 scratch=work.scratch,
             )  # fmt: skip
             return
-        parts = [*self.storage.parts(layer), Part(self._staging, self._staged)]
+        parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), Part(self._staging, self._staged)]
         at, even = 0, None
         if self.layout.n_parts:
             behind = sum(int(part.counts[0]) for part in parts[:-1])
@@ -203,6 +287,14 @@ class Cache:
                 seen -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
             work.observed[:, at : at + count] += seen
             at += count
+
+    def _parts_of(self, layer: int, n_gone: int) -> list[Part]:
+        """The storage's parts; queries meet the anchored ones as if those that have gone had not been."""
+        parts = list(self.storage.parts(layer))
+        if self._turnings is not None and self.layout.n_anchored and n_gone:
+            turning, head_dim = self._turnings[layer], self.layout.heads.head_dim
+            parts[0] = parts[0]._replace(query=lambda q: turning.turn(q, head_dim, -n_gone))
+        return parts
 
     def _pass(
         self, parts: Sequence[Part], q: F32, out: F32, *, observe: bool, n_before: int = -1, even: F32 | None = None
@@ -263,7 +355,8 @@ class Cache:
             # Strikes of the prompt are the only part there is.
             began = n_tokens if chosen else self.n_tokens + self._observed_from
             self._parts, self._part = [began] * len(self._parts), 0
-            self.n_tokens, self._prompt, self._prompt_end = n_tokens, 0, n_tokens
+            self.n_tokens, self._prompt = n_tokens, 0
+            self._prompt_ends.append(n_tokens)
 
     def _biases(self, layer: int, n_new: int) -> F32 | None:
         """Of a layer's entries, and zeros for so many new ones; None where entries have none."""
@@ -277,6 +370,7 @@ class Cache:
         """
         policy = self._rules[layer]
         order = np.argsort(position, axis=1).astype(np.int32)
+        rows = PromptRows(self.storage, layer, self._work.keys, self._work.values, order)
         ordered = None
         if self.layout.n_observed:
             sharing = len(observed) // len(position)
@@ -289,10 +383,10 @@ class Cache:
             n_prompt=n_tokens,
             bias=None if bias is None else np.take_along_axis(bias, order, axis=1),
             carried=self._carried[layer],
+            keys=rows.keys,
         )
         kept = policy.choose(seen)
         if policy.merges and kept.shape[1] < seen.n:
-            rows = PromptRows(self.storage, layer, self._work.keys, self._work.values, order)
             found = merge(policy, seen, kept, rows)
             if found.carried is not None:
                 self._carried[layer] = found.carried
@@ -358,7 +452,7 @@ class Cache:
         storage = self.storage
         storage.append(layer, k, v, self.n_tokens)
         mass, strikes = storage.mass(layer), storage.strikes(layer)
-        parts = storage.parts(layer)
+        parts = self._parts_of(layer, self.n_tokens + 1 - storage.n(layer))
         even = None if strikes is None else np.array([1 / sum(int(part.counts[0]) for part in parts)], np.float32)
         observe = mass is not None or strikes is not None
         at = 0
@@ -405,22 +499,23 @@ class Cache:
 
     def _send_away(self, layer: int) -> None:
         policy, storage = self._rules[layer], self.storage
-        bias = storage.bias(layer)
+        bias, rows = storage.bias(layer), StoredRows(storage, layer)
         seen = Seen(
             position=storage.position(layer),
             n_tokens=self.n_tokens,
             observed=self._observed(layer),
             layer=layer,
-            n_prompt=self._prompt_end,
+            n_prompt=self._prompt_ends[-1] if self._prompt_ends else 0,
             bias=bias,
             carried=self._carried[layer],
+            keys=rows.keys,
         )
         gone = policy.evict(seen)
-        if policy.merges:
+        if policy.merges_tokens:
             stays = np.ones(seen.position.shape, bool)
             np.put_along_axis(stays, gone, False, axis=1)
             stay = np.nonzero(stays)[1].reshape(len(stays), -1).astype(np.int32)
-            found = merge(policy, seen, stay, StoredRows(storage, layer))
+            found = merge(policy, seen, stay, rows)
             if found.carried is not None:
                 self._carried[layer] = found.carried
             if bias is not None and found.bias is not None:

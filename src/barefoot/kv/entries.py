@@ -29,7 +29,7 @@ class Region:
     def __init__(self, entries: Entries, first: int, n_slots: int) -> None:
         n, self.n_slots = entries.shape.heads.n_kv_heads, n_slots
         self.own = slice(n * first, n * (first + n_slots))
-        self.values = entries.all_values[self.own].reshape(n, n_slots, -1)
+        self.values = entries.all_values[self.own].reshape(n, n_slots, entries.all_values.shape[1])
         self.position = entries.all_positions[self.own].reshape(n, n_slots)
         self.mass = None if entries.all_mass is None else entries.all_mass[self.own].reshape(n, n_slots)
         self.bias = None if entries.all_biases is None else entries.all_biases[self.own].reshape(n, n_slots)

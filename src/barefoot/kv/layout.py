@@ -15,9 +15,10 @@ from barefoot.kv.stores import KVStore
 OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
 
 # Bytes of numpy arrays that come and go while a layer's entries are chosen, merged, and then placed; tests measure
-# them. For each entry and key head: to choose, to choose by votes, to place; for each further query head that votes;
-# for each number of a head's keys while its entries are merged.
-CHOOSE, CHOOSE_BY_VOTE, PLACE, VOTE, MERGE = 34, 37, 14, 15, 16
+# them. For each entry and key head: to choose, to choose by votes, to choose and merge, to place; for each further
+# query head that votes; for each number of one head's keys while its entries merge.
+CHOOSE, CHOOSE_BY_VOTE, CHOOSE_AND_MERGE, PLACE, VOTE, MERGE = 34, 37, 94, 14, 15, 12
+TURN = 16  # bytes for each number of the queries of a chunk while they turn
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Layout:
         return self.policy.n_parts if self.policy is not None and self.observes == "strikes" else 0
 
     @property
+    def n_anchored(self) -> int:
+        """First entries that queries turn to meet."""
+        return 0 if self.policy is None else self.policy.n_anchored
+
+    @property
     def widest(self) -> int:
         """The most entries of a layer: the context's, where layers share their budgets."""
         shared = self.policy is not None and self.policy.layers != "uniform"
@@ -61,8 +67,10 @@ class Layout:
     @property
     def shape(self) -> Shape:
         biased = self.policy is not None and self.policy.biased
-        n_sent = 0 if self.policy is None else max(0, self.context - self.policy.n_left)
-        return Shape(self.heads, self.n_layers, self.n_slots, self.observes == "mass", biased, self.n_parts, n_sent)
+        mass, n_sent = self.observes == "mass", 0
+        if self.policy is not None:
+            n_sent = max(0, self.context - self.policy.n_left)
+        return Shape(self.heads, self.n_layers, self.n_slots, mass, biased, self.n_parts, self.n_anchored, n_sent)
 
     def own(self) -> tuple[Array, ...]:
         """The arrays of a sequence."""
@@ -106,12 +114,13 @@ class Layout:
         each = CHOOSE * h.n_kv_heads
         if self.observes == "votes":
             each = CHOOSE_BY_VOTE * h.n_kv_heads + VOTE * (h.n_heads - h.n_kv_heads)
-        choosing = 0 if self.policy is None else most * each
         if self.policy is not None and self.policy.merges:
-            choosing += most * MERGE * h.head_dim
+            each = CHOOSE_AND_MERGE * h.n_kv_heads + MERGE * h.head_dim
+        choosing = 0 if self.policy is None else most * each
+        turning = TURN * self.chunk * h.n_heads * h.head_dim if self.n_anchored else 0
         placing = PLACE * h.n_kv_heads * most + storage.placing_bytes(self.shape, self.store)
         asking = storage.asking_bytes(self.shape, self.store, self.chunk)
-        return Term("kv choosing", max(choosing, placing, asking), 1)
+        return Term("kv choosing", max(choosing, placing, turning, asking), 1)
 
 
 class Workspace:

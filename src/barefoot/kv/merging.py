@@ -66,12 +66,12 @@ class PromptRows:
             self._stored.rewrite(head, own[old], keys[old], values[old])
         slots = np.ascontiguousarray(own[None, ~old] - self._n, np.int32)
         for rows, staged in ((keys, self._keys), (values, self._values)):
-            ops.kv_write(np.ascontiguousarray(rows[~old]), staged[head : head + 1], STAGED, slots.T)
+            ops.kv_write(np.ascontiguousarray(rows[~old]), staged[head : head + 1], STAGED, slots)
 
 
 def merge(policy: Policy, seen: Seen, stay: I32, rows: Rows) -> Merge:
     """Have those that ``stay``, (n_kv_heads, n_kept), take in what the policy says; what is alone stays as it is."""
-    found = policy.merge(seen, stay, rows.keys)
+    found = policy.merge(seen, stay)
     for head, (into, weight) in enumerate(zip(found.into, found.weight, strict=True)):
         joins = np.flatnonzero((into >= 0) & (into != np.arange(seen.n)))
         if not len(joins):

@@ -35,13 +35,17 @@ class Ruled(KVStore):
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
         check_composition(self._techniques, frozenset() if self.policy is None else frozenset({"a policy"}))
-        storage = self.store.storage()
         if self.policy is None:
             return
-        if self.policy.merges and not storage.merges:
-            raise Incompatible(f"{self.policy} lets entries join others, which {self.store} can't rewrite")
-        if self.policy.layers != "uniform" and not storage.resizes:
-            raise Incompatible(f"{self.policy} gives layers unequal room, which {self.store} can't share")
+        storage = self.store.storage()
+        for needs, can, reason in (
+            (self.policy.merges, storage.merges, "its entries can't take others in"),
+            (self.policy.biased, storage.biases, "its entries have no biases"),
+            (self.policy.n_anchored, storage.anchors, "its first entries are no part of their own"),
+            (self.policy.layers != "uniform", storage.resizes, "its layers have room for as many entries each"),
+        ):
+            if needs and not can:
+                raise Incompatible(f"{self.policy} can't rule {self.store}: {reason}")
 
     @property
     def _techniques(self) -> tuple[Technique, ...]:

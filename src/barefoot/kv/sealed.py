@@ -7,13 +7,16 @@ them above it (0 below R + 32). Entries keep their order, so what is sealed can'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.core.units import round_up
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.kivi import Kivi
@@ -29,6 +32,8 @@ def n_blocks(n_slots: int, store: Kivi) -> int:
 
 
 class Sealed(Storage):
+    merges: ClassVar[bool] = True  # a first prompt's, which are staged
+
     @staticmethod
     def arrays(shape: Shape, store: Kivi) -> tuple[Array, ...]:
         """Blocks of keys, keys that wait, sealed values, values that wait, and positions, of a sequence."""
@@ -170,6 +175,31 @@ class Sealed(Storage):
     def clear(self) -> None:
         for each in (self._n, self._n_keys, self._n_values):
             each[:] = 0
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"n": self._n.tolist(), "keys": self._n_keys.tolist(), "values": self._n_values.tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        n = untrusted.counts(counters, "n", len(self._n), int(self._positions.shape[2]))
+        n_keys, n_values = (untrusted.counts(counters, name, len(n), n) for name in ("keys", "values"))
+        residual = self._store.residual
+        for all_of_them, keys, values in zip(n, n_keys, n_values, strict=True):
+            fits = keys == all_of_them // residual * residual and values % VALUES == 0
+            if not fits or not all_of_them - values < self._ring:
+                raise CorruptFile(f"a snapshot's {all_of_them} entries can't have {keys} and {values} sealed")
+        self._n[:], self._n_keys[:], self._n_values[:] = n, n_keys, n_values
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found: dict[str, npt.NDArray[Any]] = {}
+        for layer, (n, n_keys, n_values) in enumerate(zip(self._n, self._n_keys, self._n_values, strict=True)):
+            found |= {
+                f"{layer}.blocks": self._blocks[layer, :, : n_keys // self._store.group],
+                f"{layer}.keys": self._keys[layer, :, : n - n_keys],
+                f"{layer}.sealed": self._sealed[layer, :, :n_values],
+                f"{layer}.values": self._values[layer],
+                f"{layer}.position": self._positions[layer, :, :n],
+            }
+        return found
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Sealed)

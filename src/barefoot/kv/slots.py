@@ -6,27 +6,24 @@ them unequally.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.kv.entries import MOVED, MOVED_ROWS, Entries, Region, pack, write_staged
+from barefoot.core import untrusted
+from barefoot.kv.entries import MOVED, MOVED_ROWS, NONE, Entries, Region, pack, write_staged
 from barefoot.kv.storage import F32, I32, U8, U16, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
 
 
 class Rows(Region):
-    def __init__(self, storage: Slots, layer: int, first: int, n_slots: int) -> None:
+    def __init__(self, storage: Slots, first: int, n_slots: int) -> None:
         super().__init__(storage, first, n_slots)
-        fmt, dim = storage.row_format, storage.shape.heads.head_dim
         self.keys = storage.all_keys[self.own].reshape(self.values.shape)
-        self.segment = ops.Segment(
-            fmt, self.keys, fmt, self.values,
-            key_dim=dim, value_dim=dim, counts=storage.counts[layer], bias=self.bias,
-        )  # fmt: skip
 
     @property
     def by_entry(self) -> list[U8 | I32 | F32 | U16]:
@@ -35,6 +32,8 @@ class Rows(Region):
 
 class Slots(Entries):
     merges: ClassVar[bool] = True
+    biases: ClassVar[bool] = True
+    anchors: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
     regions: list[Rows]
 
@@ -52,10 +51,11 @@ class Slots(Entries):
         self.all_keys: U8 = zeros(take, keys, (keys.count, keys.n_bytes))
         super().__init__(shape, store, take)
         self.regions = self._regions([shape.n_slots] * shape.n_layers)
+        self._parts: dict[int, list[Part]] = {}
 
     def _regions(self, n_slots: Sequence[int]) -> list[Rows]:
         first = [0, *np.cumsum(n_slots).tolist()]
-        return [Rows(self, layer, first[layer], n) for layer, n in enumerate(n_slots)]
+        return [Rows(self, at, n) for at, n in zip(first, n_slots, strict=False)]
 
     def resize(self, n_slots: Sequence[int]) -> None:
         there = [region.n_slots for region in self.regions]
@@ -65,17 +65,42 @@ class Slots(Entries):
         n = [self.n(layer) for layer in range(len(there))]
         assert all(each <= room for each, room in zip(n, n_slots, strict=True))
         assert sum(n_slots) <= self.shape.n_layers * self.shape.n_slots
-        # To the left without gaps, the first layer first; then to the right, the last one first: none is overwritten.
-        for sizes, layers in ((n, range(len(n))), (n_slots, reversed(range(len(n))))):
+        # To the left without gaps, the first ones first; then to the right, the last ones first: none is overwritten.
+        for sizes, turn in ((n, 1), (n_slots, -1)):
             regions = self._regions(sizes)
-            for layer in layers:
-                pairs = zip(regions[layer].by_entry, self.regions[layer].by_entry, strict=True)
-                for into, own in pairs:
-                    into[:, : n[layer]] = own[:, : n[layer]].copy()
+            for layer in range(len(n))[::turn]:
+                for into, own in zip(regions[layer].by_entry, self.regions[layer].by_entry, strict=True):
+                    for head in range(len(own))[::turn]:
+                        for start in range(0, n[layer], MOVED_ROWS)[::turn]:
+                            part = slice(start, min(start + MOVED_ROWS, n[layer]))
+                            into[head, part] = own[head, part]
             self.regions = regions
+        self._parts = {}
 
     def parts(self, layer: int) -> Sequence[Part]:
-        return [Part(self.regions[layer].segment, self.counts[layer])] if self.n(layer) else []
+        if not self.n(layer):
+            return []
+        if layer not in self._parts:
+            self._parts[layer] = self._parts_of(layer)
+        parts = self._parts[layer]
+        if len(parts) > 1:
+            first, rest = (part.counts for part in parts)
+            first[:] = min(self.n(layer), self.shape.n_anchored)
+            rest[:] = self.counts[layer] - first
+        return [part for part in parts if part.counts[0]]
+
+    def _parts_of(self, layer: int) -> list[Part]:
+        """One of all entries; or one of the anchored ones, which keep the first slots, and one of the others."""
+        region, fmt, dim = self.regions[layer], self.row_format, self.shape.heads.head_dim
+        anchored, own = self.shape.n_anchored, self.counts[layer]
+        parts = []
+        for counts in (np.zeros_like(own), np.zeros_like(own)) if anchored else (own,):
+            segment = ops.Segment(
+                fmt, region.keys, fmt, region.values, key_dim=dim, value_dim=dim, counts=counts, bias=region.bias
+            )
+            parts.append(Part(segment, counts))
+        parts[-1].segment.key_start = parts[-1].segment.value_start = anchored
+        return parts
 
     def keys(self, layer: int, head: int) -> F32:
         rows = self.regions[layer].keys[head, : self.n(layer)]
@@ -103,6 +128,28 @@ class Slots(Entries):
 
     def _write_key(self, layer: int, k: F32, slots: I32) -> None:
         ops.kv_write(k, self.regions[layer].keys, self.row_format, slots[:, None])
+
+    def counters(self) -> dict[str, list[int]]:
+        self.close()
+        return {"n": self.counts[:, 0].tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        slots = [region.n_slots for region in self.regions]
+        self.free[...] = NONE
+        self.counts[...] = np.array(untrusted.counts(counters, "n", len(slots), slots))[:, None]
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found = {}
+        for layer, region in enumerate(self.regions):
+            for name, array in zip(self._names, region.by_entry, strict=True):
+                found[f"{layer}.{name}"] = array[:, : self.n(layer)]
+        return found
+
+    @property
+    def _names(self) -> list[str]:
+        """Of a region's arrays."""
+        kept = [name for name, there in (("mass", self.all_mass), ("bias", self.all_biases)) if there is not None]
+        return ["keys", "values", "position", *kept, *(f"strikes{i}" for i in range(self.shape.n_parts))]
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Slots)

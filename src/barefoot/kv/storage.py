@@ -7,7 +7,7 @@ parts, in that order, takes new ones, and states its arrays before it has any.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 
 F32 = npt.NDArray[np.float32]
@@ -58,8 +59,9 @@ class Array:
 class Shape:
     """What a storage is to hold: ``n_slots`` entries of each key head, in a layer of mean size.
 
-    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position. ``n_sent``: the
-    most entries of a key head that a policy sends away.
+    ``mass``, ``biased`` and ``n_parts`` of strikes: what is kept of each entry besides its position. ``n_anchored``: so
+    many of the first entries are a part of their own, and never go. ``n_sent``: the most entries of a key head that a
+    policy sends away.
     """
 
     heads: Heads
@@ -68,6 +70,7 @@ class Shape:
     mass: bool = False
     biased: bool = False
     n_parts: int = 0
+    n_anchored: int = 0
     n_sent: int = 0
 
 
@@ -91,7 +94,9 @@ class Storage(ABC):
     """The entries of all layers of one sequence."""
 
     lets_go: ClassVar[bool] = False  # whether an entry that has been placed can go
-    merges: ClassVar[bool] = False  # whether an entry can be rewritten
+    merges: ClassVar[bool] = False  # whether entries that can be chosen among can be rewritten
+    biases: ClassVar[bool] = False  # whether entries can have some
+    anchors: ClassVar[bool] = False  # whether first entries can be a part of their own
     resizes: ClassVar[bool] = False  # whether layers can have unequal room
 
     @staticmethod
@@ -190,6 +195,23 @@ class Storage(ABC):
     @abstractmethod
     def clear(self) -> None:
         """No entries."""
+
+    def counters(self) -> dict[str, list[int]]:
+        """How much there is: what :meth:`restore` needs for :meth:`held` to be of the same shapes."""
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        """Have as much as ``counters`` say, of any content.
+
+        Raises
+        ------
+        CorruptFile : it isn't possible.
+        """
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name: views whose last axes are contiguous, and which can be written."""
+        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
 
     @abstractmethod
     def copy(self, other: Storage) -> None:

@@ -23,7 +23,6 @@ from barefoot.kv import budgets
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-Keys = Callable[[int], F32]  # a key head's keys, rotated, float32 (n, head_dim)
 
 #: What a policy can ask attention for:
 #: ``mass``: the attention probability of every query, summed over the query heads of a key head, (n_kv_heads, n);
@@ -52,6 +51,7 @@ class Seen:
     n_prompt : tokens that there were when the last prompt was done.
     bias : float32 (n_kv_heads, n), what is added to the entries' scores; None where none has any.
     carried : float32 (n_carried,), of the layer's last merge; zeros before.
+    keys : of a key head, its entries' keys as they are stored, rotated, float32 (n, head_dim), decoded anew each time.
     """
 
     position: I32
@@ -61,6 +61,7 @@ class Seen:
     n_prompt: int = 0
     bias: F32 | None = None
     carried: F32 | None = None
+    keys: Callable[[int], F32] | None = None
 
     @property
     def n(self) -> int:
@@ -112,8 +113,19 @@ class Policy(Technique):
         return 1
 
     @property
+    def n_anchored(self) -> int:
+        """So many of the first positions, which always stay, are as far from a query as entries are between them, not
+        tokens."""
+        return 0
+
+    @property
     def merges(self) -> bool:
-        """Whether entries that go live on in others."""
+        """Whether entries live on in others that go when a prompt is done."""
+        return False
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether those do that go behind a decoded token."""
         return False
 
     @property
@@ -145,7 +157,7 @@ class Policy(Technique):
         """Slots (n_kv_heads, m) of a layer that go where ``sends_away`` says so; observed is of each since it came."""
         raise NotImplementedError
 
-    def merge(self, seen: Seen, stay: I32, keys: Keys) -> Merge:
+    def merge(self, seen: Seen, stay: I32) -> Merge:
         """How those that are not in ``stay``, (n_kv_heads, n_kept), live on in those that are."""
         raise NotImplementedError
 
@@ -175,6 +187,16 @@ def lowest(scores: F32 | I32) -> I32:
 def protect_recent(scores: F32, position: I32, n_tokens: int, n: int) -> F32:
     """Scores (..., slots), infinite for the last ``n`` positions."""
     return np.where(position >= n_tokens - n, np.float32(np.inf), scores)
+
+
+def stands_for(into: I32, bias: F32 | None) -> F32:
+    """Biases (n_kv_heads, n) of entries that others have joined: the logarithm of how many tokens each stands for, of
+    which ``bias`` says the same before."""
+    before = np.ones(into.shape) if bias is None else np.exp(bias.astype(np.float64))
+    counts = [
+        np.bincount(own[own >= 0], weights=n[own >= 0], minlength=len(own)) for own, n in zip(into, before, strict=True)
+    ]
+    return np.log(np.maximum(counts, 1)).astype(np.float32)
 
 
 def every(seen: Seen) -> I32:
