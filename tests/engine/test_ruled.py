@@ -15,12 +15,15 @@ from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores.mikv import MiKV
 from barefoot.kv.stores.q8 import Int8Store
+from barefoot.kv.stores.think import Think
 
 IDS = [(7 * i + 3) % 250 for i in range(70)]
 ALL = (Sinks(keep=90), H2O(keep=90), SnapKV(keep=80, room=16))  # of 96 positions
 FEW = (Sinks(keep=20), H2O(keep=20), Scissorhands(keep=20, window=9, recent=4), SnapKV(keep=20, window=6, room=40))
 STORES = [*(Ruled(policy, HalfStore()) for policy in FEW), Ruled(FEW[3], Kivi(residual=32)), Kivi(residual=32)]
+STORES += [Ruled(FEW[1], Think(recent=8)), Think(Kivi(residual=32)), Ruled(FEW[2], MiKV(Int8Store(), bits=4))]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])

@@ -238,7 +238,7 @@ def test_compositions():
         ("h2o > think > mikv", "can't take channels from mikv > f16"),
         ("snapkv(layers=pyramid) > mikv", "room for as many entries each"),
         ("d2o > mikv", "take others in"),
-        ("sinks(distance=slots) > mikv", "no part of their own"),
+        ("sinks(rope=slot) > mikv", "no part of their own"),
     ):
         with pytest.raises(Incompatible, match=message):
             ruled.parse(text, KNOWN)
