@@ -103,7 +103,7 @@ def test_regions_keep_their_entries_whatever_their_sizes():
     for layer, n in enumerate((20, 3, 11, 0)):
         every = np.arange(n, dtype=np.int32)[None].repeat(2, axis=0)
         storage.place(layer, every, storage.position(layer).copy(), cache._work.keys, cache._work.values)
-    before = [[a[:, : storage.n(layer)].copy() for a in storage.regions[layer].by_entry] for layer in range(4)]
+    before = [[a[:, : storage.n(layer)].copy() for a in storage.regions[layer].by_entry.values()] for layer in range(4)]
     for _ in range(200):
         n = [storage.n(layer) for layer in range(4)]
         cuts = np.sort(rng.integers(0, 84 - sum(n) + 1, 3))
@@ -111,7 +111,7 @@ def test_regions_keep_their_entries_whatever_their_sizes():
         storage.resize([a + int(b) for a, b in zip(n, spare, strict=True)])
         for layer in range(4):
             assert storage.room(layer) == spare[layer]
-            for now, then in zip(storage.regions[layer].by_entry, before[layer], strict=True):
+            for now, then in zip(storage.regions[layer].by_entry.values(), before[layer], strict=True):
                 assert np.array_equal(now[:, : n[layer]], then)
 
 

@@ -11,13 +11,13 @@ from test_cache import HEADS, Counted, arrays, decode, make, positions, run_prom
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.kv.cache import Cache
+from barefoot.kv.entries import NONE
 from barefoot.kv.layout import Layout, Workspace
 from barefoot.kv.policies import Merge, Seen
 from barefoot.kv.policies.d2o import D2O
 from barefoot.kv.policies.elastic import Elastic
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.kvmerger import KVMerger
-from barefoot.kv.slots import NONE
 from barefoot.kv.storage import Heads
 from barefoot.kv.stores.f16 import HalfStore
 
@@ -381,7 +381,7 @@ def same(cache, other):
             for storage in (one, two):
                 region, n = storage.regions[layer], storage.n(layer)
                 order = [s for s in np.argsort(region.position[head, :n]) if s != storage.free[layer, head]]
-                found.append([array[head, order] for array in region.by_entry])
+                found.append([array[head, order] for array in region.by_entry.values()])
             for a, b in zip(*found, strict=True):
                 assert np.array_equal(a, b) if a.dtype != np.float32 else np.allclose(a, b, atol=1e-5)
 

@@ -236,9 +236,9 @@ def test_compositions():
         ("h2o > mikv > kivi", "can't demote entries of kivi"),
         ("h2o > mikv > think", "can't demote entries of think > f16"),
         ("h2o > think > mikv", "can't take channels from mikv > f16"),
-        ("snapkv(layers=pyramid) > mikv", "room for as many entries each"),
-        ("d2o > mikv", "take others in"),
-        ("sinks(rope=slot) > mikv", "no part of their own"),
+        ("snapkv(layers=pyramid) > mikv", "gives layers unequal room"),
+        ("d2o > mikv", "can.t rewrite"),
+        ("sinks(rope=slot) > mikv", "has among others"),
     ):
         with pytest.raises(Incompatible, match=message):
             ruled.parse(text, KNOWN)

@@ -217,8 +217,8 @@ def test_compositions():
         ("think > think > q8", "can't take channels from think > q8"),
         ("q8 > think", "policies come first"),
         ("think > h2o", "policies come first"),
-        ("snapkv(layers=pyramid) > think", "room for as many entries each"),
-        ("d2o > think", "take others in"),
+        ("snapkv(layers=pyramid) > think", "gives layers unequal room"),
+        ("d2o > think", "can.t rewrite"),
     ):
         with pytest.raises(Incompatible, match=message):
             ruled.parse(text, KNOWN)

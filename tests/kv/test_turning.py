@@ -68,7 +68,9 @@ def test_attention_is_that_of_entries_at_their_places():
             places = np.arange(len(history))
             keys = rotated(np.stack([key for _, key, _ in history]), places, interleaved=False)
             query = rotated(q[i : i + 1], places[-1:], interleaved=False)
-            assert np.abs(out[i] - attend(query[0], keys, np.stack([value for *_, value in history]))).max() < 1e-2  # keys of 11 bits, scores of ±10
+            assert (
+                np.abs(out[i] - attend(query[0], keys, np.stack([value for *_, value in history]))).max() < 1e-2
+            )  # keys of 11 bits, scores of ±10
             if n == 1 and len(history) > 20:
                 del history[3]
         if n > 1:
@@ -106,7 +108,12 @@ def test_distances_of_tokens_are_another_thing():
 def test_turning_takes_what_is_stated():
     heads = Heads(8, 1, 128, 0.1)
     layout = Layout(heads, 1, 700, Sinks(keep=100, rope="slot"), HalfStore(), 512)
-    cache = Cache(layout, Workspace(layout, Counted(), ops.n_threads()), Counted(), [Turning(np.linspace(0, 1, 64, dtype=np.float32), interleaved=False)])
+    cache = Cache(
+        layout,
+        Workspace(layout, Counted(), ops.n_threads()),
+        Counted(),
+        [Turning(np.linspace(0, 1, 64, dtype=np.float32), interleaved=False)],
+    )
     rng = np.random.default_rng(2)
     run_prompt(cache, [arrays(rng, 150, heads)], 512)
     q, k, v = arrays(rng, 512, heads)

@@ -8,10 +8,11 @@ part of strikes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
 from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Shape, Storage, Take, zeros
@@ -28,8 +29,9 @@ class Region:
 
     def __init__(self, entries: Entries, first: int, n_slots: int) -> None:
         n, self.n_slots = entries.shape.heads.n_kv_heads, n_slots
+        row = entries.all_values.shape[1]
         self.own = slice(n * first, n * (first + n_slots))
-        self.values = entries.all_values[self.own].reshape(n, n_slots, entries.all_values.shape[1])
+        self.values = entries.all_values[self.own].reshape(n, n_slots, row)
         self.position = entries.all_positions[self.own].reshape(n, n_slots)
         self.mass = None if entries.all_mass is None else entries.all_mass[self.own].reshape(n, n_slots)
         self.bias = None if entries.all_biases is None else entries.all_biases[self.own].reshape(n, n_slots)
@@ -37,15 +39,16 @@ class Region:
         self.strikes = None if strikes is None else strikes[:, self.own].reshape(len(strikes), n, n_slots)
 
     @property
-    def observed(self) -> list[F32 | U16]:
-        """What is kept of each entry that it doesn't come with."""
-        kept = [a for a in (self.mass, self.bias) if a is not None]
-        return [*kept, *([] if self.strikes is None else self.strikes)]
+    def observed(self) -> dict[str, Any]:
+        """What is kept of each entry that it doesn't come with, (n_kv_heads, slots), by name."""
+        kept = {name: array for name, array in (("mass", self.mass), ("bias", self.bias)) if array is not None}
+        parts = () if self.strikes is None else self.strikes
+        return {**kept, **{f"strikes{i}": part for i, part in enumerate(parts)}}
 
     @property
-    def by_entry(self) -> list[U8 | I32 | F32 | U16]:
-        """All arrays, (n_kv_heads, slots, …)."""
-        return [self.values, self.position, *self.observed]
+    def by_entry(self) -> dict[str, Any]:
+        """All arrays, (n_kv_heads, slots, …), by name."""
+        return {"values": self.values, "position": self.position, **self.observed}
 
 
 class Entries(Storage):
@@ -106,7 +109,7 @@ class Entries(Storage):
             kept, new = own[own < self.n(layer)], own[own >= self.n(layer)]
             slots = self._gather(layer, head, kept, len(own))
             region.position[head, slots] = position[head, new]
-            for kept_of in region.observed:
+            for kept_of in region.observed.values():
                 kept_of[head, slots] = 0
             rows = new - self.n(layer)
             self._place_keys(layer, head, keys[head], rows, slots)
@@ -126,7 +129,7 @@ class Entries(Storage):
         slots = self._next(layer)
         region, heads = self.regions[layer], np.arange(len(slots))
         region.position[heads, slots] = position
-        for kept_of in region.observed:
+        for kept_of in region.observed.values():
             kept_of[heads, slots] = 0
         self._write_key(layer, k, slots)
         ops.kv_write(v, region.values, self.row_format, slots[:, None])
@@ -177,12 +180,13 @@ class Entries(Storage):
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Entries)
         for layer, region in enumerate(other.regions):
-            for into, theirs in zip(self.regions[layer].by_entry, region.by_entry, strict=True):
-                into[:, : other.n(layer)] = theirs[:, : other.n(layer)]
+            own = self.regions[layer].by_entry
+            for name, theirs in region.by_entry.items():
+                own[name][:, : other.n(layer)] = theirs[:, : other.n(layer)]
         self.counts[...], self.free[...] = other.counts, other.free
 
 
-def pack(arrays: list[U8 | I32 | F32 | U16], head: int, kept: I32, first: int, last: int) -> I32:
+def pack(arrays: Iterable[npt.NDArray[Any]], head: int, kept: I32, first: int, last: int) -> I32:
     """Bring a head's entries ``kept`` into the slots from ``first`` to ``last``; return those that are left there."""
     inside = (kept >= first) & (kept < last)
     empty = np.ones(max(0, last - first), bool)

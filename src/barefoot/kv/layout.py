@@ -67,9 +67,8 @@ class Layout:
     @property
     def shape(self) -> Shape:
         biased = self.policy is not None and self.policy.biased
-        mass, n_sent = self.observes == "mass", 0
-        if self.policy is not None:
-            n_sent = max(0, self.context - self.policy.n_left)
+        mass = self.observes == "mass"
+        n_sent = 0 if self.policy is None else max(0, self.context - self.policy.n_left)
         return Shape(self.heads, self.n_layers, self.n_slots, mass, biased, self.n_parts, self.n_anchored, n_sent)
 
     def own(self) -> tuple[Array, ...]:

@@ -16,6 +16,8 @@ from barefoot.kv.storage import Heads
 from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.kv.stores.f16 import HalfStore
 
+MOST_POSITIONS = (1 << 31) - 1
+
 
 @dataclass(frozen=True)
 class Ruled(KVStore):
@@ -35,17 +37,15 @@ class Ruled(KVStore):
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
         check_composition(self._techniques, frozenset() if self.policy is None else frozenset({"a policy"}))
+        storage = self.store.storage()
         if self.policy is None:
             return
-        storage = self.store.storage()
-        for needs, can, reason in (
-            (self.policy.merges, storage.merges, "its entries can't take others in"),
-            (self.policy.biased, storage.biases, "its entries have no biases"),
-            (self.policy.n_anchored, storage.anchors, "its first entries are no part of their own"),
-            (self.policy.layers != "uniform", storage.resizes, "its layers have room for as many entries each"),
-        ):
-            if needs and not can:
-                raise Incompatible(f"{self.policy} can't rule {self.store}: {reason}")
+        if self.policy.merges and not storage.merges:
+            raise Incompatible(f"{self.policy} lets entries join others, which {self.store} can't rewrite")
+        if self.policy.n_anchored and not storage.anchors:
+            raise Incompatible(f"{self.policy} turns queries to its first entries, which {self.store} has among others")
+        if self.policy.layers != "uniform" and not storage.resizes:
+            raise Incompatible(f"{self.policy} gives layers unequal room, which {self.store} can't share")
 
     @property
     def _techniques(self) -> tuple[Technique, ...]:
@@ -68,6 +68,11 @@ class Ruled(KVStore):
         if spec.layers[layer].window is not None:
             return super().slots(spec, layer, context, chunk)
         return context if self.policy is None else self.policy.slots(context)
+
+    def longest(self, spec: ModelSpec) -> int:
+        """Any, where distances are those between entries."""
+        endless = self.policy is not None and self.policy.n_anchored > 0
+        return MOST_POSITIONS if endless else spec.context_length
 
     def most_seen(self, n: int) -> int:
         return n if self.policy is None or not self.store.forgets else min(n, self.policy.slots(n))

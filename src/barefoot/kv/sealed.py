@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,6 @@ def n_blocks(n_slots: int, store: Kivi) -> int:
 
 
 class Sealed(Storage):
-    merges: ClassVar[bool] = True  # a first prompt's, which are staged
-
     @staticmethod
     def arrays(shape: Shape, store: Kivi) -> tuple[Array, ...]:
         """Blocks of keys, keys that wait, sealed values, values that wait, and positions, of a sequence."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core import untrusted
 from barefoot.kv.entries import MOVED, MOVED_ROWS, NONE, Entries, Region, pack, write_staged
-from barefoot.kv.storage import F32, I32, U8, U16, Array, Part, Shape, Storage, Take, zeros
+from barefoot.kv.storage import F32, I32, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
 
@@ -26,13 +26,12 @@ class Rows(Region):
         self.keys = storage.all_keys[self.own].reshape(self.values.shape)
 
     @property
-    def by_entry(self) -> list[U8 | I32 | F32 | U16]:
-        return [self.keys, *super().by_entry]
+    def by_entry(self) -> dict[str, Any]:
+        return {"keys": self.keys, **super().by_entry}
 
 
 class Slots(Entries):
     merges: ClassVar[bool] = True
-    biases: ClassVar[bool] = True
     anchors: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
     regions: list[Rows]
@@ -69,7 +68,8 @@ class Slots(Entries):
         for sizes, turn in ((n, 1), (n_slots, -1)):
             regions = self._regions(sizes)
             for layer in range(len(n))[::turn]:
-                for into, own in zip(regions[layer].by_entry, self.regions[layer].by_entry, strict=True):
+                for name, own in self.regions[layer].by_entry.items():
+                    into = regions[layer].by_entry[name]
                     for head in range(len(own))[::turn]:
                         for start in range(0, n[layer], MOVED_ROWS)[::turn]:
                             part = slice(start, min(start + MOVED_ROWS, n[layer]))
@@ -124,7 +124,7 @@ class Slots(Entries):
         write_staged(staged, rows, self.regions[layer].keys[head : head + 1], self.row_format, slots)
 
     def _gather(self, layer: int, head: int, kept: I32, n: int) -> I32:
-        return pack(self.regions[layer].by_entry, head, kept, 0, n)
+        return pack(self.regions[layer].by_entry.values(), head, kept, 0, n)
 
     def _write_key(self, layer: int, k: F32, slots: I32) -> None:
         ops.kv_write(k, self.regions[layer].keys, self.row_format, slots[:, None])
@@ -141,15 +141,9 @@ class Slots(Entries):
     def held(self) -> dict[str, npt.NDArray[Any]]:
         found = {}
         for layer, region in enumerate(self.regions):
-            for name, array in zip(self._names, region.by_entry, strict=True):
+            for name, array in region.by_entry.items():
                 found[f"{layer}.{name}"] = array[:, : self.n(layer)]
         return found
-
-    @property
-    def _names(self) -> list[str]:
-        """Of a region's arrays."""
-        kept = [name for name, there in (("mass", self.all_mass), ("bias", self.all_biases)) if there is not None]
-        return ["keys", "values", "position", *kept, *(f"strikes{i}" for i in range(self.shape.n_parts))]
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Slots)

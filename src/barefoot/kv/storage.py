@@ -94,10 +94,9 @@ class Storage(ABC):
     """The entries of all layers of one sequence."""
 
     lets_go: ClassVar[bool] = False  # whether an entry that has been placed can go
-    merges: ClassVar[bool] = False  # whether entries that can be chosen among can be rewritten
-    biases: ClassVar[bool] = False  # whether entries can have some
-    anchors: ClassVar[bool] = False  # whether first entries can be a part of their own
+    merges: ClassVar[bool] = False  # whether an entry can be rewritten
     resizes: ClassVar[bool] = False  # whether layers can have unequal room
+    anchors: ClassVar[bool] = False  # whether the first entries can be a part of their own
 
     @staticmethod
     @abstractmethod

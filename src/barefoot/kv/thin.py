@@ -137,7 +137,7 @@ class Thin(Entries):
         thin, whole = ordered[:n_thin], ordered[n_thin:]
         lowered, lifted = thin[thin < recent], whole[whole >= recent]
         assert not (len(lowered) and len(lifted))
-        one, every = slice(head, head + 1), [region.whole, *region.by_entry]
+        one, every = slice(head, head + 1), [region.whole, *region.by_entry.values()]
         # First where the entries that change sides go: packing the other side overwrites them.
         if len(lowered):
             free = self._pack_thin(layer, head, thin[thin >= recent], n)
@@ -150,7 +150,7 @@ class Thin(Entries):
     def _pack_thin(self, layer: int, head: int, kept: I32, n: int) -> I32:
         region, recent = self.regions[layer], self._recent
         pack([region.thin], head, kept - recent, 0, n - recent)
-        return pack(region.by_entry, head, kept, recent, n)
+        return pack(region.by_entry.values(), head, kept, recent, n)
 
     def _lower(self, layer: int, heads: slice, whole: I32, into: I32) -> None:
         """Take channels from entries, (heads, m): they go to other slots."""
@@ -172,7 +172,7 @@ class Thin(Entries):
 
     def _move(self, layer: int, heads: slice, entries: I32, into: I32) -> None:
         rows = np.arange(self.shape.heads.n_kv_heads)[heads, None]
-        for array in self.regions[layer].by_entry:
+        for array in self.regions[layer].by_entry.values():
             array[rows, into] = array[rows, entries]
 
     def clear(self) -> None:

@@ -54,6 +54,10 @@ class KVStore(Technique):
         """Rows of a key head that a layer has room for."""
         return spec.kv_positions(layer, context, chunk)
 
+    def longest(self, spec: ModelSpec) -> int:
+        """The largest context of a sequence."""
+        return spec.context_length
+
     def most_seen(self, n: int) -> int:
         """Entries of a key head that attention meets behind ``n`` positions, in a layer that sees all of them."""
         return n
