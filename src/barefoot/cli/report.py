@@ -13,6 +13,7 @@ from barefoot.core.units import format_bytes
 if TYPE_CHECKING:
     from barefoot.core.ledger import Place
     from barefoot.core.model import ModelSpec
+    from barefoot.plan.compositions import Priced
     from barefoot.plan.job import RunJob
     from barefoot.plan.result import PhaseTime, Plan
 
@@ -120,6 +121,25 @@ def candidates_table(plans: Sequence[Plan], *, everything: bool = False) -> str:
     text = console.table(rows, header=header, right=(2, 3, 4))
     hidden = len(plans) - len(shown)
     return text + (f"\n  and {hidden} more: --all" if hidden else "")
+
+
+def caches_table(caches: Sequence[Priced]) -> str:
+    """What the cache could be, the chosen one first."""
+    rows = [
+        [
+            " " if i else "→",
+            cache.kv,
+            format_bytes(cache.bytes),
+            format_bytes(cache.passing_bytes),
+            f"{cache.n_kept:,}",
+            f"{cache.kl:.4f}",
+            cache.tier,
+            "estimated" if cache.estimated else "measured",
+        ]
+        for i, cache in enumerate(caches)
+    ]
+    header = ("", "kv", "bytes", "beside them", "positions", "KL", "of the cache alone", "")
+    return console.table(rows, header=header, right=(2, 3, 4, 5))
 
 
 def ledger_table(

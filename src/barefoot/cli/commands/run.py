@@ -272,6 +272,8 @@ def _prepare(is_chat: bool) -> None:
 
 def _plan(args: argparse.Namespace, spec: ModelSpec, job: RunJob, extra: Footprint) -> tuple[Plan, Reserved]:
     from barefoot.core.device import this_machine
+    from barefoot.kv.stores.f16 import HalfStore
+    from barefoot.plan.compositions import drops, what_goes
     from barefoot.plan.planner import plan
     from barefoot.plan.reserved import reserved_expected, reserved_now
 
@@ -280,7 +282,12 @@ def _plan(args: argparse.Namespace, spec: ModelSpec, job: RunJob, extra: Footpri
     budget, said_by = arguments.budget(args, device)
     if args.memory is None:
         console.print_note(f"budget: {format_bytes(budget.bytes['host'])}, {said_by}")
-    found = plan(spec, job, budget, device, arguments.stated(args), reserved=reserved, extra=extra, model=args.model)
+    stated = arguments.stated(args)
+    found = plan(spec, job, budget, device, stated, reserved=reserved, extra=extra, model=args.model)
+    if stated.kv is None and found.config.kv != HalfStore():
+        console.print_note(f"memory is short, so that the cache is {found.config.kv}: {found.quality.sources['kv']}")
+        if drops(found.config.kv):
+            console.print_note(what_goes(found.config.kv, job.context))
     return found, reserved
 
 
