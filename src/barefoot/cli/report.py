@@ -169,7 +169,7 @@ def error_json(error: Exception) -> dict[str, Any]:
     }
     if isinstance(error, OverBudget):
         data |= {"fits": False, "needed_bytes": error.needed, "available_bytes": error.available}
-        data |= {"candidates": [], "recommended": None, "command": None}
+        data |= {"candidates": [], "recommended": None, "command": None, "kv": []}
         if error.refusal is not None:
             data |= error.refusal.to_json()  # type: ignore[attr-defined]
     return data

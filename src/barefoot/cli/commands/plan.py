@@ -22,7 +22,7 @@ JSON_KEYS = {
     "candidates": "the best plan of each quality tier, best quality first",
     "recommended": "the first candidate, or null",
     "command": "the command that runs the recommended plan, or null",
-    "kv": "what the recommended plan's cache could be, its own first, then by rising KL: kv, bytes (of all sequences), "
+    "kv": "what the recommended plan's cache can be, its own first, then by rising KL: kv, bytes (of all sequences), "
     "passing_bytes (beside them, for prompts), n_kept (positions), kl (of the cache alone), tier, estimated, source",
     "alternatives": "only when nothing fits: what would, each with its command",
     "model": "name, architecture, n_parameters, n_layers",
