@@ -15,7 +15,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,16 +123,16 @@ def candidate_stores() -> tuple[KVStore, ...]:
 def candidate_policies(context: int, max_tokens: int) -> tuple[Policy, ...]:
     """The policies that the planner may choose: each at the shares of ``context`` positions that were measured, rounded
     up to whole entries, with room for an answer of ``max_tokens``."""
-    shares = {
-        (spec, Fraction(kept, n))
+    keeps = {
+        (spec, -(-context * kept // n))
         for m in measurements()
         for spec, points in m.policies.items()
         for n, kept, _ in points
     }
     found = []
-    for spec, share in sorted(shares):
+    for spec, keep in sorted(keeps):
         try:
-            policy = _with_keep(spec, math.ceil(context * share))
+            policy = _with_keep(spec, keep)
         except InvalidInput:  # of a short context, fewer entries than a knob allows
             continue
         found.append(dataclasses.replace(policy, room=max_tokens) if "room" in policy.knobs() else policy)  # type: ignore[type-var]
@@ -258,20 +257,17 @@ def _policy_loss(spec: ModelSpec, policy: Policy, context: int) -> Loss | None:
         return None
     if keep >= context:
         return Loss(0.0, f"{policy} keeps every entry", False)
-    share = Fraction(keep, context)
     for measured in _kv_measurements(spec):
-        points = next(
-            (p for pattern, p in measured.policies.items() if _rule(_measured_policy(pattern)) == _rule(policy)), ()
-        )
-        if not points:
-            continue
-        kl = _at_share(points, share)
-        if kl is None:
-            return None
-        longest = max(n for n, _, _ in points)
-        exactly = context <= longest and any(Fraction(kept, n) == share for n, kept, _ in points)
-        source = f"{measured.source} ({measured.model}, prompts of up to {longest:,}, of which such a share stayed)"
-        return Loss(kl, source, not (exactly and _on_this(measured, spec)))
+        for pattern, points in measured.policies.items():
+            if _rule(_measured_policy(pattern)) != _rule(policy):
+                continue
+            kl = _at_share(points, keep / context)
+            if kl is None:
+                return None
+            longest = max(n for n, _, _ in points)
+            exactly = context <= longest and any(kept * context == keep * n for n, kept, _ in points)
+            source = f"{measured.source} ({measured.model}, prompts of up to {longest:,}, of which such a share stayed)"
+            return Loss(kl, source, not (exactly and _on_this(measured, spec)))
     return None
 
 
@@ -292,11 +288,11 @@ def _measured_policy(pattern: str) -> Policy:
     return _with_keep(pattern, 1 << 30)
 
 
-def _at_share(points: Sequence[tuple[int, int, float]], share: Fraction) -> float | None:
+def _at_share(points: Sequence[tuple[int, int, float]], share: float) -> float | None:
     """KL at a share of the positions, of lengths that were measured the worst; above the largest share that of it."""
-    worst: dict[Fraction, float] = {}
-    for n, kept, kl in points:
-        worst[Fraction(kept, n)] = max(kl, worst.get(Fraction(kept, n), LEAST_KL))
+    worst: dict[float, float] = {}
+    for n, kept, kl in points:  # equal shares are equal quotients
+        worst[kept / n] = max(kl, worst.get(kept / n, LEAST_KL))
     if share < min(worst):
         return None
     if share in worst or share > max(worst):
