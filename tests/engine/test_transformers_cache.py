@@ -99,12 +99,13 @@ def test_entries_and_logits_are_those_of_the_engine(named, tmp_path_factory, kv)
     model.save_pretrained(folder)
     cache = Halves(model, f"{kv} > f32")
     ruled = [i for i, layer in enumerate(cache.layers) if isinstance(layer, RuledLayer)]
+    n_roundings = 2 if parse_kv(kv).policy.merges else 1  # of a prompt's entries: as they come, and merged
     passes = [IDS[:60], *singly(IDS[60:100]), IDS[100:120], *singly(IDS[120:])]
     with tiny.engine(folder, kv=parse_kv(f"{kv} > f32"), context=130, n_threads=1) as engine:
         for ids in passes:
             expected = (engine.prefill(ids) if len(ids) > 1 else engine.decode(ids[0])).copy()
             got = rows(model, cache, ids)[-1]
-            assert np.abs(got - expected).max() < HALF * np.abs(expected).max()
+            assert np.abs(got - expected).max() < n_roundings * HALF * np.abs(expected).max()
             storage = engine._by_layer.caches[0].storage
             for number, layer in enumerate(ruled):
                 there = storage.position(number)
