@@ -15,8 +15,10 @@ from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores.mikv import MiKV
 from barefoot.kv.stores.minicache import MiniCache
 from barefoot.kv.stores.q8 import Int8Store
+from barefoot.kv.stores.think import Think
 
 IDS = [(7 * i + 3) % 250 for i in range(70)]
 ALL = (  # of 96 positions
@@ -31,6 +33,9 @@ STORES = [
     Ruled(FEW[1], MiniCache(start=0, recent=2)),
     Kivi(residual=32),
     MiniCache(start=0, recent=3),
+    Ruled(FEW[1], Think(recent=8)),
+    Think(Kivi(residual=32)),
+    Ruled(FEW[2], MiKV(Int8Store(), bits=4)),
 ]
 
 
@@ -205,6 +210,6 @@ def test_rounded_inputs_are_those_of_the_plain_engine(folder):
     settings = {"activations": "int8", "chunk": 48}
     with (
         open_engine(folder, **settings) as plain,
-        open_engine(folder, kv=Ruled(ALL[0], HalfStore()), **settings) as engine,
+        open_engine(folder, kv=ALL[0], **settings) as engine,
     ):
         assert np.array_equal(engine.prefill(IDS[:60]), plain.prefill(IDS[:60]))

@@ -237,6 +237,8 @@ def test_compositions():
         ("h2o > mikv > think", "can't demote entries of think > f16"),
         ("h2o > think > mikv", "can't take channels from mikv > f16"),
         ("snapkv(layers=pyramid) > mikv", "gives layers unequal room"),
+        ("d2o > mikv", "can.t rewrite"),
+        ("sinks(rope=slot) > mikv", "has among others"),
     ):
         with pytest.raises(Incompatible, match=message):
             ruled.parse(text, KNOWN)

@@ -218,6 +218,7 @@ def test_compositions():
         ("q8 > think", "policies come first"),
         ("think > h2o", "policies come first"),
         ("snapkv(layers=pyramid) > think", "gives layers unequal room"),
+        ("d2o > think", "can.t rewrite"),
     ):
         with pytest.raises(Incompatible, match=message):
             ruled.parse(text, KNOWN)

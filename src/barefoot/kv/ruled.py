@@ -40,7 +40,9 @@ class Ruled(KVStore):
         storage = self.store.storage()
         if self.policy is None:
             return
-        if self.policy.merges and not storage.merges:
+        # Where a policy chooses once, what merges is still staged.
+        rewrites = self.policy.merges_tokens or self.policy.biased or storage.lets_go
+        if self.policy.merges and rewrites and not storage.merges:
             raise Incompatible(f"{self.policy} lets entries join others, which {self.store} can't rewrite")
         if self.policy.n_anchored and not storage.anchors:
             raise Incompatible(f"{self.policy} turns queries to its first entries, which {self.store} has among others")

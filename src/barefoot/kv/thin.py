@@ -230,6 +230,8 @@ class ThinSealed(Sealed):
             self.channels.choose(layer, sum_of_squares(keys))
         return np.take_along_axis(keys, self.channels.kept[layer].astype(np.int64)[:, None], axis=2)
 
+    counters, restore, held = Storage.counters, Storage.restore, Storage.held  # channels would have to be saved, too
+
     def clear(self) -> None:
         super().clear()
         self.channels.clear()
