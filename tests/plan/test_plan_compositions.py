@@ -136,6 +136,14 @@ def test_other_policies_and_other_knobs_are_not_measured(table, text):
     assert loss(text).kl == 0
 
 
+@pytest.mark.parametrize("text", ["minicache > q8", "h2o(keep=1000) > minicache > q8", "think > q8"])
+def test_what_wraps_a_store_is_not_priced_by_its_bits(table, text):
+    found = loss(text)
+    assert found.partial
+    assert found.kl == pytest.approx(STORES["q8"] + (0.02 if "h2o" in text else 0))
+    assert "is not measured, and not in the sum" in found.source
+
+
 def test_room_for_the_answer_costs_no_quality(table):
     assert loss("snapkv(keep=1000,room=7)") == loss("snapkv(keep=1000)")
 

@@ -25,7 +25,7 @@ from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
 from barefoot.kv.policies import Policy
 from barefoot.kv.ruled import Ruled
-from barefoot.kv.stores import KVStore
+from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.ops import blocks
 from barefoot.weights.formats import WeightFormat
 
@@ -218,7 +218,7 @@ def kv_loss(spec: ModelSpec, kv: KVStore, context: int) -> Loss:
         why = f"{store.source}; what {kv.policy} sends away is not measured, and not in the sum"
         return Loss(store.kl, why, True, partial=True)
     source = policy.source if store.kl == 0 else f"{policy.source}; {kv.store}: {store.source}"
-    return Loss(policy.kl + store.kl, source, policy.estimated or store.estimated)
+    return Loss(policy.kl + store.kl, source, policy.estimated or store.estimated, store.partial)
 
 
 def _kv_measurements(spec: ModelSpec) -> tuple[Measurement, ...]:
@@ -239,6 +239,10 @@ def _store_loss(spec: ModelSpec, store: KVStore) -> Loss:
             kl = measured.kl["kv"][name]
             source = "the reference" if kl == 0 else f"{measured.source} ({measured.model})"
             return Loss(kl, source, kl > 0 and not _on_this(measured, spec))
+    if isinstance(store, Wrapper):  # what it does to entries isn't a matter of bits
+        inner = _store_loss(spec, store.inner)
+        why = f"{inner.source}; what {format_technique(store)} loses is not measured, and not in the sum"
+        return Loss(inner.kl, why, True, partial=True)
     if not candidates:
         return Loss(math.inf, "no measurement", True)
     table = candidates[0]
