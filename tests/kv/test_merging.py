@@ -134,7 +134,7 @@ def test_d2o_merges_what_is_alike_by_its_weights():
     groups, threshold = joined(keys, values, gone, stay, lambda mean: mean)
     for head, want in enumerate(groups):
         agree(stored(cache, 0, head), want)
-    assert cache._carried[0, 0] == pytest.approx(threshold, rel=1e-4)
+    assert cache._course.carried[0, 0] == pytest.approx(threshold, rel=1e-4)
     lived = sum(not np.array_equal(want[p][0], keys[head][p]) for head, want in enumerate(groups) for p in want)
     assert 5 < lived < 40  # of the entries that stay, some have taken others in
     for t in range(n, n + 12):
@@ -155,8 +155,8 @@ def test_d2o_merges_what_is_alike_by_its_weights():
         groups, threshold = joined(keys, values, away, kept, lambda mean, tau=threshold: 0.4 * mean + 0.6 * tau)
         for head in range(2):
             agree(after[head], {order[head][i]: pair for i, pair in groups[head].items()})
-        assert cache._carried[0, 0] == pytest.approx(threshold, rel=1e-3)
-        threshold = float(cache._carried[0, 0])
+        assert cache._course.carried[0, 0] == pytest.approx(threshold, rel=1e-3)
+        threshold = float(cache._course.carried[0, 0])
 
 
 def test_d2o_without_its_own_is_h2o():
