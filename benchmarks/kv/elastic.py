@@ -5,9 +5,9 @@
 FOLDER holds the four .gz files of Debian's package dataset-fashion-mnist. A small decoder is trained first
 (:mod:`benchmarks.models.fashion_reader`; kept in the work directory). Each arm then answers for the same test images on
 the engine, the answer's tokens being fed as they should be; its first one, the class, comes from the whole prompt.
-``elastic`` keeps ⌈ratio · t⌉ entries behind t tokens. The
-other policies do so too, or ("fixed") keep from the start as many as it has in the end. "one set" is H2O with scores
-summed over all heads, as the paper compares it; "random" keeps the last 16 and draws the others.
+``elastic`` keeps ⌈ratio · t⌉ entries behind t tokens. The other policies do so too, or ("fixed") keep from the start as
+many as it has in the end. "one set" is H2O with scores summed over all heads, as the paper compares it; "random" keeps
+the last 16 and draws the others.
 
 The paper's distance of 25 entries is a fifth of what it keeps of its prompts at a ratio of 0.2, and most of what is
 kept here; "nearer" is with as large a part of the prompt.
@@ -294,6 +294,7 @@ def main() -> None:
 
 def tell(name: str, result: dict[str, Any]) -> None:
     parts = "  ".join(f"{part} {result[f'{part} right']:.3f}" for part in reader.ANSWER)
+    print(f"  {name:36} {result['kv_bytes'] / 1024:6.1f} KiB  NLL {result['nll']:.4f}  {parts}")
     print("\n".join(f"  {'':36} {row}" for row in result["kept"]["behind the prompt"]), flush=True)
 
 
