@@ -323,7 +323,9 @@ def _claims(
             right = nlls(tasks[task], ours[task]), nlls(tasks[task], theirs[task])
             found.append(not_worse(f"{arm} and {press}: nats of a right token of {task}", *right))
     apart = kls(ours["passages"], engine["passages"]).mean() / kls(full["passages"], theirs["passages"]).mean()
-    found.append(claim(f"{arm}: KL from driver to engine, over kvpress's from the full cache", apart, at_most=0.05))
+    found.append(
+        claim(f"{arm}: KL from driver to engine, over kvpress's from the full cache", float(apart), at_most=0.05)
+    )
     share = max(held[task]["most_bytes"] / facts[task]["most_bytes"] for task in tasks)
     found.append(claim(f"{arm}: most bytes held, over kvpress's", share, at_most=1.0))
     if timed:

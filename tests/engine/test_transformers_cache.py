@@ -23,10 +23,10 @@ from barefoot.transformers.cache import RuledLayer  # noqa: E402
 
 POLICIES_KNOWN, STORES_KNOWN = techniques("kv.policies"), techniques("kv.stores")
 IDS = np.random.default_rng(3).integers(0, 131, 130).tolist()
-HALF = 2**-11  # of a number: some that the engine rounds to half precision fall the other way here
 FLIPS = (
     0.05  # of a store's own error: codes that float32's last bits make fall the other way, one of a thousand at most
 )
+STRIKES, TWO_PARTS = "scissorhands(keep=24,window=9,recent=4)", "scissorhands(keep=24,window=30,recent=4,drop=10)"
 POLICIES = (
     "sinks(keep=20)",
     "h2o(keep=24)",
@@ -34,10 +34,16 @@ POLICIES = (
     "snapkv(keep=24,window=6,room=100)",
     "scissorhands(keep=24,window=9,recent=4)",
     "scissorhands(keep=24,window=30,recent=4,drop=10)",
+    "elastic(ratio=0.4)",
+    "kvmerger(keep=24,room=100)",
+    "kvmerger(keep=24,room=100,mass=bias)",
+    "d2o(keep=24)",
+    "d2o(keep=24,mass=bias)",
+    "h2o(keep=24,layers=pyramid)",
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-gqa-4-1", "qwen3", "gemma3", "phi3"])
+@pytest.fixture(scope="module", params=["llama-gqa-4-1", "qwen3", "gemma3"])
 def named(request):
     return request.param, tiny.build(request.param)
 
@@ -88,26 +94,55 @@ def test_where_all_stays_logits_are_those_of_any_cache(model, kv):
 
 @pytest.mark.parametrize("kv", POLICIES)
 def test_entries_and_logits_are_those_of_the_engine(named, tmp_path_factory, kv):
-    """Through a prompt, 40 tokens, a second prompt and 10 tokens: every layer and key head, and every logit."""
+    """Through a prompt, 40 tokens, a second prompt and 10 tokens: every layer and key head, and every logit.
+
+    Logits differ by less than what rounding all entries to half precision does: the engine rounds a prompt, where some
+    numbers fall the other way than here, and what is merged of it once more.
+    """
     name, model = named
     folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder)
     cache = Halves(model, f"{kv} > f32")
     ruled = [i for i, layer in enumerate(cache.layers) if isinstance(layer, RuledLayer)]
     passes = [IDS[:60], *singly(IDS[60:100]), IDS[100:120], *singly(IDS[120:])]
+    bound = own_error(model, f"{kv} > f16", *passes)
     with tiny.engine(folder, kv=parse_kv(f"{kv} > f32"), context=130, n_threads=1) as engine:
         for ids in passes:
             expected = (engine.prefill(ids) if len(ids) > 1 else engine.decode(ids[0])).copy()
             got = rows(model, cache, ids)[-1]
-            assert np.abs(got - expected).max() < HALF * np.abs(expected).max()
+            assert np.abs(got - expected).max() < bound
             storage = engine._by_layer.caches[0].storage
             for number, layer in enumerate(ruled):
-                there = storage.position(number)
-                if storage.free is not None:  # slots of entries that went
-                    there = [np.delete(own, gone) for own, gone in zip(there, storage.free[number], strict=True)]
+                there, waits = storage.position(number), storage.free[number]
+                if waits[0] >= 0:  # slots of entries that went
+                    there = [np.delete(own, gone) for own, gone in zip(there, waits, strict=True)]
                 assert np.array_equal(cache.positions(layer)[0].numpy(), np.sort(there, axis=1))
     assert cache.get_seq_length() == 130
     assert cache.positions(ruled[-1]).shape[2] < 90
+
+
+def test_budgets_that_are_measured_are_those_of_the_engine(tmp_path):
+    """A layer with sharper attention than the others keeps less; entries and budgets of all layers."""
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight *= 4
+    model.save_pretrained(tmp_path)
+    kv = "d2o(keep=20) > f32"
+    cache = Halves(model, kv)
+    rows(model, cache, IDS[:60])
+    with tiny.engine(tmp_path, kv=parse_kv(kv), n_threads=1) as engine:
+        engine.prefill(IDS[:60])
+        storage = engine._by_layer.caches[0].storage
+        for layer in range(3):
+            assert np.array_equal(cache.positions(layer)[0].numpy(), np.sort(storage.position(layer), axis=1))
+    kept = [cache.positions(layer).shape[2] for layer in range(3)]
+    assert sum(kept) == 60
+    assert kept[1] < 20 < max(kept)
+    rows(model, cache, *singly(IDS[60:64]))
+    assert [cache.positions(layer).shape[2] for layer in range(3)] == kept
+    cache.reset()
+    with pytest.raises(Incompatible, match="a budget for each sequence, got a batch of 2"):
+        model(torch.tensor([IDS[:30], IDS[30:60]]), past_key_values=cache)
 
 
 def test_what_is_drawn_of_a_prompt_is_drawn_alike(named, tmp_path):
@@ -156,11 +191,11 @@ def test_every_policy_over_every_store_is_the_engines_or_refused(wide, policy, s
         with pytest.raises(Incompatible):
             parse_kv(kv)
         return
-    bound = FLIPS * own_error(model, kv, IDS[:60], *singly(steps))
+    passes = IDS[:60], *singly(steps)
+    bound = FLIPS * own_error(model, kv, *passes) + own_error(model, "f16", *passes)
     with tiny.engine(folder, kv=parse_kv(kv), n_threads=1) as engine:
         expected = [engine.prefill(IDS[:60]).copy(), *(engine.decode(token).copy() for token in steps)]
-    got = rows(model, cache, IDS[:60], *singly(steps))[59:]
-    assert np.abs(got - expected).max() < max(bound, HALF * np.abs(expected).max())
+    assert np.abs(rows(model, cache, *passes)[59:] - expected).max() < bound
 
 
 def test_observing_tiles_changes_nothing(llama, monkeypatch):
@@ -215,6 +250,8 @@ def held(n, n_layers, heads, dim, store, *, observed=0):
         ("sinks(keep=20)", 20, 20, 0),
         ("h2o(keep=24)", 24, 24, 4),
         ("snapkv(keep=24,window=6)", 24, 34, 0),
+        ("kvmerger(keep=24,mass=bias)", 24, 34, 4),
+        ("d2o(keep=24,layers=uniform,mass=bias)", 24, 24, 8),
         ("scissorhands(keep=24,window=9,recent=4)", 13, 23, 4),
         ("scissorhands(keep=24,window=30,recent=4,drop=10)", 15, 15, 28),
     ],
@@ -223,10 +260,11 @@ def test_bytes_of_rows(policy, n, behind, observed, store):
     """Behind a prompt of 60 tokens and behind 10 more: storages of all tensors, to the byte."""
     model = tiny.build("qwen3")  # 3 layers, 2 key heads of 24
     cache = KVCache(model, f"{policy} > {store}")
+    carried = 3 * 8 if policy.startswith("d2o") else 0  # each layer's threshold
     rows(model, cache, IDS[:60])
-    assert cache.bytes == held(n, 3, 2, 24, store, observed=observed)
+    assert cache.bytes == held(n, 3, 2, 24, store, observed=observed) + carried
     rows(model, cache, *singly(IDS[60:70]))
-    assert cache.bytes == held(behind, 3, 2, 24, store, observed=observed)
+    assert cache.bytes == held(behind, 3, 2, 24, store, observed=observed) + carried
 
 
 def test_bytes_of_windows_and_batches():
@@ -257,7 +295,7 @@ def test_what_goes_is_freed(llama):
 
 
 @pytest.mark.parametrize(
-    "kv", ["h2o(keep=24) > f32", "snapkv(keep=24,window=6) > f32", "kivi(residual=32)", POLICIES[-1] + " > f32"]
+    "kv", ["h2o(keep=24) > f32", "snapkv(keep=24,window=6) > f32", "kivi(residual=32)", TWO_PARTS + " > f32"]
 )
 def test_sequences_of_a_batch_do_not_mix(model, kv):
     both = torch.tensor([IDS[:60], IDS[70:]])
@@ -275,7 +313,7 @@ def test_sequences_of_a_batch_do_not_mix(model, kv):
         assert torch.equal(cache.positions(layer), expected)
 
 
-@pytest.mark.parametrize("kv", ["h2o(keep=12) > q8", "snapkv(keep=12,window=4) > kivi(residual=32)", POLICIES[-2]])
+@pytest.mark.parametrize("kv", ["h2o(keep=12) > q8", "snapkv(keep=12,window=4) > kivi(residual=32)", STRIKES])
 def test_generate(model, kv):
     """Greedily, as token by token by hand; and again from there, with the answer and more behind it."""
     by_hand, cache = KVCache(model, kv), KVCache(model, kv)
@@ -372,13 +410,14 @@ def test_compositions_that_do_not_go_together(llama, kv, error, said):
 
 def test_a_store_that_this_driver_does_not_know_is_refused(llama):
     @dataclass(frozen=True)
-    class Shared(KVStore, name="shared", provides=("one direction for two layers",)):
+    class Shared(KVStore, name="shared"):
         row_format = "f16"
+        rows = False
 
         def row_parts(self, head_dim):
             return (("values", head_dim, 2),)
 
-    with pytest.raises(Incompatible, match="shared has one direction for two layers, which only the engine keeps"):
+    with pytest.raises(Incompatible, match="shared keeps entries that are no rows"):
         KVCache(llama, Shared())
 
 

@@ -103,7 +103,7 @@ class Slots(Entries):
         return parts
 
     def keys(self, layer: int, head: int) -> F32:
-        rows = self.regions[layer].keys[head, : self.n(layer)]
+        rows = self.regions[layer].keys[head, : self.n(layer)].copy()  # rows of f32 are the floats, and policies write
         return kvrows.decode(self.row_format, rows, self.shape.heads.head_dim)
 
     def rewrite(self, layer: int, head: int, entries: I32, keys: F32, values: F32) -> None:
