@@ -55,7 +55,7 @@ class KVCache(Cache):
         store = parse_kv(kv) if isinstance(kv, str) else kv
         policy, store = (store.policy, store.store) if isinstance(store, Ruled) else (None, store)
         config = model.config.get_text_config(decoder=True)
-        _check(model, config, store)
+        _check(model, config, policy, store)
         layers: list[Any] = []  # of HeldLayer
         for number, layer in enumerate(DynamicCache(config=config).layers):
             if type(layer) is DynamicLayer:
@@ -88,7 +88,7 @@ class KVCache(Cache):
         return torch.empty((0, 0, 0), dtype=torch.int32) if entries is None else entries.position
 
 
-def _check(model: Any, config: Any, store: KVStore) -> None:
+def _check(model: Any, config: Any, policy: Policy | None, store: KVStore) -> None:
     """Refuse what attends in another way than ``attention`` does."""
     name = type(model).__name__
     if config.is_encoder_decoder or not getattr(model, "_supports_sdpa", False):
@@ -99,6 +99,8 @@ def _check(model: Any, config: Any, store: KVStore) -> None:
         raise Incompatible(f"layers of {name} share their keys and values, so entries can't go layer by layer")
     if not (store.rows or isinstance(store, Kivi)):
         raise Incompatible(f"{store} keeps entries that are no rows, which only the engine does")
+    if policy is not None and policy.n_anchored:
+        raise Incompatible(f"{policy} turns queries to its first entries, which only the engine does")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     store.bits_per_number(head_dim)  # whether it has such rows
 
