@@ -15,7 +15,6 @@ transformers = pytest.importorskip("transformers", reason="the seam is that of t
 
 from barefoot.core.errors import Incompatible, InvalidInput  # noqa: E402
 from barefoot.core.registry import techniques  # noqa: E402
-from barefoot.kv.entries import NONE  # noqa: E402
 from barefoot.kv.stores import KVStore  # noqa: E402
 from barefoot.ops import kvrows  # noqa: E402
 from barefoot.plan.job import parse_kv  # noqa: E402
@@ -24,10 +23,10 @@ from barefoot.transformers.cache import RuledLayer  # noqa: E402
 
 POLICIES_KNOWN, STORES_KNOWN = techniques("kv.policies"), techniques("kv.stores")
 IDS = np.random.default_rng(3).integers(0, 131, 130).tolist()
-HALF = 2**-11  # of a number: some that the engine rounds to half precision fall the other way here
 FLIPS = (
     0.05  # of a store's own error: codes that float32's last bits make fall the other way, one of a thousand at most
 )
+STRIKES, TWO_PARTS = "scissorhands(keep=24,window=9,recent=4)", "scissorhands(keep=24,window=30,recent=4,drop=10)"
 POLICIES = (
     "sinks(keep=20)",
     "h2o(keep=24)",
@@ -35,14 +34,16 @@ POLICIES = (
     "snapkv(keep=24,window=6,room=100)",
     "scissorhands(keep=24,window=9,recent=4)",
     "scissorhands(keep=24,window=30,recent=4,drop=10)",
-    "elastic(ratio=0.3,distance=5)",
-    "elastic(ratio=0.3,distance=5,merging=false)",
-    "d2o(keep=24,first=2,layers=uniform)",
-    "kvmerger(keep=24,alike=-1.0,room=100)",
+    "elastic(ratio=0.4)",
+    "kvmerger(keep=24,room=100)",
+    "kvmerger(keep=24,room=100,mass=bias)",
+    "d2o(keep=24)",
+    "d2o(keep=24,mass=bias)",
+    "h2o(keep=24,layers=pyramid)",
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-gqa-4-1", "qwen3", "gemma3", "phi3"])
+@pytest.fixture(scope="module", params=["llama-gqa-4-1", "qwen3", "gemma3"])
 def named(request):
     return request.param, tiny.build(request.param)
 
@@ -93,27 +94,57 @@ def test_where_all_stays_logits_are_those_of_any_cache(model, kv):
 
 @pytest.mark.parametrize("kv", POLICIES)
 def test_entries_and_logits_are_those_of_the_engine(named, tmp_path_factory, kv):
-    """Through a prompt, 40 tokens, a second prompt and 10 tokens: every layer and key head, and every logit."""
+    """Through a prompt, 40 tokens, a second prompt and 10 tokens: every layer and key head, and every logit.
+
+    Logits differ by less than what rounding all entries to half precision does: the engine rounds a prompt, where some
+    numbers fall the other way than here, and what is merged of it once more.
+    """
     name, model = named
     folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder)
     cache = Halves(model, f"{kv} > f32")
     ruled = [i for i, layer in enumerate(cache.layers) if isinstance(layer, RuledLayer)]
-    n_roundings = 2 if parse_kv(kv).policy.merges else 1  # of a prompt's entries: as they come, and merged
     passes = [IDS[:60], *singly(IDS[60:100]), IDS[100:120], *singly(IDS[120:])]
+    bound = own_error(model, f"{kv} > f16", *passes)
     with tiny.engine(folder, kv=parse_kv(f"{kv} > f32"), context=130, n_threads=1) as engine:
         for ids in passes:
             expected = (engine.prefill(ids) if len(ids) > 1 else engine.decode(ids[0])).copy()
             got = rows(model, cache, ids)[-1]
-            assert np.abs(got - expected).max() < n_roundings * HALF * np.abs(expected).max()
+            assert np.abs(got - expected).max() < bound
             storage = engine._by_layer.caches[0].storage
             for number, layer in enumerate(ruled):
-                there = storage.position(number)
-                if storage.free[number, 0] != NONE:  # slots of entries that went
-                    there = [np.delete(own, gone) for own, gone in zip(there, storage.free[number], strict=True)]
+                there, waits = storage.position(number), storage.free[number]
+                if waits[0] >= 0:  # slots of entries that went
+                    there = [np.delete(own, gone) for own, gone in zip(there, waits, strict=True)]
                 assert np.array_equal(cache.positions(layer)[0].numpy(), np.sort(there, axis=1))
     assert cache.get_seq_length() == 130
     assert cache.positions(ruled[-1]).shape[2] < 90
+
+
+def test_budgets_that_are_measured_are_those_of_the_engine(tmp_path):
+    """A layer with sharper attention than the others keeps less; entries and budgets of all layers."""
+    model = tiny.build("llama")
+    with torch.no_grad():
+        attention_of = model.model.layers[1].self_attn  # all channels of a key alike, and so sharp
+        attention_of.k_proj.weight[:] = attention_of.k_proj.weight[:1]
+        attention_of.q_proj.weight *= 30
+    model.save_pretrained(tmp_path)
+    kv = "d2o(keep=40) > f32"
+    cache = Halves(model, kv)
+    rows(model, cache, IDS[:80])
+    with tiny.engine(tmp_path, kv=parse_kv(kv), n_threads=1) as engine:
+        engine.prefill(IDS[:80])
+        storage = engine._by_layer.caches[0].storage
+        for layer in range(3):
+            assert np.array_equal(cache.positions(layer)[0].numpy(), np.sort(storage.position(layer), axis=1))
+    kept = [cache.positions(layer).shape[2] for layer in range(3)]
+    assert sum(kept) == 120
+    assert kept[1] < 40 < kept[0]
+    rows(model, cache, *singly(IDS[80:84]))
+    assert [cache.positions(layer).shape[2] for layer in range(3)] == kept
+    cache.reset()
+    with pytest.raises(Incompatible, match="a budget for each sequence, got a batch of 2"):
+        model(torch.tensor([IDS[:30], IDS[30:60]]), past_key_values=cache)
 
 
 def test_what_is_drawn_of_a_prompt_is_drawn_alike(named, tmp_path):
@@ -134,11 +165,7 @@ def test_what_is_drawn_of_a_prompt_is_drawn_alike(named, tmp_path):
 
 
 POLICY_KNOBS = {"keep": 40, "window": 6, "recent": 8, "room": 60}
-STORE_KNOBS = {"residual": 32}
-
-
-def with_knobs(technique, knobs):
-    return technique(**{knob: value for knob, value in knobs.items() if knob in technique.knobs()})
+SMALL = {"kivi": "kivi(residual=32)"}
 
 
 @pytest.fixture(scope="module")
@@ -149,37 +176,26 @@ def wide(tmp_path_factory):
     return folder, model
 
 
-def runs_in_engine(folder, kv, steps):
-    """What only the engine keeps: as many bytes as it states, and logits that depend on what comes."""
-    with tiny.engine(folder, kv=parse_kv(kv), n_threads=1) as engine:
-        found = [engine.prefill(IDS[:60]).copy(), *(engine.decode(token).copy() for token in steps)]
-        stated = engine.footprint.select(kind="kv", phase="decode").bytes
-        assert engine.arena.used_by_owner()["kv"] == stated
-    assert np.isfinite(found).all()
-    assert len({row.tobytes() for row in found}) == len(found)
-
-
 @pytest.mark.parametrize(("policy", "store"), list(itertools.product(POLICIES_KNOWN, STORES_KNOWN)))
 def test_every_policy_over_every_store_is_the_engines_or_refused(wide, policy, store):
     """Logits behind a prompt, and of 12 tokens (what is drawn among slots: of one, since slots are others there)."""
     folder, model = wide
-    parts = with_knobs(POLICIES_KNOWN[policy], POLICY_KNOBS), with_knobs(STORES_KNOWN[store], STORE_KNOBS)
-    kv, steps = " > ".join(map(str, parts)), IDS[60:61] if policy == "random" else IDS[60:72]
+    chosen = POLICIES_KNOWN[policy]
+    knobs = {knob: value for knob, value in POLICY_KNOBS.items() if knob in chosen.knobs()}
+    kv, steps = f"{chosen(**knobs)} > {SMALL.get(store, store)}", IDS[60:61] if policy == "random" else IDS[60:72]
     try:
         cache = Halves(model, kv)
     except Incompatible as refusal:
         assert policy in str(refusal) or store in str(refusal)  # noqa: PT017 - either outcome is allowed
-        if "only the engine" not in str(refusal):
+        if "only the engine does" not in str(refusal):
             with pytest.raises(Incompatible):
                 parse_kv(kv)
-        else:
-            runs_in_engine(folder, kv, steps)
         return
-    bound = FLIPS * own_error(model, kv, IDS[:60], *singly(steps))
+    passes = IDS[:60], *singly(steps)
+    bound = FLIPS * own_error(model, kv, *passes) + own_error(model, "f16", *passes)
     with tiny.engine(folder, kv=parse_kv(kv), n_threads=1) as engine:
         expected = [engine.prefill(IDS[:60]).copy(), *(engine.decode(token).copy() for token in steps)]
-    got = rows(model, cache, IDS[:60], *singly(steps))[59:]
-    assert np.abs(got - expected).max() < max(bound, HALF * np.abs(expected).max())
+    assert np.abs(rows(model, cache, *passes)[59:] - expected).max() < bound
 
 
 def test_observing_tiles_changes_nothing(llama, monkeypatch):
@@ -234,6 +250,8 @@ def held(n, n_layers, heads, dim, store, *, observed=0):
         ("sinks(keep=20)", 20, 20, 0),
         ("h2o(keep=24)", 24, 24, 4),
         ("snapkv(keep=24,window=6)", 24, 34, 0),
+        ("kvmerger(keep=24,mass=bias)", 24, 34, 4),
+        ("d2o(keep=24,layers=uniform,mass=bias)", 24, 24, 8),
         ("scissorhands(keep=24,window=9,recent=4)", 13, 23, 4),
         ("scissorhands(keep=24,window=30,recent=4,drop=10)", 15, 15, 28),
     ],
@@ -242,10 +260,11 @@ def test_bytes_of_rows(policy, n, behind, observed, store):
     """Behind a prompt of 60 tokens and behind 10 more: storages of all tensors, to the byte."""
     model = tiny.build("qwen3")  # 3 layers, 2 key heads of 24
     cache = KVCache(model, f"{policy} > {store}")
+    carried = 3 * 8 if policy.startswith("d2o") else 0  # each layer's threshold
     rows(model, cache, IDS[:60])
-    assert cache.bytes == held(n, 3, 2, 24, store, observed=observed)
+    assert cache.bytes == held(n, 3, 2, 24, store, observed=observed) + carried
     rows(model, cache, *singly(IDS[60:70]))
-    assert cache.bytes == held(behind, 3, 2, 24, store, observed=observed)
+    assert cache.bytes == held(behind, 3, 2, 24, store, observed=observed) + carried
 
 
 def test_bytes_of_windows_and_batches():
@@ -276,7 +295,7 @@ def test_what_goes_is_freed(llama):
 
 
 @pytest.mark.parametrize(
-    "kv", ["h2o(keep=24) > f32", "snapkv(keep=24,window=6) > f32", "kivi(residual=32)", POLICIES[-1] + " > f32"]
+    "kv", ["h2o(keep=24) > f32", "snapkv(keep=24,window=6) > f32", "kivi(residual=32)", TWO_PARTS + " > f32"]
 )
 def test_sequences_of_a_batch_do_not_mix(model, kv):
     both = torch.tensor([IDS[:60], IDS[70:]])
@@ -294,7 +313,7 @@ def test_sequences_of_a_batch_do_not_mix(model, kv):
         assert torch.equal(cache.positions(layer), expected)
 
 
-@pytest.mark.parametrize("kv", ["h2o(keep=12) > q8", "snapkv(keep=12,window=4) > kivi(residual=32)", POLICIES[-2]])
+@pytest.mark.parametrize("kv", ["h2o(keep=12) > q8", "snapkv(keep=12,window=4) > kivi(residual=32)", STRIKES])
 def test_generate(model, kv):
     """Greedily, as token by token by hand; and again from there, with the answer and more behind it."""
     by_hand, cache = KVCache(model, kv), KVCache(model, kv)
@@ -382,6 +401,8 @@ def test_attention_that_nobody_watches_is_refused(llama):
         ("h2o > sinks > f16", Incompatible, "one policy"),
         ("q3", Incompatible, "multiples of 8, got 12"),
         ("nothing", InvalidInput, "nothing"),
+        ("sinks(rope=slot)", Incompatible, "turns queries to its first entries"),
+        ("h2o > think", Incompatible, "keeps entries that are no rows"),
     ],
 )
 def test_compositions_that_do_not_go_together(llama, kv, error, said):
@@ -392,12 +413,13 @@ def test_compositions_that_do_not_go_together(llama, kv, error, said):
 def test_a_store_that_this_driver_does_not_know_is_refused(llama):
     @dataclass(frozen=True)
     class Shared(KVStore, name="shared"):
-        rows, row_format = False, "f16"
+        row_format = "f16"
+        rows = False
 
         def row_parts(self, head_dim):
             return (("values", head_dim, 2),)
 
-    with pytest.raises(Incompatible, match="entries of shared are no rows, and only the engine keeps such"):
+    with pytest.raises(Incompatible, match="shared keeps entries that are no rows"):
         KVCache(llama, Shared())
 
 

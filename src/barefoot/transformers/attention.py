@@ -26,6 +26,7 @@ TILE_BYTES = 16 << 20  # of scores, float32
 class Watcher(Protocol):
     """A layer of a cache that wants to know when its keys have been attended to."""
 
+    def bias(self, n: int) -> Tensor | None: ...
     def attended(self, query: Tensor, key: Tensor, scale: float) -> None: ...
 
 
@@ -55,9 +56,26 @@ def attention(
     own = causal(query.shape[2], key.shape[2], key.device)
     if mask is not None:
         _check(mask, own)
-    found = sdpa_attention_forward(module, query, key, value, own, scaling=scaling, **more)
+    bias = watcher.bias(key.shape[2])
+    if bias is None:
+        found = sdpa_attention_forward(module, query, key, value, own, scaling=scaling, **more)
+    else:
+        parts = [
+            sdpa_attention_forward(module, part, key, value, added, scaling=scaling, **more)[0]
+            for part, added in _biased(query, key, bias)
+        ]
+        found = torch.cat(parts, dim=1), None
     watcher.attended(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return found
+
+
+def _biased(query: Tensor, key: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tiles of queries, and what is added to their scores, (batch, n_heads, t, n)."""
+    n_before, sharing = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
+    added = bias.to(query.dtype).repeat_interleave(sharing, dim=1)[:, :, None]
+    for start, stop in _steps(query, key):
+        seen = torch.ones((stop - start, key.shape[2]), dtype=torch.bool, device=key.device).tril(n_before + start)
+        yield query[:, :, start:stop], torch.where(seen, added, -torch.inf)
 
 
 def causal(q: int, n: int, device: torch.device) -> Tensor | None:
@@ -79,16 +97,16 @@ def _check(mask: Tensor, own: Tensor | None) -> None:
         )
 
 
-def observe(what: Observation, query: Tensor, key: Tensor, scale: float) -> Tensor:
+def observe(what: Observation, query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """What attention tells of each entry: :data:`barefoot.kv.policies.Observation`, of all these queries.
 
-    query (batch, n_heads, q, dim), key (batch, n_kv_heads, n, dim), the last q of them the queries' own. Returns
-    float32 (batch, n_kv_heads, n), for votes (batch, n_heads, n).
+    query (batch, n_heads, q, dim), key (batch, n_kv_heads, n, dim), the last q of them the queries' own, bias
+    (batch, n_kv_heads, n). Returns float32 (batch, n_kv_heads, n), for votes (batch, n_heads, n).
     """
     (batch, n_heads, _, _), (_, n_kv_heads, n, _) = query.shape, key.shape
     rows = n_heads if what == "votes" else n_kv_heads
     found = torch.zeros((batch, rows, n), device=key.device)
-    for shares, seen in _tiles(query, key, scale):
+    for shares, seen in _tiles(query, key, scale, bias):
         there = shares.shape[-1]
         if what in ("mass", "sums"):
             found[..., :there] += shares.sum(dim=(2, 3))
@@ -100,18 +118,25 @@ def observe(what: Observation, query: Tensor, key: Tensor, scale: float) -> Tens
     return found
 
 
-def _tiles(query: Tensor, key: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+def _steps(query: Tensor, key: Tensor) -> Iterator[tuple[int, int]]:
+    """Tiles of queries whose scores take ``TILE_BYTES`` at most, or one query."""
+    step = max(1, TILE_BYTES // (4 * len(query) * query.shape[1] * key.shape[2]))
+    for start in range(0, query.shape[2], step):
+        yield start, min(query.shape[2], start + step)
+
+
+def _tiles(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Shares (batch, n_kv_heads, sharing, t, seen by the last) of t queries after t, and which entries each sees."""
     (batch, n_heads, q, dim), (_, n_kv_heads, n, _) = query.shape, key.shape
     sharing, n_before = n_heads // n_kv_heads, n - q
     grouped = query.detach().view(batch, n_kv_heads, sharing, q, dim)
-    step = max(1, TILE_BYTES // (4 * batch * n_heads * n))
-    for start in range(0, q, step):
-        stop = min(q, start + step)
+    for start, stop in _steps(query, key):
         there = n_before + stop
         part = grouped[:, :, :, start:stop].reshape(batch, n_kv_heads, -1, dim).float()
         scores = part @ key.detach()[:, :, :there].float().transpose(2, 3) * scale
         scores = scores.view(batch, n_kv_heads, sharing, stop - start, there)
+        if bias is not None:
+            scores += bias[:, :, None, None, :there]
         seen = torch.ones((stop - start, there), dtype=torch.bool, device=key.device).tril(n_before + start)
         yield scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1), seen
 

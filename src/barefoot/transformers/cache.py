@@ -4,10 +4,10 @@
     model.generate(ids, past_key_values=cache, max_new_tokens=200)
 
 Compositions, policies and rows are the engine's (:mod:`barefoot.kv`). A prompt, which is several tokens at once or the
-first one, passes a layer as it was computed; then the policy chooses what stays, and that is stored. A decoded token is
-stored, attended to with all others, and the policy may send entries away. Softmax is over what is there; keys keep the
-rotation of their positions, and positions go on counting all tokens. Layers with a window keep what it reaches, in the
-store's rows. A prompt in chunks is several prompts, as several turns are.
+first one, passes a layer as it was computed; then the policy chooses what stays, others may merge into that, and it is
+stored. A decoded token is stored, attended to with all others, and the policy may send entries away. Softmax is over
+what is there; keys keep the rotation of their positions, and positions go on counting all tokens. Layers with a window
+keep what it reaches, in the store's rows. A prompt in chunks is several prompts, as several turns are.
 
 What differs from the engine: entries take the bytes that they have, without room for more, so a store has no context;
 a prompt is attended to in the model's dtype, and rows are decoded for each pass.
@@ -15,6 +15,7 @@ a prompt is attended to in the model's dtype, and rows are decoded for each pass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,14 +24,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from barefoot.core.errors import Incompatible
-from barefoot.kv.merging import merge
-from barefoot.kv.policies import I32, Policy, Seen
+from barefoot.kv import budgets
+from barefoot.kv.merging import Rows, merge
+from barefoot.kv.policies import I32, Policy, Seen, by_layer
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.plan.job import parse_kv
 from barefoot.transformers import attention
-from barefoot.transformers.entries import FLOATS, Entries, SequenceRows, entries_of
+from barefoot.transformers.entries import Entries, PromptRows, StoredRows, entries_of
+
+MANY = 1 << 30  # positions: there is no context
 
 
 class KVCache(Cache):
@@ -63,6 +67,10 @@ class KVCache(Cache):
                     f"layer {number} keeps no keys and values of positions: it is a {type(layer).__name__}"
                 )
         super().__init__(layers=layers)
+        ruled = [layer for layer in layers if isinstance(layer, RuledLayer)]
+        for layer in ruled:
+            layer.together = ruled
+        self.reset()
         model.set_attn_implementation(attention.NAME)
 
     @property
@@ -81,7 +89,7 @@ class KVCache(Cache):
 
 
 def _check(model: Any, config: Any, policy: Policy | None, store: KVStore) -> None:
-    """Refuse what attends in another way than ``attention`` does, and what only the engine keeps."""
+    """Refuse what attends in another way than ``attention`` does."""
     name = type(model).__name__
     if config.is_encoder_decoder or not getattr(model, "_supports_sdpa", False):
         raise Incompatible(f"{name} is no decoder whose attention can be sdpa")
@@ -89,18 +97,10 @@ def _check(model: Any, config: Any, policy: Policy | None, store: KVStore) -> No
         raise Incompatible(f"{name} caps the scores of its attention, which sdpa can't")
     if getattr(config, "num_kv_shared_layers", 0):
         raise Incompatible(f"layers of {name} share their keys and values, so entries can't go layer by layer")
-    if not store.rows and not isinstance(store, Kivi):
-        raise Incompatible(f"entries of {store} are no rows, and only the engine keeps such")
-    if policy is not None and policy.layers != "uniform":
-        raise Incompatible(f"{policy} gives layers unequal room, which only the engine does")
+    if not (store.rows or isinstance(store, Kivi)):
+        raise Incompatible(f"{store} keeps entries that are no rows, which only the engine does")
     if policy is not None and policy.n_anchored:
         raise Incompatible(f"{policy} turns queries to its first entries, which only the engine does")
-    if policy is not None and policy.biased:
-        raise Incompatible(f"{policy} gives entries biases, which only the engine attends with")
-    if policy is not None and policy.merges and store.row_format not in FLOATS:
-        raise Incompatible(
-            f"{policy} merges entries as they came, and only the engine has these before they are {store}"
-        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     store.bits_per_number(head_dim)  # whether it has such rows
 
@@ -175,23 +175,28 @@ class WindowLayer(HeldLayer):
 
 
 class RuledLayer(HeldLayer):
-    """``policy`` chooses among entries of all positions; without one all stay. ``number`` counts such layers."""
+    """``policy`` chooses among entries of all positions; without one all stay. ``number`` counts such layers, and
+    ``together`` are all of them, which share a budget."""
 
     def __init__(self, policy: Policy | None, store: KVStore, number: int) -> None:
         super().__init__()
-        self.policy, self.store, self._number = policy, store, number
+        self.policy, self.store, self._stated, self._number = policy, store, policy, number
+        self.together: list[RuledLayer] = []
         self._watched = "nothing" if policy is None else policy.observes
         self._n_parts = policy.n_parts if policy is not None and self._watched == "strikes" else 0
-        self.reset()
 
     def reset(self) -> None:
         super().reset()
         self._prompt: tuple[Tensor, Tensor] | None = None  # that passes
-        self._prompt_end = 0  # tokens that there were behind the last one
-        self._carried: dict[int, Any] = {}  # of each sequence, what the policy's last merge left
         self._awaits = False  # the attention of a pass
+        self._n_prompt = 0  # tokens that there were when the last prompt was done
         self._parts = [0] * self._n_parts  # tokens that there were when each part of the strikes began
         self._part = 0  # the present one
+        self._weight: float | None = None  # of this layer where all share their budget as measured
+        self.policy = stated = self._stated
+        if stated is not None and stated.layers == "pyramid":
+            n = len(self.together)
+            self.policy = by_layer(stated, budgets.pyramid(n), n, MANY)[self._number]
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """
@@ -205,9 +210,9 @@ class RuledLayer(HeldLayer):
                 cure=f"leave the model's attention as KVCache sets it: set_attn_implementation({attention.NAME!r})",
             )
         if self.entries is None:
-            further: dict[str, tuple[int, ...]] = {"mass": (), "strikes": (self._n_parts,)}
-            kept = {str(name): axes for name, axes in further.items() if name == self._watched}
-            self.entries = entries_of(self.store, key_states, value_states, kept)
+            self.entries = entries_of(self.store, key_states, value_states, self._kept_of_each())
+            if self.policy is not None and self.policy.n_carried:
+                self.entries.parts["carried"] = torch.zeros((len(key_states), self.policy.n_carried))
         if self.n_tokens == 0 or key_states.shape[2] > 1:
             self._prompt = key_states, value_states
             keys, values = self._with(self.entries, key_states, value_states)
@@ -218,6 +223,22 @@ class RuledLayer(HeldLayer):
         self.is_initialized = self._awaits = True
         attention.awaited[keys] = self
         return keys, values
+
+    def _kept_of_each(self) -> dict[str, tuple[int, ...]]:
+        """What entries have besides their rows and positions: further axes by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        if self._watched == "mass":
+            found["mass"] = ()
+        if self._watched == "strikes":
+            found["strikes"] = (self._n_parts,)
+        if self.policy is not None and self.policy.biased:
+            found["bias"] = ()
+        return found
+
+    def bias(self, n: int) -> Tensor | None:
+        """What is added to the scores of n entries, (batch, n_kv_heads, n): those that are not stored yet have none."""
+        bias = None if self.entries is None else self.entries.parts.get("bias")
+        return None if bias is None else torch.nn.functional.pad(bias, (0, n - bias.shape[2]))
 
     def attended(self, query: Tensor, key: Tensor, scale: float) -> None:
         """The entries of the pass, these keys, have been attended to: what stays is settled."""
@@ -231,26 +252,32 @@ class RuledLayer(HeldLayer):
             self._step(entries, query, key, scale)
         entries.seal()
 
+    # --- a prompt ---
+
     def _settle(self, entries: Entries, k: Tensor, v: Tensor, query: Tensor, key: Tensor, scale: float) -> None:
         """A prompt has passed: the policy chooses of it and of what was there."""
-        policy, watched, q = self.policy, self._watched, k.shape[2]
-        # What is sealed makes no room for others.
-        chooses = policy is not None and not (entries.n and "sealed entries" in self.store.provides)
+        policy, watched, n_old, q = self.policy, self._watched, entries.n, k.shape[2]
+        self._n_prompt = self.n_tokens
+        chooses = policy is not None and (n_old == 0 or entries.lets_go)  # what can't go makes no room for others
         n_seen = 0
         if policy is not None and chooses and watched != "nothing":
-            n_seen = q if watched in ("mass", "sums") else min(q, policy.n_observed(key.shape[2]))
-        entries.append(k, v, self.n_tokens - q)
-        observed = None
-        if n_seen:
-            observed = attention.observe(watched, query[:, :, q - n_seen :], key, scale)
-        elif watched in ("votes", "strikes"):
-            observed = torch.zeros(
-                (len(k), query.shape[1] if watched == "votes" else k.shape[1], entries.n), device=k.device
-            )
+            n_seen = q if watched in ("mass", "sums") else min(q, policy.n_observed(n_old + q))
+        bias, observed = self.bias(n_old + q), None
+        if watched != "nothing":
+            observed = attention.observe(watched, query[:, :, q - n_seen :], key, scale, bias)
+        if policy is not None and policy.merges:
+            k, v = k.detach().float().clone(), v.detach().float().clone()
+        rows = [PromptRows(entries, i, k, v) for i in range(len(k))]
+        entries.append(k, v, self.n_tokens - q, store=False)
         if watched == "mass" and observed is not None:
             observed = entries.parts["mass"] = observed + entries.parts["mass"]
-        self._prompt_end = self.n_tokens
-        stay = self._chosen(entries, observed) if chooses else None
+        stay = None
+        if chooses:
+            if n_old == 0 and policy is not None and policy.layers == "measured":
+                assert observed is not None
+                self._share_budgets(observed)
+            stay = self._chosen(entries, observed, rows)
+        entries.store(k, v)
         if stay is not None:
             entries.keep(stay)
         if watched == "strikes" and observed is not None:
@@ -261,30 +288,63 @@ class RuledLayer(HeldLayer):
             began = self.n_tokens - n_seen if stay is None else self.n_tokens
             self._parts, self._part = [began] * self._n_parts, 0
 
-    def _chosen(self, entries: Entries, observed: Tensor | None) -> Tensor | None:
-        """Slots that stay, None for all."""
-        assert self.policy is not None
-        stay = []
-        for i in range(len(entries.position)):
-            seen, rows = self._seen(entries, i, observed), SequenceRows(entries, i)
-            stay.append(self.policy.choose(seen))
-            if self.policy.merges and stay[-1].shape[1] < seen.n:
-                self._carried[i] = merge(self.policy, seen, stay[-1], rows).carried
+    def _share_budgets(self, observed: Tensor) -> None:
+        """This layer of a first prompt shares the budget of all with those before it, of which some entries go.
+
+        Raises
+        ------
+        Incompatible : several sequences, whose layers would have other budgets each.
+        """
+        if len(observed) > 1:
+            raise Incompatible(f"{self._stated} measures a budget for each sequence, got a batch of {len(observed)}")
+        assert self._stated is not None
+        self._weight = budgets.density(_array(observed[0]))
+        layers = self.together[: self._number + 1]
+        weights = [layer._weight for layer in layers if layer._weight is not None]
+        for layer, rule in zip(layers, by_layer(self._stated, weights, len(self.together), MANY), strict=True):
+            layer.policy = rule
+            if layer is not self and layer.entries is not None and layer.entries.n > rule.keep:
+                rows = [StoredRows(layer.entries, 0)]
+                stay = layer._chosen(layer.entries, layer.entries.parts["mass"], rows)
+                if stay is not None:
+                    layer.entries.keep(stay)
+
+    def _chosen(self, entries: Entries, observed: Tensor | None, rows: Sequence[Rows]) -> Tensor | None:
+        """Slots that stay, None for all; others have been merged into them."""
+        policy, stay = self.policy, []
+        assert policy is not None
+        for i, own in enumerate(rows):
+            seen = self._seen(entries, i, observed, own)
+            kept = policy.choose(seen)
+            if policy.merges and kept.shape[1] < seen.n:
+                self._merge(entries, i, seen, kept, own)
+            stay.append(kept)
         return None if stay[0].shape[1] == entries.n else _slots(np.stack(stay), entries.position.device)
 
-    def _seen(self, entries: Entries, sequence: int, observed: Tensor | None) -> Seen:
-        """What the policy sees of a sequence."""
-        assert self.policy is not None
-        carried = self._carried.get(sequence)
+    def _seen(self, entries: Entries, i: int, observed: Tensor | None, rows: Rows) -> Seen:
+        """What a policy sees of a sequence."""
+        bias, carried = entries.parts.get("bias"), entries.parts.get("carried")
         return Seen(
-            position=_array(entries.position[sequence]),
+            position=_array(entries.position[i]),
             n_tokens=self.n_tokens,
-            observed=None if observed is None else _array(observed[sequence]),
+            observed=None if observed is None else _array(observed[i]),
             layer=self._number,
-            n_prompt=self._prompt_end,
-            carried=np.zeros(self.policy.n_carried, np.float32) if carried is None else carried,
-            keys=SequenceRows(entries, sequence).keys,
+            n_prompt=self._n_prompt,
+            bias=None if bias is None else _array(bias[i]),
+            carried=None if carried is None else _array(carried[i]),
+            keys=rows.keys,
         )
+
+    def _merge(self, entries: Entries, i: int, seen: Seen, stay: I32, rows: Rows) -> None:
+        assert self.policy is not None
+        found = merge(self.policy, seen, stay, rows)
+        for name, made in (("carried", found.carried), ("bias", found.bias)):
+            if made is not None and name in entries.parts:
+                part = entries.parts[name].clone()
+                part[i] = torch.from_numpy(made)
+                entries.parts[name] = part
+
+    # --- decoding ---
 
     def _step(self, entries: Entries, query: Tensor, key: Tensor, scale: float) -> None:
         """A token has passed: the policy may send entries away."""
@@ -293,29 +353,35 @@ class RuledLayer(HeldLayer):
             return
         observed = None
         if self._watched == "mass":
-            mass = entries.parts["mass"] + attention.observe("mass", query, key, scale)
-            observed = entries.parts["mass"] = mass
+            mass = attention.observe("mass", query, key, scale, self.bias(n))
+            observed = entries.parts["mass"] = entries.parts["mass"] + mass
         if self._watched == "strikes":
             strikes = entries.parts["strikes"] = entries.parts["strikes"].clone()
-            strikes[..., self._part] += attention.observe("strikes", query, key, scale)
+            strikes[..., self._part] += attention.observe("strikes", query, key, scale, self.bias(n))
             late = [part for part, began in enumerate(self._parts) if began >= self.n_tokens - policy.window]
             observed = strikes[..., late].sum(dim=-1)
         goes = policy.sends_away(n, self.n_tokens)
         if goes:
-            there = np.ones(entries.position.shape, bool)
-            for i in range(len(there)):
-                seen = self._seen(entries, i, observed)
-                np.put_along_axis(there[i], policy.evict(seen).astype(np.int64), False, axis=1)
-                if policy.merges_tokens:
-                    stays = there[i].nonzero()[1].reshape(len(there[i]), -1).astype(np.int32)
-                    self._carried[i] = merge(policy, seen, stays, SequenceRows(entries, i)).carried
-            stay = there.nonzero()[2].reshape(*there.shape[:2], -1)
-            entries.keep(_slots(stay, entries.position.device))
+            entries.keep(self._left(policy, entries, observed))
         if self._n_parts and (goes or policy.begins_part(n)):
             self._part = (self._part + 1) % self._n_parts
             self._parts[self._part] = self.n_tokens
             strikes = entries.parts["strikes"] = entries.parts["strikes"].clone()
             strikes[..., self._part] = 0
+
+    def _left(self, policy: Policy, entries: Entries, observed: Tensor | None) -> Tensor:
+        """Slots that stay when others are sent away, which may have been merged into them."""
+        stay = []
+        for i in range(len(entries.position)):
+            rows = StoredRows(entries, i)
+            seen = self._seen(entries, i, observed, rows)
+            there = np.ones(seen.position.shape, bool)
+            np.put_along_axis(there, policy.evict(seen).astype(np.int64), False, axis=1)
+            left = there.nonzero()[1].reshape(len(there), -1).astype(np.int32)
+            if policy.merges_tokens:
+                self._merge(entries, i, seen, left, rows)
+            stay.append(left)
+        return _slots(np.stack(stay), entries.position.device)
 
 
 def _array(tensor: Tensor) -> Any:

@@ -19,23 +19,23 @@ from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.ops import kvblocks, kvrows
 
-FLOATS = {"f32": torch.float32, "f16": torch.float16}
+_FLOATS = {"f32": torch.float32, "f16": torch.float16}
 _WIDE = (torch.int64, torch.int32, torch.int16)  # rows are moved in elements as wide as their bytes allow
 
 
 def encode(fmt: str, x: Tensor) -> Tensor:
     """Floats (..., dim) to rows of their own, uint8 (..., row_bytes)."""
     x = x.detach()
-    if fmt in FLOATS:
-        return x.to(FLOATS[fmt]).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if fmt in _FLOATS:
+        return x.to(_FLOATS[fmt]).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     rows = kvrows.encode(fmt, x.float().cpu().contiguous().numpy())
     return torch.from_numpy(rows).to(x.device)
 
 
 def decode(fmt: str, rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Rows to floats (..., dim)."""
-    if fmt in FLOATS:
-        return rows.view(FLOATS[fmt]).to(dtype)
+    if fmt in _FLOATS:
+        return rows.view(_FLOATS[fmt]).to(dtype)
     return torch.from_numpy(kvrows.decode(fmt, rows.cpu().numpy(), dim)).to(rows.device, dtype)
 
 
@@ -56,9 +56,11 @@ class Entries:
     entry, by name. ``parts`` : all tensors, by name.
     """
 
+    lets_go = True  # whether entries that have been stored can go
+
     def __init__(self, k: Tensor, v: Tensor, fmt: str, observed: Mapping[str, tuple[int, ...]]) -> None:
         self._each, self._device = tuple(k.shape[:2]), k.device
-        self.format, self._dims = fmt, (k.shape[-1], v.shape[-1])
+        self._format, self._dims = fmt, (k.shape[-1], v.shape[-1])
         self._observed = tuple(observed)
         self.parts: dict[str, Tensor] = {"position": self._none(dtype=torch.int32)}
         for name, dim in zip(("keys", "values"), self._dims, strict=True):
@@ -82,14 +84,21 @@ class Entries:
     def n(self) -> int:
         return self.position.shape[2]
 
-    def append(self, k: Tensor, v: Tensor, first: int) -> None:
-        """Entries k, v (batch, n_kv_heads, m, dim) at positions ``first`` on; nothing is observed of them yet."""
+    def append(self, k: Tensor, v: Tensor, first: int, *, store: bool = True) -> None:
+        """Entries k, v (batch, n_kv_heads, m, dim) at positions ``first`` on; nothing is observed of them yet. Without
+        ``store`` their rows wait for :meth:`store`."""
         m = k.shape[2]
-        position = torch.arange(first, first + m, dtype=torch.int32, device=k.device).expand(*self._each, m)
-        self._grow(position=position, keys=encode(self.format, k), values=encode(self.format, v))
+        position = torch.arange(first, first + m, dtype=torch.int32, device=k.device)
+        self._grow(position=position.expand(*self._each, m))
+        if store:
+            self.store(k, v)
         for name in self._observed:
             axes = self.parts[name].shape[3:]
             self._grow(**{name: self.parts[name].new_zeros((*self._each, m, *axes))})
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Rows of the last entries."""
+        self._grow(keys=encode(self._format, k), values=encode(self._format, v))
 
     def keep(self, slots: Tensor) -> None:
         """Only the entries at ``slots``, ascending, int64 (batch, n_kv_heads, kept), stay."""
@@ -104,36 +113,26 @@ class Entries:
     def seal(self) -> None:
         """Attention has seen the last entries: what of them is stored in another way from then on is."""
 
+    def floats(self, name: str, sequence: int, head: int) -> F32:
+        """The ``keys`` or ``values`` of one head, float32 (n, dim), decoded anew each time."""
+        dim = self._dims[("keys", "values").index(name)]
+        rows = self.parts[name][sequence, head].clone()  # which floats may be, and callers write into them
+        found: F32 = decode(self._format, rows, dim, torch.float32).cpu().numpy()
+        return found
+
+    def rewrite(self, sequence: int, head: int, entries: I32, keys: F32, values: F32) -> None:
+        """Let some entries of a head have these keys and values."""
+        for name, rows in (("keys", keys), ("values", values)):
+            part = self.parts[name] = self.parts[name].clone()
+            part[sequence, head, entries.astype(np.int64)] = encode(self._format, torch.from_numpy(rows)).to(
+                part.device
+            )
+
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All keys and all values, (batch, n_kv_heads, n, dim)."""
         k, v = self._dims
-        keys = decode(self.format, self.parts["keys"], k, dtype)
-        return keys, decode(self.format, self.parts["values"], v, dtype)
-
-
-class SequenceRows:
-    """Keys and values of one sequence of the batch, in rows of floats: what :mod:`barefoot.kv.merging` sums."""
-
-    def __init__(self, entries: Entries, sequence: int) -> None:
-        self._entries, self._sequence = entries, sequence
-
-    def _floats(self, part: str, head: int) -> Tensor:
-        """A view (n, dim) that can be written."""
-        return self._entries.parts[part][self._sequence, head].view(FLOATS[self._entries.format])
-
-    def keys(self, head: int) -> F32:
-        found: F32 = self._floats("keys", head).float().cpu().numpy()
-        return found.copy()
-
-    def values(self, head: int, entries: I32) -> F32:
-        found: F32 = self._floats("values", head)[torch.from_numpy(entries.astype(np.int64))].float().cpu().numpy()
-        return found
-
-    def rewrite(self, head: int, entries: I32, keys: F32, values: F32) -> None:
-        at = torch.from_numpy(entries.astype(np.int64))
-        for part, rows in (("keys", keys), ("values", values)):
-            own = self._floats(part, head)
-            own[at] = torch.from_numpy(np.ascontiguousarray(rows)).to(own.device, own.dtype)
+        keys = decode(self._format, self.parts["keys"], k, dtype)
+        return keys, decode(self._format, self.parts["values"], v, dtype)
 
 
 class Sealed(Entries):
@@ -141,6 +140,8 @@ class Sealed(Entries):
 
     The others wait in rows of half precision.
     """
+
+    lets_go = False
 
     def __init__(self, k: Tensor, v: Tensor, store: Kivi) -> None:
         super().__init__(k, v, STAGED, {})
@@ -173,6 +174,47 @@ class Sealed(Entries):
             keys = torch.cat([torch.from_numpy(rows).to(keys.device, dtype), keys], dim=2)
         sealed = decode(store.value_format, self.parts["sealed"], v, dtype)
         return keys, torch.cat([sealed, values], dim=2)
+
+
+class StoredRows:
+    """Rows of one sequence of a batch, as :mod:`barefoot.kv.merging` reads and writes them."""
+
+    def __init__(self, entries: Entries, sequence: int) -> None:
+        self._entries, self._sequence = entries, sequence
+
+    def keys(self, head: int) -> F32:
+        return self._entries.floats("keys", self._sequence, head)
+
+    def values(self, head: int, entries: I32) -> F32:
+        return self._entries.floats("values", self._sequence, head)[entries]
+
+    def rewrite(self, head: int, entries: I32, keys: F32, values: F32) -> None:
+        self._entries.rewrite(self._sequence, head, entries, keys, values)
+
+
+class PromptRows:
+    """Those, and behind them a prompt's keys and values, float32 (batch, n_kv_heads, m, dim), which are written too."""
+
+    def __init__(self, entries: Entries, sequence: int, k: Tensor, v: Tensor) -> None:
+        self._stored, self._n = StoredRows(entries, sequence), entries.n
+        self._k, self._v = k[sequence], v[sequence]
+
+    def keys(self, head: int) -> F32:
+        new = self._k[head].detach().float().cpu().numpy()
+        return np.concatenate([self._stored.keys(head), new]) if self._n else new.copy()
+
+    def values(self, head: int, entries: I32) -> F32:
+        new = self._v[head].detach().float().cpu().numpy()
+        old = self._stored.values(head, np.arange(self._n, dtype=np.int32))
+        return np.asarray(np.concatenate([old, new])[entries])
+
+    def rewrite(self, head: int, entries: I32, keys: F32, values: F32) -> None:
+        old = entries < self._n
+        if old.any():
+            self._stored.rewrite(head, entries[old], keys[old], values[old])
+        at = torch.from_numpy(entries[~old].astype(np.int64) - self._n).to(self._k.device)
+        for rows, into in ((keys, self._k), (values, self._v)):
+            into[head, at] = torch.from_numpy(rows[~old]).to(into)
 
 
 def entries_of(store: KVStore, k: Tensor, v: Tensor, observed: Mapping[str, tuple[int, ...]]) -> Entries:
