@@ -96,6 +96,52 @@ def test_elastic_forgets_at_a_fixed_place_as_it_goes_on():
     assert cache.storage.n(0) <= policy.slots(90)
 
 
+def test_elastic_attends_to_what_is_left_and_asks_for_no_scores(monkeypatch):
+    """Nothing merged: a token's output is softmax over the entries that stayed. H2O can't do without probabilities."""
+    cache, rng = make(Elastic(ratio=0.5, first=1, distance=5, merging=False), n_layers=1), np.random.default_rng(12)
+    q, k, v = arrays(rng, 41)
+    run_prompt(cache, [(q, k, v)], 24)
+
+    def refuse(*_, **__):
+        raise AssertionError("asked for probabilities")
+
+    other = make(H2O(keep=20), n_layers=1)
+    run_prompt(other, [(q, k, v)], 24)
+    monkeypatch.setattr(ops, "attention_mass", refuse)
+    for t in range(41, 80):
+        there = [sorted([*positions(cache, 0, head), t]) for head in range(2)]
+        own_q, own_k, own_v = arrays(rng, 1)
+        k, v = np.concatenate([k, own_k]), np.concatenate([v, own_v])
+        out = np.empty_like(own_q)
+        cache.step(0, own_q, own_k, own_v, out)
+        cache.stepped()
+        for head in range(HEADS.n_heads):
+            kept = there[head // SHARING]
+            own = own_q.reshape(-1, HEADS.head_dim)[head].astype(np.float64) * HEADS.scale
+            keys, values = (rows(x, head // SHARING)[kept] for x in (k, v))
+            assert np.allclose(out.reshape(-1, HEADS.head_dim)[head], softmax_output(own, keys, values), atol=2e-5)
+    assert len(kept) < 45
+    with pytest.raises(AssertionError, match="probabilities"):
+        other.step(0, own_q, own_k, own_v, out)
+
+
+def test_elastic_of_all_is_the_cache_that_keeps_all():
+    caches = [make(policy) for policy in (Elastic(ratio=1.0), None)]
+    outs = []
+    for cache in caches:
+        rng = np.random.default_rng(13)
+        out = np.concatenate(run_prompt(cache, [arrays(rng, 50) for _ in range(2)], 24)).reshape(100, -1)
+        steps = np.empty((30, 2, out.shape[1]), np.float32)
+        for step in steps:
+            for layer in range(2):
+                cache.step(layer, *arrays(rng, 1), step[layer : layer + 1])
+            cache.stepped()
+        outs.append((out, steps))
+    (prompt, steps), (all_prompt, all_steps) = outs
+    assert np.array_equal(steps, all_steps)
+    assert np.allclose(prompt, all_prompt, atol=2e-5)
+
+
 def joined(keys, values, gone, stay, threshold_of):
     """D2O's merge of a layer: lists by head of rows, what goes and what stays. Groups by head, and the threshold."""
     alike = []
@@ -134,7 +180,7 @@ def test_d2o_merges_what_is_alike_by_its_weights():
     groups, threshold = joined(keys, values, gone, stay, lambda mean: mean)
     for head, want in enumerate(groups):
         agree(stored(cache, 0, head), want)
-    assert cache._carried[0, 0] == pytest.approx(threshold, rel=1e-4)
+    assert cache._course.carried[0, 0] == pytest.approx(threshold, rel=1e-4)
     lived = sum(not np.array_equal(want[p][0], keys[head][p]) for head, want in enumerate(groups) for p in want)
     assert 5 < lived < 40  # of the entries that stay, some have taken others in
     for t in range(n, n + 12):
@@ -155,8 +201,8 @@ def test_d2o_merges_what_is_alike_by_its_weights():
         groups, threshold = joined(keys, values, away, kept, lambda mean, tau=threshold: 0.4 * mean + 0.6 * tau)
         for head in range(2):
             agree(after[head], {order[head][i]: pair for i, pair in groups[head].items()})
-        assert cache._carried[0, 0] == pytest.approx(threshold, rel=1e-3)
-        threshold = float(cache._carried[0, 0])
+        assert cache._course.carried[0, 0] == pytest.approx(threshold, rel=1e-3)
+        threshold = float(cache._course.carried[0, 0])
 
 
 def test_d2o_without_its_own_is_h2o():

@@ -18,19 +18,20 @@ attention gave; until then they are whole, all in staging.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core import untrusted
 from barefoot.core.errors import CorruptFile, InvalidInput
 from barefoot.kv import budgets
+from barefoot.kv.attending import attend
+from barefoot.kv.course import Course
 from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
 from barefoot.kv.merging import PromptRows, StoredRows, merge
-from barefoot.kv.policies import Policy, Seen, by_layer
+from barefoot.kv.policies import Seen, by_layer
 from barefoot.kv.storage import F32, I32, STAGED, U8, Part, Storage, Take
 from barefoot.kv.turning import Turning
 
@@ -78,24 +79,17 @@ class Cache:
 
     def _start(self) -> None:
         """Be of no tokens."""
-        layout, policy = self.layout, self.layout.policy
-        self.n_tokens = 0
+        self._course = Course.start(self.layout)
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
-        self._prompt_ends: list[int] = []  # tokens that there were behind each one
         self._observed_from = 0  # the first token of a prompt that is observed
         self._chooses = False  # whether the policy chooses among its entries
-        self._evicted_at = 0  # tokens that there were when an entry went last
-        self._parts = [0] * layout.n_parts  # tokens that there were when each part of the strikes began
-        self._part = 0  # the present one
-        self._weights: list[float] = []  # of layers, by which they share their budget
-        self._carried: F32 = np.zeros((layout.n_layers, 0 if policy is None else policy.n_carried), np.float32)
-        self._rules: list[Policy] = []  # of each layer
-        if policy is not None:
-            self._rules = [policy] * layout.n_layers
-            if policy.layers == "pyramid":
-                self._rules = by_layer(policy, budgets.pyramid(layout.n_layers), layout.n_layers, layout.context)
-            if policy.layers != "uniform":
-                self._own.resize([rule.slots(layout.context) for rule in self._rules])
+        if (slots := self._course.slots(self.layout)) is not None:
+            self._own.resize(slots)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the sequence."""
+        return self._course.n_tokens
 
     @property
     def storage(self) -> Storage:
@@ -105,10 +99,7 @@ class Cache:
     def fork(self, into: Cache) -> None:
         """Let ``into`` have what this cache has. Bytes are copied when either of both changes for the first time."""
         into.clear()
-        into._lender, into.n_tokens = self, self.n_tokens
-        into._evicted_at, into._prompt_ends = self._evicted_at, list(self._prompt_ends)
-        into._parts, into._part = list(self._parts), self._part
-        into._rules, into._weights, into._carried = list(self._rules), list(self._weights), self._carried.copy()
+        into._lender, into._course = self, self._course.copy()
         self._borrowers.append(into)
 
     def _about_to_change(self) -> None:
@@ -147,7 +138,7 @@ class Cache:
             self.clear()
             return
         observes = self.layout.observes in ("mass", "strikes")
-        if observes or n < self._evicted_at:
+        if observes or n < self._course.evicted_at:
             why = "has seen what came behind" if observes else "has sent entries away since"
             raise InvalidInput(
                 f"can't go back from {self.n_tokens} tokens to {n}: {self.layout.policy} {why}",
@@ -157,8 +148,8 @@ class Cache:
         self.storage.close()
         for layer in range(self.layout.n_layers):
             self.storage.trim(layer, n)
-        self.n_tokens = n
-        self._prompt_ends = [end for end in self._prompt_ends if end <= n]
+        self._course.n_tokens = n
+        self._course.prompt_ends = [end for end in self._course.prompt_ends if end <= n]
 
     # --- in a file ---------------------------------------------------------------------------------------------------
 
@@ -169,16 +160,7 @@ class Cache:
         ------
         Incompatible : such entries can't be saved.
         """
-        return {
-            "tokens": self.n_tokens,
-            "evicted_at": self._evicted_at,
-            "parts": self._parts,
-            "part": self._part,
-            "prompts": self._prompt_ends,
-            "keeps": [rule.keep for rule in self._rules],
-            "carried": self._carried.tolist(),
-            "entries": self.storage.counters(),
-        }
+        return {**self._course.header(), "entries": self.storage.counters()}
 
     def held(self) -> dict[str, npt.NDArray[Any]]:
         """All that is there, by name: views that can be written when ``restore`` has made room."""
@@ -192,27 +174,9 @@ class Cache:
         CorruptFile : that isn't possible. The cache is empty then.
         """
         self.clear()
-        layout = self.layout
         try:
-            self.n_tokens = untrusted.count(header, "tokens", layout.context)
-            self._evicted_at = untrusted.count(header, "evicted_at", self.n_tokens)
-            self._parts = untrusted.counts(header, "parts", len(self._parts), self.n_tokens)
-            self._part = untrusted.count(header, "part", max(0, len(self._parts) - 1))
-            ends = header.get("prompts")
-            self._prompt_ends = untrusted.counts(
-                header, "prompts", len(ends) if isinstance(ends, list) else 0, self.n_tokens
-            )
-            self._carried[...] = untrusted.numbers(header, "carried", self._carried.shape)
-            keeps = untrusted.counts(header, "keeps", len(self._rules), layout.n_layers * layout.n_slots)
-            if layout.policy is not None and layout.policy.layers != "uniform":
-                if min(keeps) < layout.policy.least_keep:
-                    raise CorruptFile(f"a layer that keeps {min(keeps)} entries, must be {layout.policy.least_keep}")
-                self._rules = [layout.policy.with_keep(keep) for keep in keeps]
-                slots = [rule.slots(layout.context) for rule in self._rules]
-                if sum(slots) > layout.n_layers * layout.n_slots:
-                    raise CorruptFile(
-                        f"layers that keep {sum(slots)} entries in all, of {layout.n_layers * layout.n_slots}"
-                    )
+            self._course = Course.restored(header, self.layout)
+            if (slots := self._course.slots(self.layout)) is not None:
                 self._own.resize(slots)
             entries = header.get("entries")
             self._own.restore(entries if isinstance(entries, dict) else {})
@@ -305,7 +269,7 @@ class Cache:
         if self.layout.n_parts:
             behind = sum(int(part.counts[0]) for part in parts[:-1])
             even = (1 / (behind + n_before + 1 + np.arange(n))).astype(np.float32)
-        for count, seen in self._pass(parts, q, out, observe=observe, n_before=n_before, even=even):
+        for count, seen in attend(work, h, parts, q, out, observe=observe, n_before=n_before, even=even):
             if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
                 seen -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
             work.observed[:, at : at + count] += seen
@@ -318,41 +282,6 @@ class Cache:
             turning, head_dim = self._turnings[layer], self.layout.heads.head_dim
             parts[0] = parts[0]._replace(query=lambda q: turning.turn(q, head_dim, -n_gone))
         return parts
-
-    def _pass(
-        self, parts: Sequence[Part], q: F32, out: F32, *, observe: bool, n_before: int = -1, even: F32 | None = None
-    ) -> Iterator[tuple[int, F32]]:
-        """Attend to all parts, the last one causally from ``n_before`` on. Gives what is observed of each, one after
-        the other: how many entries, and a row (n_observed, entries) that is valid until the next."""
-        work, h, n = self._work, self.layout.heads, len(q)
-        sums, tops, totals = work.sums[:n], work.tops[:n], work.totals[:n]
-        sums[...], tops[...], totals[...] = 0, -np.inf, 0
-        kept: list[tuple[Part, F32]] = []
-        used = 0
-        for i, part in enumerate(parts):
-            scores = None
-            if observe and part.chosen:
-                shape = (h.n_heads, n, part.segment.stride)
-                size = int(np.prod(shape))
-                scores = work.scores[used : used + size].reshape(shape)
-                used += size
-                kept.append((part, scores))
-            ops.attend_segment(
-                q if part.query is None else part.query(q), part.segment, sums, tops, totals,
-                n_before=n_before if i + 1 == len(parts) else -1,
-                scale=h.scale, softcap=h.softcap, scores=scores, scratch=work.scratch,
-            )  # fmt: skip
-        np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
-        return self._observations(kept, tops, totals, even)
-
-    def _observations(
-        self, kept: Sequence[tuple[Part, F32]], tops: F32, totals: F32, even: F32 | None
-    ) -> Iterator[tuple[int, F32]]:
-        for part, scores in kept:
-            seen, count = self._work.now(scores.shape[2]), int(part.counts[0])
-            counts = np.full(len(seen), count, np.int32)
-            ops.attention_mass(scores, tops, totals, counts, seen, thresholds=even)
-            yield count, seen[:, :count]
 
     def settle(self, layer: int) -> None:
         """The prompt has passed the layer, and those that choose with it: the policy chooses what stays. Behind the
@@ -370,22 +299,22 @@ class Cache:
         observed, bias = work.observed[:, : old + new], self._biases(layer, new)
         stay = np.broadcast_to(np.arange(old + new, dtype=np.int32), position.shape)
         if self._chooses:
-            if self._rules[layer].layers == "measured" and self.n_tokens == 0:
+            if self._course.rules[layer].layers == "measured" and self.n_tokens == 0:
                 self._share_budgets(observed, n_tokens)
             stay = self._chosen(layer, position, observed, bias, n_tokens)
         n_staged = len(group) * self.layout.heads.n_kv_heads
         storage.place(layer, stay, position, work.keys[:n_staged], work.values[:n_staged])
         chosen = stay.shape[1] < old + new
         if chosen:
-            self._evicted_at = n_tokens
+            self._course.evicted_at = n_tokens
         self._take_observed(layer, position, observed, bias, chosen=chosen)
         self._staged[:] = 0
         if layer + 1 == self.layout.n_layers:
             # Strikes of the prompt are the only part there is.
             began = n_tokens if chosen else self.n_tokens + self._observed_from
-            self._parts, self._part = [began] * len(self._parts), 0
-            self.n_tokens, self._prompt = n_tokens, 0
-            self._prompt_ends.append(n_tokens)
+            self._course.parts, self._course.part = [began] * len(self._course.parts), 0
+            self._course.n_tokens, self._prompt = n_tokens, 0
+            self._course.prompt_ends.append(n_tokens)
 
     def _biases(self, layer: int, n_new: int) -> F32 | None:
         """Of a layer's entries, and zeros for so many new ones; None where entries have none."""
@@ -397,7 +326,7 @@ class Cache:
 
         The entries are the storage's, and then those that are staged.
         """
-        policy = self._rules[layer]
+        policy = self._course.rules[layer]
         order = np.argsort(position, axis=1).astype(np.int32)
         rows = PromptRows(self.storage, layer, self._work.keys, self._work.values, order)
         ordered = None
@@ -411,14 +340,14 @@ class Cache:
             layer=layer,
             n_prompt=n_tokens,
             bias=None if bias is None else np.take_along_axis(bias, order, axis=1),
-            carried=self._carried[layer],
+            carried=self._course.carried[layer],
             keys=rows.keys,
         )
         kept = policy.choose(seen)
         if policy.merges and kept.shape[1] < seen.n:
             found = merge(policy, seen, kept, rows)
             if found.carried is not None:
-                self._carried[layer] = found.carried
+                self._course.carried[layer] = found.carried
             if bias is not None and found.bias is not None:
                 np.put_along_axis(bias, order, found.bias, axis=1)
         return np.take_along_axis(order, kept, axis=1)
@@ -428,9 +357,9 @@ class Cache:
         for that."""
         layout, storage = self.layout, self.storage
         assert layout.policy is not None
-        self._weights.append(budgets.density(observed))
-        rules = by_layer(layout.policy, self._weights, layout.n_layers, layout.context)
-        self._rules[: len(rules)] = rules
+        self._course.weights.append(budgets.density(observed))
+        rules = by_layer(layout.policy, self._course.weights, layout.n_layers, layout.context)
+        self._course.rules[: len(rules)] = rules
         for layer, rule in enumerate(rules[:-1]):
             if storage.n(layer) > rule.keep:
                 position, mass, bias = storage.position(layer).copy(), storage.mass(layer), storage.bias(layer)
@@ -485,21 +414,21 @@ class Cache:
         even = None if strikes is None else np.array([1 / sum(int(part.counts[0]) for part in parts)], np.float32)
         observe = mass is not None or strikes is not None
         at = 0
-        for count, seen in self._pass(parts, q, out, observe=observe, even=even):
+        for count, seen in attend(self._work, self.layout.heads, parts, q, out, observe=observe, even=even):
             if mass is not None:
                 mass[:, at : at + count] += seen
             if strikes is not None:
-                strikes[self._part, :, at : at + count] += seen.astype(np.uint16)
+                strikes[self._course.part, :, at : at + count] += seen.astype(np.uint16)
             at += count
 
     def _begin_part(self) -> None:
         """Count strikes apart from now on, in the place of the eldest part."""
-        self._part = (self._part + 1) % len(self._parts)
-        self._parts[self._part] = self.n_tokens
+        self._course.part = (self._course.part + 1) % len(self._course.parts)
+        self._course.parts[self._course.part] = self.n_tokens
         for layer in range(self.layout.n_layers):
             strikes = self.storage.strikes(layer)
             assert strikes is not None
-            strikes[self._part] = 0
+            strikes[self._course.part] = 0
 
     def _observed(self, layer: int) -> F32 | None:
         """What the policy asks for of a layer's entries: mass, or strikes of the last queries."""
@@ -507,36 +436,36 @@ class Cache:
         if strikes is None:
             return self.storage.mass(layer)
         counted = np.zeros(strikes.shape[1:], np.float32)
-        for part, began in zip(strikes, self._parts, strict=True):
-            if began >= self.n_tokens - self._rules[layer].window:
+        for part, began in zip(strikes, self._course.parts, strict=True):
+            if began >= self.n_tokens - self._course.rules[layer].window:
                 counted += part
         return counted
 
     def stepped(self) -> None:
         """The token has passed all layers: the storage may seal, and the policy may send entries away."""
-        self.n_tokens += 1
+        self._course.n_tokens += 1
         goes = False
         for layer in self._choosing:
             self.storage.stepped(layer)
-            if self._rules and self._rules[layer].sends_away(self.storage.n(layer), self.n_tokens):
+            if self._course.rules and self._course.rules[layer].sends_away(self.storage.n(layer), self.n_tokens):
                 goes = True
                 self._send_away(layer)
         if goes:
-            self._evicted_at = self.n_tokens
-        if self._parts and (goes or self._rules[0].begins_part(self.storage.n(0))):
+            self._course.evicted_at = self.n_tokens
+        if self._course.parts and (goes or self._course.rules[0].begins_part(self.storage.n(0))):
             self._begin_part()
 
     def _send_away(self, layer: int) -> None:
-        policy, storage = self._rules[layer], self.storage
+        policy, storage = self._course.rules[layer], self.storage
         bias, rows = storage.bias(layer), StoredRows(storage, layer)
         seen = Seen(
             position=storage.position(layer),
             n_tokens=self.n_tokens,
             observed=self._observed(layer),
             layer=layer,
-            n_prompt=self._prompt_ends[-1] if self._prompt_ends else 0,
+            n_prompt=self._course.prompt_ends[-1] if self._course.prompt_ends else 0,
             bias=bias,
-            carried=self._carried[layer],
+            carried=self._course.carried[layer],
             keys=rows.keys,
         )
         gone = policy.evict(seen)
@@ -546,7 +475,7 @@ class Cache:
             stay = np.nonzero(stays)[1].reshape(len(stays), -1).astype(np.int32)
             found = merge(policy, seen, stay, rows)
             if found.carried is not None:
-                self._carried[layer] = found.carried
+                self._course.carried[layer] = found.carried
             if bias is not None and found.bias is not None:
                 bias[...] = found.bias
         storage.drop(layer, gone)

@@ -90,7 +90,7 @@ def observe(what: Observation, query: Tensor, key: Tensor, scale: float) -> Tens
     found = torch.zeros((batch, rows, n), device=key.device)
     for shares, seen in _tiles(query, key, scale):
         there = shares.shape[-1]
-        if what == "mass":
+        if what in ("mass", "sums"):
             found[..., :there] += shares.sum(dim=(2, 3))
         elif what == "votes":
             found[..., :there] += shares.sum(dim=3).flatten(1, 2)

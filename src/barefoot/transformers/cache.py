@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from barefoot.core.errors import Incompatible
+from barefoot.kv.merging import merge
 from barefoot.kv.policies import I32, Policy, Seen
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.plan.job import parse_kv
 from barefoot.transformers import attention
-from barefoot.transformers.entries import Entries, entries_of
+from barefoot.transformers.entries import FLOATS, Entries, SequenceRows, entries_of
 
 
 class KVCache(Cache):
@@ -50,7 +51,7 @@ class KVCache(Cache):
         store = parse_kv(kv) if isinstance(kv, str) else kv
         policy, store = (store.policy, store.store) if isinstance(store, Ruled) else (None, store)
         config = model.config.get_text_config(decoder=True)
-        _check(model, config, store)
+        _check(model, config, policy, store)
         layers: list[Any] = []  # of HeldLayer
         for number, layer in enumerate(DynamicCache(config=config).layers):
             if type(layer) is DynamicLayer:
@@ -79,8 +80,8 @@ class KVCache(Cache):
         return torch.empty((0, 0, 0), dtype=torch.int32) if entries is None else entries.position
 
 
-def _check(model: Any, config: Any, store: KVStore) -> None:
-    """Refuse what attends in another way than ``attention`` does."""
+def _check(model: Any, config: Any, policy: Policy | None, store: KVStore) -> None:
+    """Refuse what attends in another way than ``attention`` does, and what only the engine keeps."""
     name = type(model).__name__
     if config.is_encoder_decoder or not getattr(model, "_supports_sdpa", False):
         raise Incompatible(f"{name} is no decoder whose attention can be sdpa")
@@ -88,8 +89,18 @@ def _check(model: Any, config: Any, store: KVStore) -> None:
         raise Incompatible(f"{name} caps the scores of its attention, which sdpa can't")
     if getattr(config, "num_kv_shared_layers", 0):
         raise Incompatible(f"layers of {name} share their keys and values, so entries can't go layer by layer")
-    if store.provides and not isinstance(store, Kivi):
-        raise Incompatible(f"{store} has {' and '.join(sorted(store.provides))}, which only the engine keeps")
+    if not store.rows and not isinstance(store, Kivi):
+        raise Incompatible(f"entries of {store} are no rows, and only the engine keeps such")
+    if policy is not None and policy.layers != "uniform":
+        raise Incompatible(f"{policy} gives layers unequal room, which only the engine does")
+    if policy is not None and policy.n_anchored:
+        raise Incompatible(f"{policy} turns queries to its first entries, which only the engine does")
+    if policy is not None and policy.biased:
+        raise Incompatible(f"{policy} gives entries biases, which only the engine attends with")
+    if policy is not None and policy.merges and store.row_format not in FLOATS:
+        raise Incompatible(
+            f"{policy} merges entries as they came, and only the engine has these before they are {store}"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     store.bits_per_number(head_dim)  # whether it has such rows
 
@@ -176,6 +187,8 @@ class RuledLayer(HeldLayer):
     def reset(self) -> None:
         super().reset()
         self._prompt: tuple[Tensor, Tensor] | None = None  # that passes
+        self._prompt_end = 0  # tokens that there were behind the last one
+        self._carried: dict[int, Any] = {}  # of each sequence, what the policy's last merge left
         self._awaits = False  # the attention of a pass
         self._parts = [0] * self._n_parts  # tokens that there were when each part of the strikes began
         self._part = 0  # the present one
@@ -225,7 +238,7 @@ class RuledLayer(HeldLayer):
         chooses = policy is not None and not (entries.n and "sealed entries" in self.store.provides)
         n_seen = 0
         if policy is not None and chooses and watched != "nothing":
-            n_seen = q if watched == "mass" else min(q, policy.n_observed(key.shape[2]))
+            n_seen = q if watched in ("mass", "sums") else min(q, policy.n_observed(key.shape[2]))
         entries.append(k, v, self.n_tokens - q)
         observed = None
         if n_seen:
@@ -236,6 +249,7 @@ class RuledLayer(HeldLayer):
             )
         if watched == "mass" and observed is not None:
             observed = entries.parts["mass"] = observed + entries.parts["mass"]
+        self._prompt_end = self.n_tokens
         stay = self._chosen(entries, observed) if chooses else None
         if stay is not None:
             entries.keep(stay)
@@ -251,10 +265,26 @@ class RuledLayer(HeldLayer):
         """Slots that stay, None for all."""
         assert self.policy is not None
         stay = []
-        for i, position in enumerate(_array(entries.position)):
-            of_it = None if observed is None else _array(observed[i])
-            stay.append(self.policy.choose(Seen(position, self.n_tokens, of_it, self._number)))
+        for i in range(len(entries.position)):
+            seen, rows = self._seen(entries, i, observed), SequenceRows(entries, i)
+            stay.append(self.policy.choose(seen))
+            if self.policy.merges and stay[-1].shape[1] < seen.n:
+                self._carried[i] = merge(self.policy, seen, stay[-1], rows).carried
         return None if stay[0].shape[1] == entries.n else _slots(np.stack(stay), entries.position.device)
+
+    def _seen(self, entries: Entries, sequence: int, observed: Tensor | None) -> Seen:
+        """What the policy sees of a sequence."""
+        assert self.policy is not None
+        carried = self._carried.get(sequence)
+        return Seen(
+            position=_array(entries.position[sequence]),
+            n_tokens=self.n_tokens,
+            observed=None if observed is None else _array(observed[sequence]),
+            layer=self._number,
+            n_prompt=self._prompt_end,
+            carried=np.zeros(self.policy.n_carried, np.float32) if carried is None else carried,
+            keys=SequenceRows(entries, sequence).keys,
+        )
 
     def _step(self, entries: Entries, query: Tensor, key: Tensor, scale: float) -> None:
         """A token has passed: the policy may send entries away."""
@@ -270,13 +300,15 @@ class RuledLayer(HeldLayer):
             strikes[..., self._part] += attention.observe("strikes", query, key, scale)
             late = [part for part, began in enumerate(self._parts) if began >= self.n_tokens - policy.window]
             observed = strikes[..., late].sum(dim=-1)
-        goes = policy.sends_away(n)
+        goes = policy.sends_away(n, self.n_tokens)
         if goes:
             there = np.ones(entries.position.shape, bool)
-            for i, position in enumerate(_array(entries.position)):
-                of_it = None if observed is None else _array(observed[i])
-                gone = policy.evict(position, of_it, self.n_tokens, self._number)
-                np.put_along_axis(there[i], gone.astype(np.int64), False, axis=1)
+            for i in range(len(there)):
+                seen = self._seen(entries, i, observed)
+                np.put_along_axis(there[i], policy.evict(seen).astype(np.int64), False, axis=1)
+                if policy.merges_tokens:
+                    stays = there[i].nonzero()[1].reshape(len(there[i]), -1).astype(np.int32)
+                    self._carried[i] = merge(policy, seen, stays, SequenceRows(entries, i)).carried
             stay = there.nonzero()[2].reshape(*there.shape[:2], -1)
             entries.keep(_slots(stay, entries.position.device))
         if self._n_parts and (goes or policy.begins_part(n)):

@@ -9,32 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from barefoot.kv.sealed import VALUES
-from barefoot.kv.storage import STAGED
+from barefoot.kv.storage import F32, I32, STAGED
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.ops import kvblocks, kvrows
 
-_FLOATS = {"f32": torch.float32, "f16": torch.float16}
+FLOATS = {"f32": torch.float32, "f16": torch.float16}
 _WIDE = (torch.int64, torch.int32, torch.int16)  # rows are moved in elements as wide as their bytes allow
 
 
 def encode(fmt: str, x: Tensor) -> Tensor:
     """Floats (..., dim) to rows of their own, uint8 (..., row_bytes)."""
     x = x.detach()
-    if fmt in _FLOATS:
-        return x.to(_FLOATS[fmt]).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if fmt in FLOATS:
+        return x.to(FLOATS[fmt]).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     rows = kvrows.encode(fmt, x.float().cpu().contiguous().numpy())
     return torch.from_numpy(rows).to(x.device)
 
 
 def decode(fmt: str, rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Rows to floats (..., dim)."""
-    if fmt in _FLOATS:
-        return rows.view(_FLOATS[fmt]).to(dtype)
+    if fmt in FLOATS:
+        return rows.view(FLOATS[fmt]).to(dtype)
     return torch.from_numpy(kvrows.decode(fmt, rows.cpu().numpy(), dim)).to(rows.device, dtype)
 
 
@@ -57,7 +58,7 @@ class Entries:
 
     def __init__(self, k: Tensor, v: Tensor, fmt: str, observed: Mapping[str, tuple[int, ...]]) -> None:
         self._each, self._device = tuple(k.shape[:2]), k.device
-        self._format, self._dims = fmt, (k.shape[-1], v.shape[-1])
+        self.format, self._dims = fmt, (k.shape[-1], v.shape[-1])
         self._observed = tuple(observed)
         self.parts: dict[str, Tensor] = {"position": self._none(dtype=torch.int32)}
         for name, dim in zip(("keys", "values"), self._dims, strict=True):
@@ -85,7 +86,7 @@ class Entries:
         """Entries k, v (batch, n_kv_heads, m, dim) at positions ``first`` on; nothing is observed of them yet."""
         m = k.shape[2]
         position = torch.arange(first, first + m, dtype=torch.int32, device=k.device).expand(*self._each, m)
-        self._grow(position=position, keys=encode(self._format, k), values=encode(self._format, v))
+        self._grow(position=position, keys=encode(self.format, k), values=encode(self.format, v))
         for name in self._observed:
             axes = self.parts[name].shape[3:]
             self._grow(**{name: self.parts[name].new_zeros((*self._each, m, *axes))})
@@ -106,8 +107,33 @@ class Entries:
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All keys and all values, (batch, n_kv_heads, n, dim)."""
         k, v = self._dims
-        keys = decode(self._format, self.parts["keys"], k, dtype)
-        return keys, decode(self._format, self.parts["values"], v, dtype)
+        keys = decode(self.format, self.parts["keys"], k, dtype)
+        return keys, decode(self.format, self.parts["values"], v, dtype)
+
+
+class SequenceRows:
+    """Keys and values of one sequence of the batch, in rows of floats: what :mod:`barefoot.kv.merging` sums."""
+
+    def __init__(self, entries: Entries, sequence: int) -> None:
+        self._entries, self._sequence = entries, sequence
+
+    def _floats(self, part: str, head: int) -> Tensor:
+        """A view (n, dim) that can be written."""
+        return self._entries.parts[part][self._sequence, head].view(FLOATS[self._entries.format])
+
+    def keys(self, head: int) -> F32:
+        found: F32 = self._floats("keys", head).float().cpu().numpy()
+        return found.copy()
+
+    def values(self, head: int, entries: I32) -> F32:
+        found: F32 = self._floats("values", head)[torch.from_numpy(entries.astype(np.int64))].float().cpu().numpy()
+        return found
+
+    def rewrite(self, head: int, entries: I32, keys: F32, values: F32) -> None:
+        at = torch.from_numpy(entries.astype(np.int64))
+        for part, rows in (("keys", keys), ("values", values)):
+            own = self._floats(part, head)
+            own[at] = torch.from_numpy(np.ascontiguousarray(rows)).to(own.device, own.dtype)
 
 
 class Sealed(Entries):

@@ -51,7 +51,7 @@ class Seen:
     n_prompt : tokens that there were when the last prompt was done.
     bias : float32 (n_kv_heads, n), what is added to the entries' scores; None where none has any.
     carried : float32 (n_carried,), of the layer's last merge; zeros before.
-    keys : of a key head, its entries' keys as they are stored, rotated, float32 (n, head_dim), decoded anew each time.
+    keys : of a key head, its entries' keys as they are stored, rotated, float32 (n, head_dim), not to be written.
     """
 
     position: I32

@@ -125,8 +125,8 @@ class D2O(Policy, name="d2o", papers=(63,), conflicts=SINGLY):
         np.put_along_axis(goes, stay, False, axis=1)
         for head, own in enumerate(stay):
             keys = seen.keys(head)
-            keys /= np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-30)
-            for some, nearest, cosine in most_alike(keys, np.flatnonzero(goes[head]).astype(np.int32), own):
+            unit = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-30)
+            for some, nearest, cosine in most_alike(unit, np.flatnonzero(goes[head]).astype(np.int32), own):
                 into[head, some], likeness[head, some] = own[nearest], cosine
         mean = float(likeness[goes].mean())
         before, started = seen.carried

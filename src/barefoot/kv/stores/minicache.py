@@ -2,7 +2,7 @@
 
 MiniCache: KV Cache Compression in Depth Dimension for Large Language Models (Liu et al. 2024, arXiv:2405.14366). From
 the middle of a model on, adjacent layers' keys (and values) of one token point in similar directions. Layers l - 1 and
-l make a pair; of each entry and key head, for keys and values alike (equations 2 and 3):
+l make a pair; of each entry and key head, for keys and values alike:
 
     n = ‖x‖,  u = x / n,  Ω = arccos(u_(l-1) · u_l)
     e = [sin((1 - t) Ω) u_(l-1) + sin(t Ω) u_l] / sin Ω        stored once, a unit vector
@@ -12,7 +12,7 @@ The larger ``t``, the nearer to the deeper layer. Both layers turn a key by the 
 this, so turned keys are merged. Nothing is restored to be read: attention multiplies by e, and its scores, or the
 weights of the values, by n. Entries whose directions differ most (Ω, the larger one of key and value) stay as they are
 in both layers: ``retain`` of all. A layer's prompt is attended to whole; the pair is merged behind its second layer.
-What is decoded waits until there are ``recent`` of it, of which the nearest are merged then.
+What is decoded comes as it is; when ``recent`` of it have come, as many are merged, those that differ least of all.
 
 The wrapped store holds the directions, ``minicache > q8``, and the layers before the first pair, which is the first one
 from ``start`` on with an even number of layers from there. A policy chooses once for a pair, from the sum of what both
@@ -23,8 +23,9 @@ H (S - E) (2 r + 16) for directions and numbers, H E (8 d + 4) for exact rows an
 S more where attention mass is kept, 2 for each part of strikes. In passing, a second layer's prompt is staged.
 
 *Differs from the paper*: a count stays exact, the most different of all, whose room is there anyway, not what lies
-within 5 % of the range of angles; each key head has its own, keys with their values. Numbers are float32. Directions
-are quantized by token.
+within 5 % of the range of angles; each key head has its own, keys with their values. Merging waits for ``recent``
+tokens, not for one. Numbers are float32. Directions are quantized by token. What was merged on account of entries that
+are taken back stays merged.
 """
 
 from __future__ import annotations
