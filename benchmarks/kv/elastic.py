@@ -195,11 +195,11 @@ def measured(checkpoint: Checkpoint, kv: Ruled, images: Ids) -> tuple[dict[str, 
             maps[1] += patches(run) / len(images)
             each.append(scored(logits, ids[reader.N_PROMPT :]))
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
-    kept = {when: drawn(m) for when, m in zip(("behind the prompt", "in the end"), maps, strict=True)}
+    kept = {when: digits(m) for when, m in zip(("behind the prompt", "in the end"), maps, strict=True)}
     return {"kv_bytes": n_bytes, **mean, "kept": kept}, np.array([one["nll"] for one in each])
 
 
-def drawn(shares: F64) -> list[str]:
+def digits(shares: F64) -> list[str]:
     """A row of patches as a word: tenths, 9 for all from nine tenths on, and a point for less than a hundredth."""
     return ["".join("." if share < 0.01 else str(min(9, int(10 * share))) for share in row) for row in shares]
 
@@ -275,7 +275,7 @@ def main() -> None:
             claim("probabilities that attention is asked for along an answer", asked[str(Elastic())], at_most=0),
         ]
         results: dict[str, Any] = {}
-        results["full"], full = measured(checkpoint, whole, images)
+        results["full"], _ = measured(checkpoint, whole, images)
         tell("full", results["full"])
         claims.append(
             claim("full: share of the read-out that is likeliest", results["full"]["read-out right"], at_least=0.9)
@@ -283,7 +283,7 @@ def main() -> None:
         for ratio in args.ratios:
             wrong = wrong_counts(checkpoint, ratio, images[:3])
             claims.append(claim(f"ratio {ratio}: counts of entries other than ⌈ratio · t⌉", wrong, at_most=0))
-            losses = {"full": full}
+            losses: dict[str, F64] = {}
             for name, policy in arms(ratio).items():
                 results[f"{name} at {ratio}"], losses[name] = measured(checkpoint, Ruled(policy, HalfStore()), images)
                 tell(f"{name} at {ratio}", results[f"{name} at {ratio}"])
@@ -294,8 +294,8 @@ def main() -> None:
 
 def tell(name: str, result: dict[str, Any]) -> None:
     parts = "  ".join(f"{part} {result[f'{part} right']:.3f}" for part in reader.ANSWER)
-    print(f"  {name:36} {result['kv_bytes'] / 1024:6.1f} KiB  NLL {result['nll']:.4f}  {parts}")
-    print("\n".join(f"  {'':36} {row}" for row in result["kept"]["behind the prompt"]), flush=True)
+    print(f"  {name:37} {result['kv_bytes'] / 1024:6.1f} KiB  NLL {result['nll']:.4f}  {parts}")
+    print("\n".join(f"  {'':37} {row}" for row in result["kept"]["behind the prompt"]), flush=True)
 
 
 if __name__ == "__main__":
