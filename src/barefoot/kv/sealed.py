@@ -13,21 +13,20 @@ import numpy as np
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
-from barefoot.core.units import round_up
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.ops import kvblocks, kvrows
 
-VALUES = 32  # that are sealed at a time
+VALUES = kvblocks.RUN  # that are sealed at a time
 
 
 def arrays(heads: Heads, n_layers: int, n_slots: int, store: Kivi) -> tuple[Array, ...]:
-    """Blocks of keys, keys that wait, sealed values, values that wait, and positions, of a sequence."""
+    """Blocks of keys, keys that wait, blocks of values, values that wait, and positions, of a sequence."""
     n, row = n_layers * heads.n_kv_heads, kvrows.row_bytes(STAGED, heads.head_dim)
     return (
         Array("kv blocks of keys", n * n_blocks(n_slots, store), store.block_bytes(heads.head_dim)),
         Array("kv last keys", n * store.residual, row),
-        Array("kv sealed values", n * round_up(n_slots, VALUES), store.value_bytes(heads.head_dim)),
+        Array("kv blocks of values", n * n_value_blocks(n_slots), store.value_block_bytes(heads.head_dim)),
         Array("kv last values", n * (store.residual + VALUES), row),
         Array("kv positions", n * n_slots, 4),
     )
@@ -38,6 +37,10 @@ def n_blocks(n_slots: int, store: Kivi) -> int:
     return max(1, n_slots // store.residual * store.residual // store.group)
 
 
+def n_value_blocks(n_slots: int) -> int:
+    return -(-n_slots // VALUES)
+
+
 class Sealed(Storage):
     def __init__(self, heads: Heads, n_layers: int, n_slots: int, store: Kivi, take: Take) -> None:
         blocks, keys, sealed, values, positions = arrays(heads, n_layers, n_slots, store)
@@ -46,7 +49,7 @@ class Sealed(Storage):
         self._ring = store.residual + VALUES
         self._blocks = zeros(take, blocks, (*each, n_blocks(n_slots, store), blocks.n_bytes))
         self._keys = zeros(take, keys, (*each, store.residual, row))
-        self._sealed = zeros(take, sealed, (*each, round_up(n_slots, VALUES), sealed.n_bytes))
+        self._sealed = zeros(take, sealed, (*each, n_value_blocks(n_slots), sealed.n_bytes))
         self._values = zeros(take, values, (*each, self._ring, row))
         self._positions: I32 = zeros(take, positions, (*each, n_slots), np.int32)
         # Of each layer: entries, and how many of their keys and of their values are sealed.
@@ -58,7 +61,7 @@ class Sealed(Storage):
         """Both sealed; keys sealed, values not yet; neither."""
         store, channels = self._store, f"c{self._store.bits}"
         parts = (
-            (channels, self._blocks, store.value_format, self._sealed),
+            (channels, self._blocks, f"t{store.bits}", self._sealed),
             (channels, self._blocks, STAGED, self._values),
             (STAGED, self._keys, STAGED, self._values),
         )
@@ -126,7 +129,7 @@ class Sealed(Storage):
         if n - first == self._ring:
             there = np.arange(first, first + VALUES)
             rows = kvrows.decode(STAGED, self._values[layer][:, there % self._ring], self._dim)
-            self._sealed[layer][:, there] = kvrows.encode(store.value_format, rows)
+            self._sealed[layer][:, first // VALUES] = kvblocks.encode_values(store.bits, rows)
             self._n_values[layer] += VALUES
 
     def trim(self, layer: int, n_tokens: int) -> None:
@@ -152,7 +155,7 @@ class Sealed(Storage):
         n_keys, n_values, n = (int(each.max()) for each in (other._n_keys, other._n_values, other._n))
         for own, theirs, size in (
             (self._blocks, other._blocks, n_keys // self._store.group),
-            (self._sealed, other._sealed, n_values),
+            (self._sealed, other._sealed, n_values // VALUES),
             (self._positions, other._positions, n),
             (self._keys, other._keys, self._store.residual),
             (self._values, other._values, self._ring),
