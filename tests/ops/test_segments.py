@@ -11,7 +11,7 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.ops import kvblocks, kvrows, segments
 
-CHANNELS = ("c2", "c3", "c4", "c8")
+CHANNELS, TOKENS = segments.BY_CHANNEL, segments.BY_TOKEN
 
 
 class Pass:
@@ -45,22 +45,27 @@ def segment_counts(segment):
 
 
 def make(key_format, value_format, keys, values, counts, implementation=ops, *, group=32, slots=None, **extras):
-    """A segment that holds (heads, n, dim) arrays in as many slots, or ``slots``."""
+    """A segment that holds (heads, n, dim) arrays in as many slots, or ``slots``; blocks of values end in NaN."""
     n_heads, n, key_dim = keys.shape
     room = slots or n
     if key_format in CHANNELS:
-        whole = -(-room // group) * group
-        padded = np.zeros((n_heads, whole, key_dim), np.float32)
+        room = -(-room // group) * group
+        padded = np.zeros((n_heads, room, key_dim), np.float32)
         padded[:, :n] = keys
         key_bytes = kvblocks.encode(int(key_format[1]), padded.reshape(n_heads, -1, group, key_dim))
-        room = whole
     else:
         key_bytes = np.zeros((n_heads, room, kvrows.row_bytes(key_format, key_dim)), np.uint8)
         key_bytes[:, :n] = kvrows.encode(key_format, keys)
-    value_bytes = np.zeros((n_heads, room, kvrows.row_bytes(value_format, values.shape[2])), np.uint8)
-    value_bytes[:, :n] = kvrows.encode(value_format, values)
+    value_dim = values.shape[2]
+    if value_format in TOKENS:
+        padded = np.full((n_heads, -(-room // 32) * 32, value_dim), np.nan, np.float32)
+        padded[:, :n] = values
+        value_bytes = kvblocks.encode_values(int(value_format[1]), padded.reshape(n_heads, -1, 32, value_dim))
+    else:
+        value_bytes = np.zeros((n_heads, room, kvrows.row_bytes(value_format, value_dim)), np.uint8)
+        value_bytes[:, :n] = kvrows.encode(value_format, values)
     counts = np.asarray(counts, np.int32)
-    dims = {"key_dim": key_dim, "value_dim": values.shape[2], "counts": counts, "group": group}
+    dims = {"key_dim": key_dim, "value_dim": value_dim, "counts": counts, "group": group}
     segment = implementation.Segment(key_format, key_bytes, value_format, value_bytes, **dims, **extras)
     _COUNTS[id(segment)] = (counts, segment)
     return segment
@@ -104,11 +109,11 @@ def test_counts_are_each_heads_own(rng):
 @pytest.mark.parametrize("key_format", ["f16", "q8", "q2", "bfp4", *CHANNELS])
 def test_kernels_equal_the_reference(isa, key_format, heads, key_dim, value_dim, n_tokens, threads, rng):
     n_heads, n_kv_heads = heads
-    for i, value_format in enumerate(("f16", "q4", "q3", "q2", "bfp4")):
+    for i, value_format in enumerate(("f16", "q4", "q3", "q2", "bfp4", *TOKENS)):
         threads(1 + i % 3)
         n = (32, 160, 416)[i % 3]
         keys, values = arrays(rng, n_kv_heads, n, key_dim, value_dim)
-        counts = np.full(n_kv_heads, n) if key_format in CHANNELS else rng.integers(0, n + 1, n_kv_heads)
+        counts = np.append(rng.integers(0, n + 1, n_kv_heads - 1), n)
         q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(np.float32)
         extra, group = arrays(rng, n_kv_heads, 9, key_dim, value_dim), (32, 64, 128)[i % 3]
         more = tuple(extra)
@@ -123,6 +128,35 @@ def test_kernels_equal_the_reference(isa, key_format, heads, key_dim, value_dim,
         bound = 3e-5 if n_tokens > 1 else 2e-3 if "3" in value_format or "2" in value_format else 1e-3
         assert np.abs(states[0].out - states[1].out).max() < bound, (value_format, n)
         assert np.allclose(states[0].tops, states[1].tops, atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", kvblocks.BITS)
+@pytest.mark.parametrize("heads", [(3, 1), (8, 8), (33, 1)])  # the last are too many for codes
+def test_products_with_codes_are_rounded_to_16_bits(isa, bits, heads, rng):
+    """Half a step of the largest product of a block, for each term at the largest code; 8 bits would be 258 times that.
+
+    A few channels of the keys are large, and so are a few values, as KIVI is for.
+    """
+    (n_heads, n_kv_heads), dim, n, group = heads, 64, 192, 64
+    sharing, top, levels = n_heads // n_kv_heads, 2**bits - 1, 32767
+    keys, values = arrays(rng, n_kv_heads, n, dim, dim)
+    keys[..., ::17] *= 20
+    values[:, ::29] *= 5
+    q = rng.standard_normal((1, n_heads * dim)).astype(np.float32)
+    passes, scores = [], np.empty((2, n_heads, 1, n), np.float32)
+    for implementation, kept in zip((segments, ops), scores, strict=True):
+        segment = make(f"c{bits}", f"t{bits}", keys, values, [n] * n_kv_heads, implementation, group=group)
+        passes.append(Pass(q, n_heads, dim, implementation).take(segment, scores=kept))
+    blocks = kvblocks.encode(bits, keys.reshape(n_kv_heads, -1, group, dim))
+    scales = blocks[..., : 2 * dim].copy().view(np.float16).astype(np.float64)
+    products = 0.3 * np.abs(q.reshape(n_kv_heads, sharing, 1, dim) * scales[:, None]).max(axis=-1)
+    bound = dim * top * products / levels / 2 + 1e-5 * np.abs(scores[0]).max()
+    assert (np.abs(scores[1] - scores[0]).reshape(n_kv_heads, sharing, -1, group).max(axis=-1) < bound).all()
+    # Weights, of at most 1, are rounded for each tile of 64, and come from scores that far away.
+    steps = np.ptp(values.reshape(n_kv_heads, n, 2, 32), axis=-1).max() / top
+    of_weights = n * top * steps / levels / 2 / passes[0].totals.min()
+    of_scores = 2 * np.abs(scores[1] - scores[0]).max() * np.abs(values).max()
+    assert np.abs(passes[1].out - passes[0].out).max() < of_weights + of_scores + 1e-5
 
 
 def test_entries_ahead_of_a_token_are_not_seen(isa, rng):
@@ -162,6 +196,26 @@ def test_keys_by_channel_start_at_any_run(isa, key_format, group, start, rng):
         )
         there = whole.reshape(2, 384, 32)[:, start : start + n], values[:, start : start + n].astype(np.float16)
         assert np.allclose(outs[1], plain(q, [there], 4), atol=1e-6)
+        assert np.abs(outs[0] - outs[1]).max() < (1e-3 if n_tokens == 1 else 3e-5)
+
+
+@pytest.mark.parametrize("value_format", TOKENS)
+def test_values_by_token_start_at_any_block(isa, value_format, rng):
+    keys, values = arrays(rng, 2, 200, 32, 40)
+    n = 200 - 64 - 3
+    for n_tokens in (1, 3):
+        q = rng.standard_normal((n_tokens, 4 * 32)).astype(np.float32)
+        outs = []
+        for implementation in (ops, segments):
+            segment = make("f32", value_format, np.roll(keys, -64, axis=1), values, [n, 31], implementation)
+            segment.value_start = 64
+            outs.append(Pass(q, 4, 40, implementation).take(segment).out)
+        bits, padded = int(value_format[1]), np.zeros((2, 224, 40), np.float32)
+        padded[:, :200] = values
+        stored = kvblocks.encode_values(bits, padded.reshape(2, 7, 32, 40))
+        there = kvblocks.decode_values(bits, stored, 40).reshape(2, 224, 40)[:, 64 : 64 + n]
+        first = plain(q, [(keys[:, 64 : 64 + n], there)], 4)[:, :2]
+        assert np.allclose(outs[1][:, :2], first, atol=1e-6)
         assert np.abs(outs[0] - outs[1]).max() < (1e-3 if n_tokens == 1 else 3e-5)
 
 
@@ -228,10 +282,10 @@ def test_mass_is_each_entrys_share_of_the_softmax(isa, n_tokens, threads, rng):
     assert np.array_equal(masses[0][:, 340:][~near], strikes[~near])
 
 
-@pytest.mark.parametrize("key_format", ["f16", "q8", "c2", "c4"])
-def test_results_do_not_depend_on_threads(isa, key_format, threads, rng):
+@pytest.mark.parametrize("formats", [("f16", "q2"), ("q8", "q2"), ("c2", "t2"), ("c4", "t4")])
+def test_results_do_not_depend_on_threads(isa, formats, threads, rng):
     keys, values = arrays(rng, 3, 1024, 64, 64)
-    segment = make(key_format, "q2", keys, values, [1024] * 3)
+    segment = make(*formats, keys, values, [1024] * 3)
     for n_tokens in (1, 30):
         q, seen = rng.standard_normal((n_tokens, 9 * 64)).astype(np.float32), set()
         for n in (1, 2, 3):
@@ -249,6 +303,22 @@ def test_nan_in_a_key_spoils_its_head_alone(isa, key_format, rng):
         out = Pass(q, 4, 32).take(make(key_format, "f16", keys, values, [64, 64])).out
         assert np.isfinite(out[:, :2]).all()
         assert np.isnan(out[:, 2:]).all()
+
+
+@pytest.mark.parametrize("value_format", ["f16", "q2", *TOKENS])
+def test_nan_in_a_value_spoils_its_channels_alone(isa, value_format, rng):
+    keys, values = arrays(rng, 2, 64, 32, 64)
+    values[1, 40, 3] = np.nan
+    width = 1 if value_format == "f16" else 32
+    for n_tokens in (1, 3):
+        q = rng.standard_normal((n_tokens, 4 * 32)).astype(np.float32)
+        segment = make("f16", value_format, keys, values, [64, 64])
+        out = Pass(q, 4, 64).take(segment).out
+        spoilt = np.zeros((4, 64), bool)
+        spoilt[2:, 3 // width * width : 3 // width * width + width] = True
+        assert np.array_equal(np.isnan(out), np.broadcast_to(spoilt, out.shape))
+        segment_counts(segment)[:] = 40  # what comes behind is not looked at
+        assert np.isfinite(Pass(q, 4, 64).take(segment).out).all()
 
 
 @pytest.mark.parametrize("fmt", kvrows.FORMATS)
@@ -280,11 +350,44 @@ def test_blocks_round_each_channel_to_half_a_step(bits, group, head_dim, rng):
     assert np.abs(back - keys).max() > 0
 
 
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 40, 96])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_blocks_of_values_hold_what_rows_do(bits, head_dim, rng):
+    """By another layout, in the same bytes: the numbers are the same."""
+    values = rng.standard_normal((3, 2, 32, head_dim)).astype(np.float32) * rng.uniform(0.1, 10, (32, 1))
+    values = values.astype(np.float32)
+    values[0, 0, 5, 1], values[1, 1, 7] = np.nan, 0
+    packed = kvblocks.encode_values(bits, values)
+    rows = kvrows.encode(f"q{bits}", values)
+    assert packed.shape == (3, 2, kvblocks.value_block_bytes(bits, head_dim))
+    assert packed.size == rows.size
+    back = kvblocks.decode_values(bits, packed, head_dim)
+    assert np.array_equal(back, kvrows.decode(f"q{bits}", rows, head_dim), equal_nan=True)
+
+
+def test_words_of_codes():
+    """Lane j of a run has word j of each chunk, and terms c and 16 + c its two halves; written out by hand."""
+    values = np.zeros((32, 33), np.float32)
+    values[:, 0] = 3  # each position's range is 0 to 3, so codes are what is written here
+    values[18, 5] = 2
+    values[9, 5] = 1
+    packed = kvblocks.encode_values(2, values)
+    words = packed[128 : 128 + 256].view("<u4").reshape(2, 32)  # of the first 32 channels: chunks, channels
+    assert packed[:64].view(np.float16).tolist() == [1] * 32  # scales
+    assert (words[:, 0] == 0xFFFFFFFF).all()
+    assert words[0, 5] == 2 << (16 + 2 * 2)  # position 18 is the third of the upper half
+    assert words[1, 5] == 1 << (2 * 1)  # position 9, the second of the second chunk
+    assert not np.delete(words, (0, 5), axis=1).any()
+    assert packed.size == 128 + 256 + 128 + 8  # the last channel: two chunks of one word
+
+
 def test_bytes_of_blocks():
     """KIVI's count: codes, and 4 bytes for each group of a channel."""
     assert kvblocks.block_bytes(2, 32, 64) == 32 * 64 * 2 // 8 + 4 * 64
     assert kvblocks.block_bytes(3, 64, 64) == 64 * 64 * 3 // 8 + 4 * 64
     assert kvblocks.block_bytes(2, 32, 40) == 32 * 48 * 2 // 8 + 4 * 40  # codes of 40 channels take room for 48
+    assert kvblocks.value_block_bytes(2, 64) == 32 * 64 * 2 // 8 + 2 * 128
+    assert kvblocks.value_block_bytes(3, 40) == 32 * 40 * 3 // 8 + 2 * 128
     with pytest.raises(InvalidInput, match="2, 3, 4, 8 bits, got 5"):
         kvblocks.block_bytes(5, 32, 64)
     with pytest.raises(InvalidInput, match="multiple of 32, got 48"):

@@ -17,12 +17,11 @@ import numpy.typing as npt
 from barefoot import ops
 from barefoot.core import untrusted
 from barefoot.core.errors import CorruptFile, InvalidInput
-from barefoot.core.units import round_up
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.ops import kvblocks, kvrows
 
-VALUES = 32  # that are sealed at a time
+VALUES = kvblocks.RUN  # that are sealed at a time
 SEALED = 21  # bytes of numpy arrays for each number of the keys that are sealed at a time
 
 
@@ -31,16 +30,20 @@ def n_blocks(n_slots: int, store: Kivi) -> int:
     return max(1, n_slots // store.residual * store.residual // store.group)
 
 
+def n_value_blocks(n_slots: int) -> int:
+    return -(-n_slots // VALUES)
+
+
 class Sealed(Storage):
     @staticmethod
     def arrays(shape: Shape, store: Kivi) -> tuple[Array, ...]:
-        """Blocks of keys, keys that wait, sealed values, values that wait, and positions, of a sequence."""
+        """Blocks of keys, keys that wait, blocks of values, values that wait, and positions, of a sequence."""
         heads, n_slots = shape.heads, shape.n_slots
         n, row = shape.n_layers * heads.n_kv_heads, kvrows.row_bytes(STAGED, heads.head_dim)
         return (
             Array("kv blocks of keys", n * n_blocks(n_slots, store), store.block_bytes(heads.head_dim)),
             Array("kv last keys", n * store.residual, row),
-            Array("kv sealed values", n * round_up(n_slots, VALUES), store.value_bytes(heads.head_dim)),
+            Array("kv blocks of values", n * n_value_blocks(n_slots), store.value_block_bytes(heads.head_dim)),
             Array("kv last values", n * (store.residual + VALUES), row),
             Array("kv positions", n * n_slots, 4),
         )
@@ -60,7 +63,7 @@ class Sealed(Storage):
         self._ring = store.residual + VALUES
         self._blocks = zeros(take, blocks, (*each, n_blocks(n_slots, store), blocks.n_bytes))
         self._keys = zeros(take, keys, (*each, store.residual, row))
-        self._sealed = zeros(take, sealed, (*each, round_up(n_slots, VALUES), sealed.n_bytes))
+        self._sealed = zeros(take, sealed, (*each, n_value_blocks(n_slots), sealed.n_bytes))
         self._values = zeros(take, values, (*each, self._ring, row))
         self._positions: I32 = zeros(take, positions, (*each, n_slots), np.int32)
         # Of each layer: entries, and how many of their keys and of their values are sealed.
@@ -72,7 +75,7 @@ class Sealed(Storage):
         """Both sealed; keys sealed, values not yet; neither."""
         store, channels = self._store, f"c{self._store.bits}"
         parts = (
-            (channels, self._blocks, self._key_dim, store.value_format, self._sealed),
+            (channels, self._blocks, self._key_dim, f"t{store.bits}", self._sealed),
             (channels, self._blocks, self._key_dim, STAGED, self._values),
             (STAGED, self._keys, self._dim, STAGED, self._values),
         )
@@ -153,7 +156,7 @@ class Sealed(Storage):
         if n - first == self._ring:
             there = np.arange(first, first + VALUES)
             rows = kvrows.decode(STAGED, self._values[layer][:, there % self._ring], self._dim)
-            self._sealed[layer][:, there] = kvrows.encode(store.value_format, rows)
+            self._sealed[layer][:, first // VALUES] = kvblocks.encode_values(store.bits, rows)
             self._n_values[layer] += VALUES
 
     def trim(self, layer: int, n_tokens: int) -> None:
@@ -193,7 +196,7 @@ class Sealed(Storage):
             found |= {
                 f"{layer}.blocks": self._blocks[layer, :, : n_keys // self._store.group],
                 f"{layer}.keys": self._keys[layer, :, : n - n_keys],
-                f"{layer}.sealed": self._sealed[layer, :, :n_values],
+                f"{layer}.sealed": self._sealed[layer, :, : n_values // VALUES],
                 f"{layer}.values": self._values[layer],
                 f"{layer}.position": self._positions[layer, :, :n],
             }
@@ -204,7 +207,7 @@ class Sealed(Storage):
         n_keys, n_values, n = (int(each.max()) for each in (other._n_keys, other._n_values, other._n))
         for own, theirs, size in (
             (self._blocks, other._blocks, n_keys // self._store.group),
-            (self._sealed, other._sealed, n_values),
+            (self._sealed, other._sealed, n_values // VALUES),
             (self._positions, other._positions, n),
             (self._keys, other._keys, self._store.residual),
             (self._values, other._values, self._ring),

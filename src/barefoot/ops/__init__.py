@@ -386,9 +386,9 @@ def attend_segment(
 ) -> None:
     """Take one segment into the state of an attention pass (:mod:`barefoot.ops.segments`).
 
-    A single token works on codes where ``attention`` does, and on keys by channel of 2 to 4 bits whose key_dim is a
-    multiple of 32: queries times the scales of a block are rounded as queries are there. The result does not depend on
-    the number of threads.
+    A single token works on codes where ``attention`` does, and on blocks whose key_dim (at most 256) or value_dim is a
+    multiple of 32: queries, or weights, times the scales of what they meet are then rounded to 16 bits, anew for every
+    block of keys and every 64 values. The result does not depend on the number of threads.
 
     q : float32 [n_tokens, n_heads * key_dim]
     sums, tops, totals : the state, float32 [n_tokens, n_heads, value_dim], [n_tokens, n_heads] twice

@@ -1,8 +1,9 @@
 """Segments of a KV store, in numpy: attention takes one after the other, and all of them are one softmax.
 
-A segment holds entries, ``counts[h]`` of key head h: keys as rows (:mod:`barefoot.ops.kvrows`) or, formats ``"c2"``,
-``"c3"``, ``"c4"`` and ``"c8"``, by channel (:mod:`barefoot.ops.kvblocks`), and values as rows. Keys and values may have
-other formats and widths: a key that lost channels meets queries that lost the same ones.
+A segment holds entries, ``counts[h]`` of key head h, as rows (:mod:`barefoot.ops.kvrows`) or in blocks
+(:mod:`barefoot.ops.kvblocks`): keys by channel, formats ``"c2"``, ``"c3"``, ``"c4"`` and ``"c8"``, and values by token,
+``"t2"``, ``"t3"``, ``"t4"`` and ``"t8"``. Keys and values may have other formats and widths: a key that lost channels
+meets queries that lost the same ones.
 
 The state of a pass is, for each token and query head, the largest score so far, the total of exp(score - largest) and
 the sum of the values with these weights; it starts at ``-inf``, 0 and 0, and sums / totals are the outputs.
@@ -21,6 +22,8 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I32 = npt.NDArray[np.int32]
 
+BY_CHANNEL = tuple(f"c{bits}" for bits in kvblocks.BITS)
+BY_TOKEN = tuple(f"t{bits}" for bits in kvblocks.BITS)
 EXCLUDED = -1e30  # a bias that takes an entry out, beside entries that stay
 
 
@@ -30,15 +33,15 @@ class Segment:
     Parameters
     ----------
     key_format, keys : uint8 (n_kv_heads, slots, row bytes), or (n_kv_heads, blocks, block bytes) by channel.
-    value_format, values : uint8 (n_kv_heads, slots, row bytes).
+    value_format, values : uint8 (n_kv_heads, slots, row bytes), or (n_kv_heads, blocks, block bytes) by token.
     key_dim, value_dim : channels of a key and of a value.
     counts : int32 (n_kv_heads,), entries that are there.
     group : positions of a block of keys.
     bias, key_scale, value_scale : float32 (n_kv_heads, stride): added to an entry's scores, and factors of its key and
         value. ``stride`` is the number of entries that both keys and values have room for.
 
-    Entry e lies in slot (``key_start`` + e) mod slots of the rows of keys, and (``value_start`` + e) of values; keys by
-    channel start at ``key_start``, a multiple of 32.
+    Entry e lies in slot (``key_start`` + e) mod slots of the rows of keys, and (``value_start`` + e) of values; in
+    blocks it is number ``key_start`` + e, with a start that is a multiple of 32, and blocks are no ring.
     """
 
     def __init__(
@@ -56,14 +59,18 @@ class Segment:
         key_scale: F32 | None = None,
         value_scale: F32 | None = None,
     ) -> None:
-        self.by_channel = key_format in ("c2", "c3", "c4", "c8")
-        self._bits = int(key_format[1]) if self.by_channel else 0
+        self.by_channel, self.by_token = key_format in BY_CHANNEL, value_format in BY_TOKEN
         key_bytes = (
-            kvblocks.block_bytes(self._bits, group, key_dim)
+            kvblocks.block_bytes(int(key_format[1]), group, key_dim)
             if self.by_channel
             else kvrows.row_bytes(key_format, key_dim)
         )
-        if (keys.shape[2], values.shape[2]) != (key_bytes, kvrows.row_bytes(value_format, value_dim)):
+        value_bytes = (
+            kvblocks.value_block_bytes(int(value_format[1]), value_dim)
+            if self.by_token
+            else kvrows.row_bytes(value_format, value_dim)
+        )
+        if (keys.shape[2], values.shape[2]) != (key_bytes, value_bytes):
             raise ValueError("keys or values have other bytes than their formats")
         if not len(keys) == len(values) == len(counts):
             raise ValueError("keys, values and counts are of another number of key heads")
@@ -78,20 +85,25 @@ class Segment:
     @property
     def stride(self) -> int:
         """Entries that there is room for."""
-        n_keys: int = self._keys.shape[1] * (self._group if self.by_channel else 1)
-        return int(min(n_keys, self._values.shape[1]))
+        n_keys = self._keys.shape[1] * (self._group if self.by_channel else 1)
+        n_values = self._values.shape[1] * (kvblocks.RUN if self.by_token else 1)
+        return int(min(n_keys, n_values))
 
     def key(self, head: int, n: int) -> F32:
         """The first ``n`` keys of a head, (n, key_dim)."""
         if self.by_channel:
             own = slice(self.key_start // self._group, -(-(self.key_start + n) // self._group))
-            blocks = kvblocks.decode(self._bits, self._keys[head, own], self._group, self._key_dim)
+            blocks = kvblocks.decode(int(self._key_format[1]), self._keys[head, own], self._group, self._key_dim)
             return blocks.reshape(-1, self._key_dim)[self.key_start % self._group :][:n]
         slots = (self.key_start + np.arange(n)) % self._keys.shape[1]
         return kvrows.decode(self._key_format, self._keys[head, slots], self._key_dim)
 
     def value(self, head: int, n: int) -> F32:
         """The first ``n`` values of a head, (n, value_dim)."""
+        if self.by_token:
+            own = slice(self.value_start // kvblocks.RUN, -(-(self.value_start + n) // kvblocks.RUN))
+            blocks = kvblocks.decode_values(int(self._value_format[1]), self._values[head, own], self._value_dim)
+            return blocks.reshape(-1, self._value_dim)[:n]
         slots = (self.value_start + np.arange(n)) % self._values.shape[1]
         return kvrows.decode(self._value_format, self._values[head, slots], self._value_dim)
 

@@ -147,7 +147,7 @@ class Sealed(Entries):
         super().__init__(k, v, STAGED, {})
         self._store = store
         self.parts["blocks"] = self._none(store.block_bytes(k.shape[-1]))
-        self.parts["sealed"] = self._none(store.value_bytes(v.shape[-1]))
+        self.parts["sealed"] = self._none(store.value_block_bytes(v.shape[-1]))
 
     def keep(self, slots: Tensor) -> None:
         assert self.parts["keys"].shape[2] == self.parts["values"].shape[2] == self.n  # nothing is sealed yet
@@ -163,17 +163,21 @@ class Sealed(Entries):
         waiting = self.parts["values"]
         if n := max(0, waiting.shape[2] - store.residual) // VALUES * VALUES:
             values = decode(STAGED, waiting[:, :, :n].contiguous(), v, torch.float32)
-            self._grow(sealed=encode(store.value_format, values))
+            blocks = kvblocks.encode_values(store.bits, values.view(*self._each, -1, VALUES, v).cpu().numpy())
+            self._grow(sealed=torch.from_numpy(blocks).to(waiting.device))
             self.parts["values"] = waiting[:, :, n:].clone()
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        store, blocks, (k, v) = self._store, self.parts["blocks"], self._dims
+        store, (k, v) = self._store, self._dims
+        blocks, sealed = self.parts["blocks"], self.parts["sealed"]
         keys, values = super().dense(dtype)
         if blocks.shape[2]:
             rows = kvblocks.decode(store.bits, blocks.cpu().numpy(), store.group, k).reshape(*self._each, -1, k)
             keys = torch.cat([torch.from_numpy(rows).to(keys.device, dtype), keys], dim=2)
-        sealed = decode(store.value_format, self.parts["sealed"], v, dtype)
-        return keys, torch.cat([sealed, values], dim=2)
+        if sealed.shape[2]:
+            rows = kvblocks.decode_values(store.bits, sealed.cpu().numpy(), v).reshape(*self._each, -1, v)
+            values = torch.cat([torch.from_numpy(rows).to(values.device, dtype), values], dim=2)
+        return keys, values
 
 
 class StoredRows:

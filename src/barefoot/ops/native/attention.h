@@ -117,32 +117,37 @@ inline void multiply(const Product& p, int64_t n_queries, int64_t n_columns) {
   }
 }
 
-// One step of the running softmax of one query over scores [first, last) of a tile of n keys; the others become 0.
+// One step of the running softmax of one query over scores [first, last) of a tile of n keys; the others, up to whole
+// vectors, become 0.
 inline void soften(float* score, int64_t first, int64_t last, int64_t n, float softcap, float* top, float* total,
                    float* sum, int64_t width) {
-  for (int64_t j = 0; j < first; ++j) score[j] = 0.0f;
-  for (int64_t j = last > first ? last : first; j < n; ++j) score[j] = 0.0f;
-  if (last <= first) return;
-  float* s = score + first;
-  const int64_t m = last - first;
+  n = round_up(n, kLanes);
+  if (last <= first) {
+    for (int64_t j = 0; j < n; ++j) score[j] = 0.0f;
+    return;
+  }
   if (softcap > 0.0f) {
     const F cap = set1(softcap), inverse = set1(1.0f / softcap);
-    map(s, s, s, m, [&](F x, F) { return cap * tanh(x * inverse); });
+    map(score + first, score + first, score + first, last - first, [&](F x, F) { return cap * tanh(x * inverse); });
   }
-  F tops = set1(*top);
-  int64_t whole = 0;
-  for (; whole + kLanes <= m; whole += kLanes) tops = max(load(s + whole), tops);
-  float highest = reduce_max(tops);
-  for (int64_t j = whole; j < m; ++j) highest = s[j] > highest ? s[j] : highest;
+  for (int64_t j = 0; j < first; ++j) score[j] = -INFINITY;
+  for (int64_t j = last; j < n; ++j) score[j] = -INFINITY;
+  F tops = set1(*top), sums = set1(0.0f);
+  for (int64_t j = 0; j < n; j += kLanes) tops = max(load(score + j), tops);
+  const float highest = reduce_max(tops);
   const F shift = set1(highest);
-  map(s, s, s, m, [&](F x, F) { return exp(x - shift); });
-  F sums = set1(0.0f);
-  for (int64_t j = 0; j < whole; j += kLanes) sums = sums + load(s + j);
-  float added = reduce_add(sums);
-  for (int64_t j = whole; j < m; ++j) added += s[j];
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const F weight = exp_falling(load(score + j) - shift);
+    store(score + j, weight);
+    sums = sums + weight;
+  }
+  if (highest == *top) {  // as for most tiles: what was summed stays as it is
+    *total += reduce_add(sums);
+    return;
+  }
   float factor[kLanes];
-  store(factor, exp(set1(*top) - shift));
-  *total = *total * factor[0] + added;
+  store(factor, exp_falling(set1(*top) - shift));
+  *total = *total * factor[0] + reduce_add(sums);
   *top = highest;
   const F scale = set1(factor[0]);
   for (int64_t d = 0; d < width; d += kLanes) store(sum + d, load(sum + d) * scale);

@@ -1,136 +1,8 @@
 // Attention over one segment of a KV store: its entries are added to the running softmax of a state that goes from
-// segment to segment, so that all of them together are one softmax. Entries are rows, or keys by channel (kvblocks.py)
-// with rows of values; they may carry a bias (of several tokens in one entry), and factors of keys and values (a
-// direction that layers share). Scores can be kept, for those who ask how much each entry was attended to.
+// segment to segment, so that all of them together are one softmax. Keys and values lie in rows or in blocks; entries may
+// carry a bias (of several tokens in one entry), and factors of keys and values (a direction that layers share). Scores
+// can be kept, for those who ask how much each entry was attended to.
 #pragma once
-
-// --- keys by channel ---
-
-// Codes of channels [32 * group + 4 * P, + 4) of kLanes positions from j on; `run` holds those of 32 positions.
-template <int Bits, int P>
-inline Quads channel_codes(const uint8_t* run, int64_t group, int64_t high_at, int64_t j) {
-  if constexpr (Bits == 4) {
-    return field<P % 2 * 4>(load_quads(run + (4 * group + P / 2) * 128 + 4 * j), 15);
-  } else {
-    const Quads low = field<P % 4 * 2>(load_quads(run + (2 * group + P / 4) * 128 + 4 * j), 3);
-    if constexpr (Bits == 3) return merge(low, field<P - 2>(load_quads(run + high_at + group * 128 + 4 * j), 4));
-    else return low;
-  }
-}
-
-// 2, 3 or 4 bits, head_dim in whole groups of 32 channels. A key's scale belongs to its channel, so it multiplies the
-// query, which is then rounded to 16 bits by groups of channels, anew for every block of positions.
-template <int Bits>
-struct ChannelKeys final : KeyTiles {
-  const SegmentArgs& a;
-  const AttentionLayout& l;
-  const AttentionScratch& s;
-  const uint8_t* head;
-  int64_t dim, n_groups, base = 0, n = 0, prepared = -1;
-  // Over the float transposed tile, of each query: [n_groups], [dim], [dim], [dim], 1.
-  QueryGroup* q_group;
-  int8_t *q_high, *q_low;
-  float *scaled, *offset;
-
-  ChannelKeys(const SegmentArgs& args, const AttentionLayout& layout, const AttentionScratch& scratch, int64_t h)
-      : a(args), l(layout), s(scratch), dim(args.key_blocks.head_dim), n_groups(dim / kGroup) {
-    head = a.k + h * a.key_blocks.n_blocks * a.key_blocks.block_bytes();
-    q_group = reinterpret_cast<QueryGroup*>(s.turned);
-    offset = reinterpret_cast<float*>(q_group + l.sharing * n_groups);
-    scaled = offset + l.sharing;
-    q_high = reinterpret_cast<int8_t*>(scaled + dim);
-    q_low = q_high + l.sharing * dim;
-  }
-
-  void take(int64_t first, int64_t count) override {
-    base = a.key_start + first, n = count;
-#if defined(__GNUC__)
-    const KeyBlocks& k = a.key_blocks;
-    const uint8_t* const block = head + base / k.group * k.block_bytes();
-    const uint8_t* const end = head + (base + n - 1) / k.group * k.block_bytes() + k.block_bytes();
-    for (const uint8_t* p = block; p < end && p < block + 8192; p += 64) __builtin_prefetch(p);
-#endif
-  }
-
-  void prepare(int64_t block) {
-    if (block == prepared) return;
-    prepared = block;
-    const uint8_t* const ranges = head + block * a.key_blocks.block_bytes();
-    for (int64_t i = 0; i < l.sharing; ++i) {
-      const float* const q = s.q + i * l.width;
-      F sum = set1(0.0f);
-      for (int64_t c = 0; c < dim; c += kLanes) {
-        store(scaled + c, load(q + c) * load_half(ranges + 2 * c));
-        sum = fma(load(q + c), load_half(ranges + 2 * (dim + c)), sum);
-      }
-      offset[i] = reduce_add(sum);
-      for (int64_t g = 0; g < n_groups; ++g) {
-        const int64_t at = i * dim + g * kGroup;
-        round_query(scaled + g * kGroup, 0, q_high + at, q_low + at, q_group + i * n_groups + g);
-      }
-    }
-  }
-
-  template <int Queries>
-  void score_run(const uint8_t* run, int64_t i0, int64_t to) const {
-    const int64_t high_at = a.key_blocks.codes(2);
-    for (int64_t j = 0; j < 32; j += kLanes) {
-      F score[Queries];
-      for (int i = 0; i < Queries; ++i) score[i] = set1(offset[i0 + i]);
-      for (int64_t g = 0; g < n_groups; ++g) {
-        I high[Queries], rest[Queries];
-        for (int i = 0; i < Queries; ++i) high[i] = rest[i] = zero_int();
-        const auto add_quad = [&](auto p) {
-          const Quads key = channel_codes<Bits, p.value>(run, g, high_at, j);
-          for (int i = 0; i < Queries; ++i) {
-            const int64_t at = (i0 + i) * dim + g * kGroup + 4 * p.value;
-            high[i] = dot_quads<false>(high[i], key, repeat_quad(q_high + at));
-            rest[i] = dot_quads<false>(rest[i], key, repeat_quad(q_low + at));
-          }
-        };
-        add_quad(Constant<0>{}), add_quad(Constant<1>{}), add_quad(Constant<2>{}), add_quad(Constant<3>{});
-        add_quad(Constant<4>{}), add_quad(Constant<5>{}), add_quad(Constant<6>{}), add_quad(Constant<7>{});
-        for (int i = 0; i < Queries; ++i) {
-          const F whole = fma(to_float(high[i]), set1(static_cast<float>(kHighPlane)), to_float(rest[i]));
-          score[i] = fma(whole, set1(q_group[(i0 + i) * n_groups + g].scale), score[i]);
-        }
-      }
-      for (int i = 0; i < Queries; ++i) store(s.score + (i0 + i) * kKeyTile + to + j, score[i]);
-    }
-  }
-
-  void score() override {
-    const KeyBlocks& k = a.key_blocks;
-    for (int64_t j = 0; j < n; j += 32) {
-      const int64_t block = (base + j) / k.group, in_block = (base + j) % k.group;
-      prepare(block);
-      const uint8_t* const run = head + block * k.block_bytes() + 4 * dim + in_block / 32 * k.run_bytes();
-      query_blocks(l.sharing, [&](auto queries, int64_t i) { this->template score_run<queries.value>(run, i, j); });
-    }
-  }
-};
-
-inline bool is_direct(const KeyBlocks& k, int64_t sharing) {
-  return k.bits != 8 && k.head_dim % kGroup == 0 && sharing <= kMostPackedQueries;
-}
-
-// Keys of a run of 32 positions as channels of positions: out[c * kKeyTile + j].
-inline void decode_run(const KeyBlocks& k, const uint8_t* ranges, const uint8_t* run, float* out) {
-  const auto code = [&](const uint8_t* part, int width, int64_t c, int64_t j) {
-    const int64_t chunk = 32 / width;
-    return part[c / chunk * 128 + 4 * j + c % 4] >> (c % chunk / 4 * width) & ((1 << width) - 1);
-  };
-  for (int64_t c = 0; c < k.head_dim; ++c) {
-    const float scale = half_at(ranges + 2 * c), low = half_at(ranges + 2 * (k.head_dim + c));
-    float* const to = out + c * kKeyTile;
-    for (int64_t j = 0; j < 32; ++j) {
-      const int whole = k.bits == 3 ? code(run, 2, c, j) | code(run + k.codes(2), 1, c, j) << 2 : code(run, k.bits, c, j);
-      to[j] = scale * static_cast<float>(whole) + low;
-    }
-  }
-}
-
-// --- a segment ---
 
 // Queries [0, n) of a task: of which token and head, and how many entries it sees.
 struct SegmentTask {
@@ -147,7 +19,7 @@ inline AttentionLayout lay_out(const SegmentArgs& a) {
   l.sharing = a.n_heads / a.n_kv_heads();
   const int64_t tokens = kQueryTile / l.sharing > 1 ? kQueryTile / l.sharing : 1;
   l.tile_tokens = tokens < a.n_tokens ? tokens : a.n_tokens;
-  const int64_t dim = a.key_dim() > a.values.head_dim ? a.key_dim() : a.values.head_dim;
+  const int64_t dim = a.key_dim() > a.value_dim() ? a.key_dim() : a.value_dim();
   l.width = round_up(dim, 16);
   const int64_t queries = l.tile_tokens * l.sharing;
   const int64_t floats = 2 * queries * l.width + 2 * kKeyTile * l.width + queries * kKeyTile + 2 * queries;
@@ -214,13 +86,8 @@ inline void attend_floats(const SegmentArgs& a, const AttentionLayout& l, const 
   for (int64_t base = first; base < last; base += kKeyTile) {
     const int64_t n = last - base < kKeyTile ? last - base : kKeyTile, columns = round_up(n, kLanes);
     if (a.by_channel) {
-      const KeyBlocks& k = a.key_blocks;
-      for (int64_t j = 0; j < n; j += 32) {
-        const int64_t at = a.key_start + base + j;
-        const uint8_t* const block = a.k + (task.head * k.n_blocks + at / k.group) * k.block_bytes();
-        const uint8_t* const run = block + 4 * dim + at % k.group / 32 * k.run_bytes();
-        decode_run(k, block, run, s.turned + j);
-      }
+      const uint8_t* const keys = a.k + task.head * a.key_blocks.n_blocks * a.key_blocks.block_bytes();
+      for (int64_t j = 0; j < n; j += kBlockRun) decode_keys(a.key_blocks, keys, a.key_start + base + j, s.turned + j);
     } else {
       decode_tile({a.key_rows, a.k, task.head, a.key_start}, base, n);
       for (int64_t j = 0; j < n; j += kLanes)
@@ -229,7 +96,13 @@ inline void attend_floats(const SegmentArgs& a, const AttentionLayout& l, const 
     }
     multiply({s.q, width, s.turned, kKeyTile, dim, s.score, kKeyTile, false}, n_queries, columns);
     weigh(a, l, s, task, base, n);
-    decode_tile({a.values, a.v, task.head, a.value_start}, base, n);
+    if (a.by_token) {
+      const uint8_t* const values = a.v + task.head * a.value_blocks.n_blocks * a.value_blocks.block_bytes();
+      for (int64_t j = 0; j < n; j += kBlockRun)
+        decode_values(a.value_blocks, values, a.value_start + base + j, s.tile + j * width, width);
+    } else {
+      decode_tile({a.value_rows, a.v, task.head, a.value_start}, base, n);
+    }
     multiply({s.score, kKeyTile, s.tile, width, n, s.sum, width, true}, n_queries, width);
   }
 }
@@ -238,21 +111,27 @@ inline void attend_floats(const SegmentArgs& a, const AttentionLayout& l, const 
 inline void attend_one(const SegmentArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
                        int64_t first, int64_t last) {
   const SegmentTask task{head, 0, 1};
-  const bool keys_direct = a.by_channel ? is_direct(a.key_blocks, l.sharing)
-                                        : is_direct(a.key_rows.format, a.key_rows.head_dim, l.sharing);
-  if (!keys_direct || !is_direct(a.values.format, a.values.head_dim, l.sharing))
-    return attend_floats(a, l, s, task, first, last);
+  const bool keys_direct = a.by_channel ? is_direct(a.key_blocks, l.sharing) : is_direct(a.key_rows, l.sharing);
+  const bool values_direct = a.by_token ? is_direct(a.value_blocks, l.sharing) : is_direct(a.value_rows, l.sharing);
+  if (!keys_direct || !values_direct) return attend_floats(a, l, s, task, first, last);
   start_queries(a, l, s, task);
+  const auto attend = [&](KeyTiles& keys, ValueTiles& values) {
+    attend_entries(keys, values, first, last, [&](int64_t base, int64_t n) { weigh(a, l, s, task, base, n); });
+  };
   const auto with_keys = [&](KeyTiles& keys) {
-    with_row_values({a.values, a.v, head, a.value_start}, l, s, [&](ValueTiles& values) {
-      attend_entries(keys, values, first, last, [&](int64_t base, int64_t n) { weigh(a, l, s, task, base, n); });
+    if (!a.by_token)
+      return with_row_values({a.value_rows, a.v, head, a.value_start}, l, s,
+                             [&](ValueTiles& values) { attend(keys, values); });
+    with_bits(a.value_blocks.bits, [&](auto bits) {
+      TokenValues<bits.value> values(a, l, s, head);
+      attend(keys, values);
     });
   };
-  const auto call = [&](auto keys) { with_keys(keys); };
   if (!a.by_channel) return with_row_keys({a.key_rows, a.k, head, a.key_start}, l, s, with_keys);
-  if (a.key_blocks.bits == 2) return call(ChannelKeys<2>(a, l, s, head));
-  if (a.key_blocks.bits == 3) return call(ChannelKeys<3>(a, l, s, head));
-  return call(ChannelKeys<4>(a, l, s, head));
+  with_bits(a.key_blocks.bits, [&](auto bits) {
+    ChannelKeys<bits.value> keys(a, l, s, head);
+    with_keys(keys);
+  });
 }
 
 // What one query found joins what the segments before found.
@@ -267,7 +146,7 @@ inline void join(const float* sum, float top, float total, int64_t dim, float* t
 
 inline void join_task(const SegmentArgs& a, const AttentionLayout& l, const AttentionScratch& s,
                       const SegmentTask& task) {
-  const int64_t dim = a.values.head_dim;
+  const int64_t dim = a.value_dim();
   for (int64_t i = 0; i < task.n_queries(l); ++i) {
     const int64_t at = (task.token + i / l.sharing) * a.n_heads + task.head * l.sharing + i % l.sharing;
     join(s.sum + i * l.width, s.top[i], s.total[i], dim, a.sums + at * dim, a.tops + at, a.totals + at);
@@ -313,7 +192,7 @@ inline void attend_segment_splits(const SegmentArgs& a, const AttentionLayout& l
     const int64_t n = n_seen(a, h / l.sharing, 0), n_splits = n > 0 ? split_keys(n - 1, 0).n_splits : 0;
     for (int64_t split = 0; split < n_splits; ++split) {
       const float* const part = l.partial + (h * kMaxSplits + split) * stride;
-      const int64_t dim = a.values.head_dim;
+      const int64_t dim = a.value_dim();
       join(part, part[l.width], part[l.width + 1], dim, a.sums + h * dim, a.tops + h, a.totals + h);
     }
   }

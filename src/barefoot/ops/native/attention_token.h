@@ -374,10 +374,11 @@ inline void attend_entries(KeyTiles& keys, ValueTiles& values, int64_t first, in
   }
 }
 
-// Whether rows of that format and width are multiplied as they are stored, for `sharing` queries.
-inline bool is_direct(KvFormat format, int64_t dim, int64_t sharing) {
-  if (format == KvFormat::f32 || format == KvFormat::f16) return dim % kLanes == 0 && sharing <= kTokenQueries;
-  return format != KvFormat::bfp4 && dim % kGroup == 0 && sharing <= kMostPackedQueries;
+// Whether rows of that shape are multiplied as they are stored, for `sharing` queries.
+inline bool is_direct(const KvShape& kv, int64_t sharing) {
+  if (kv.format == KvFormat::f32 || kv.format == KvFormat::f16)
+    return kv.head_dim % kLanes == 0 && sharing <= kTokenQueries;
+  return kv.format != KvFormat::bfp4 && kv.head_dim % kGroup == 0 && sharing <= kMostPackedQueries;
 }
 
 // body(KeyTiles&) with the kernel of the rows' format, which is_direct. Queries are as start_queries left them.
@@ -409,7 +410,7 @@ inline void with_row_values(const RowSource& from, const AttentionLayout& l, con
 // The queries of one token that share key head `head`, over positions [first, last), all of which it sees.
 inline void attend_one(const AttentionArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
                        int64_t first, int64_t last) {
-  if (!is_direct(a.kv.format, a.kv.head_dim, l.sharing)) return attend(a, l, s, head, 0, 1, first, last);
+  if (!is_direct(a.kv, l.sharing)) return attend(a, l, s, head, 0, 1, first, last);
   start_queries(a, l, s, head, 0, l.sharing);
   const auto soften_tile = [&](int64_t, int64_t n) {
     for (int64_t i = 0; i < l.sharing; ++i)

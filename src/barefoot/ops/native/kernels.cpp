@@ -81,6 +81,8 @@ struct Constant {
 //
 #include "attention_token.h"
 //
+#include "attention_blocks.h"
+//
 #include "attention_segment.h"
 
 // The kinds of parts, in the order of parts.names().

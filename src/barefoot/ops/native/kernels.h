@@ -16,6 +16,7 @@ constexpr int64_t kQueryTile = 96;
 constexpr int64_t kBfloat16Queries = 32;
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kGroup = 32;  // activations that share a scale
+constexpr int64_t kBlockRun = 32;  // positions, or channels, of blocks whose codes lie together
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kLutRows = 64;
 constexpr int64_t kPlaneRows = 16;
@@ -124,16 +125,25 @@ struct KvShape {
   int64_t bytes() const { return n_kv_heads * capacity * row_bytes(); }  // of one sequence's keys, or its values
 };
 
-// Keys by channel, as kvblocks.py describes them.
+// Keys by channel and values by token, as kvblocks.py describes them.
+inline int64_t code_words(int bits, int64_t n_terms) {  // of 4 bytes, of each lane
+  const auto words = [&](int width) { return (n_terms * width + 31) / 32; };
+  return bits == 3 ? words(2) + words(1) : words(bits);
+}
 struct KeyBlocks {
   int bits;
   int64_t group, n_kv_heads, head_dim, n_blocks;
-  int64_t codes(int width) const {  // bytes of codes of `width` bits, of a run of 32 positions
-    const int64_t chunk = 32 / width;
-    return 128 * ((head_dim + chunk - 1) / chunk);
+  int64_t run_bytes() const { return kBlockRun * 4 * code_words(bits, head_dim); }
+  int64_t block_bytes() const { return 4 * head_dim + group / kBlockRun * run_bytes(); }
+};
+struct ValueBlocks {
+  int bits;
+  int64_t n_kv_heads, head_dim, n_blocks;
+  int64_t part_bytes(int64_t n_channels) const { return kBlockRun * 4 + n_channels * 4 * code_words(bits, kBlockRun); }
+  int64_t block_bytes() const {
+    const int64_t rest = head_dim % kBlockRun;
+    return head_dim / kBlockRun * part_bytes(kBlockRun) + (rest ? part_bytes(rest) : 0);
   }
-  int64_t run_bytes() const { return bits == 3 ? codes(2) + codes(1) : codes(bits); }
-  int64_t block_bytes() const { return 4 * head_dim + group / 32 * run_bytes(); }
 };
 
 struct Spot {  // where a token belongs
@@ -154,14 +164,15 @@ struct AttentionArgs {
 };
 
 // One part of a KV store, that attention takes in turn with the others: `counts` entries of each key head. Entry e of
-// keys (or values) in rows lies in slot (start + e) % capacity, and of keys by channel at key_start + e, which is a
+// keys (or values) in rows lies in slot (start + e) % capacity, and in blocks at start + e, with a start that is a
 // multiple of 32.
 struct SegmentArgs {
   const float* q;  // [n_tokens, n_heads * key_dim]
   int64_t n_tokens, n_heads;
-  bool by_channel;          // keys are blocks
-  KvShape key_rows, values;  // head_dim of keys and of values may differ
+  bool by_channel, by_token;  // keys are blocks; values are
+  KvShape key_rows, value_rows;
   KeyBlocks key_blocks;
+  ValueBlocks value_blocks;
   const uint8_t *k, *v;
   int64_t key_start, value_start;
   const int32_t* counts;  // [n_kv_heads]
@@ -173,8 +184,9 @@ struct SegmentArgs {
   float *sums, *tops, *totals;  // the state: [n_tokens, n_heads, value_dim], and [n_tokens, n_heads] twice
   uint8_t* scratch;
   int n_threads;
-  int64_t n_kv_heads() const { return values.n_kv_heads; }
+  int64_t n_kv_heads() const { return by_token ? value_blocks.n_kv_heads : value_rows.n_kv_heads; }
   int64_t key_dim() const { return by_channel ? key_blocks.head_dim : key_rows.head_dim; }
+  int64_t value_dim() const { return by_token ? value_blocks.head_dim : value_rows.head_dim; }
 };
 
 // How much the entries of a segment were attended to, once all segments have been: of each entry and key head the sum

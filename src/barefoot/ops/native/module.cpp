@@ -724,16 +724,19 @@ class Segment {
           Extra value_scale)
       : keys_(keys), values_(values), counts_(counts), bias_(bias), key_scale_(key_scale), value_scale_(value_scale) {
     const int64_t n_kv_heads = dim(values, 0);
-    args_.values = kv_shape(value_format, n_kv_heads, value_dim, dim(values, 1));
-    expect_store(values, args_.values);
-    args_.by_channel = key_format.size() == 2 && key_format[0] == 'c';
+    if (value_dim < 1 || key_dim < 1) refuse("key_dim and value_dim must be positive");
+    args_.by_token = is_blocks(value_format, 't');
+    if (args_.by_token) {
+      args_.value_blocks = {block_bits(value_format), n_kv_heads, value_dim, dim(values, 1)};
+      expect_size("bytes of a block of values", args_.value_blocks.block_bytes(), dim(values, 2));
+    } else {
+      args_.value_rows = kv_shape(value_format, n_kv_heads, value_dim, dim(values, 1));
+      expect_store(values, args_.value_rows);
+    }
+    args_.by_channel = is_blocks(key_format, 'c');
     if (args_.by_channel) {
-      const int bits = key_format[1] - '0';
-      if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
-        refuse("keys by channel have 2, 3, 4 or 8 bits, got " + key_format);
-      if (group < 32 || group % 32) refuse("group must be a multiple of 32, got " + text(group));
-      if (key_dim < 1) refuse("key_dim must be positive");
-      args_.key_blocks = {bits, group, n_kv_heads, key_dim, dim(keys, 1)};
+      if (group < kBlockRun || group % kBlockRun) refuse("group must be a multiple of 32, got " + text(group));
+      args_.key_blocks = {block_bits(key_format), group, n_kv_heads, key_dim, dim(keys, 1)};
       expect_size("bytes of a block of keys", args_.key_blocks.block_bytes(), dim(keys, 2));
     } else {
       args_.key_rows = kv_shape(key_format, n_kv_heads, key_dim, dim(keys, 1));
@@ -756,19 +759,16 @@ class Segment {
   }
 
   // Entries that both keys and values have room for.
-  int64_t stride() const {
-    const int64_t of_keys = args_.by_channel ? dim(keys_, 1) * args_.key_blocks.group : dim(keys_, 1);
-    return of_keys < dim(values_, 1) ? of_keys : dim(values_, 1);
-  }
+  int64_t stride() const { return left(0, 0); }
 
   SegmentArgs args() const {
     SegmentArgs a = args_;
     a.key_start = key_start;
     a.value_start = value_start;
     if (key_start < 0 || value_start < 0) refuse("key_start and value_start must not be negative");
-    if (args_.by_channel && key_start % 32) refuse("blocks of keys start at a multiple of 32");
-    const int64_t left = args_.by_channel ? dim(keys_, 1) * args_.key_blocks.group - key_start : a.stride;
-    const int64_t most = left < a.stride ? left : a.stride;
+    if ((args_.by_channel && key_start % kBlockRun) || (args_.by_token && value_start % kBlockRun))
+      refuse("blocks are entered at a multiple of 32");
+    const int64_t most = left(key_start, value_start);
     for (int64_t h = 0; h < a.n_kv_heads(); ++h)
       if (a.counts[h] < 0 || a.counts[h] > most)
         refuse("a segment of " + text(most) + " entries has a count of " + text(a.counts[h]));
@@ -778,6 +778,20 @@ class Segment {
   int64_t key_start = 0, value_start = 0;
 
  private:
+  static bool is_blocks(const std::string& format, char kind) { return format.size() == 2 && format[0] == kind; }
+  static int block_bits(const std::string& format) {
+    const int bits = format[1] - '0';
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8) refuse("blocks have codes of 2, 3, 4 or 8 bits, got " + format);
+    return bits;
+  }
+
+  // Entries that there is room for from these positions on; rows are rings.
+  int64_t left(int64_t first_key, int64_t first_value) const {
+    const int64_t of_keys = args_.by_channel ? dim(keys_, 1) * args_.key_blocks.group - first_key : dim(keys_, 1);
+    const int64_t of_values = args_.by_token ? dim(values_, 1) * kBlockRun - first_value : dim(values_, 1);
+    return of_keys < of_values ? of_keys : of_values;
+  }
+
   KvBytes keys_, values_;
   Counts counts_;
   Extra bias_, key_scale_, value_scale_;
@@ -794,7 +808,7 @@ void attend_segment(Matrix q, const Segment& segment, Array<float, nb::ndim<3>> 
   expect(a.n_heads > 0 && a.n_heads % a.n_kv_heads() == 0, "query heads, a multiple of", a.n_kv_heads(), a.n_heads);
   expect_size("columns of q", a.n_heads * a.key_dim(), dim(q, 1));
   expect_size("tokens of sums", a.n_tokens, dim(sums, 0));
-  expect_size("columns of sums", a.values.head_dim, dim(sums, 2));
+  expect_size("columns of sums", a.value_dim(), dim(sums, 2));
   for (const MatrixOut* each : {&tops, &totals}) {
     expect_size("tokens of tops and totals", a.n_tokens, dim(*each, 0));
     expect_size("heads of tops and totals", a.n_heads, dim(*each, 1));

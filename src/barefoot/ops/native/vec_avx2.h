@@ -38,6 +38,9 @@ inline F power_of_two(F a) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
 }
+inline F scale_down(F a, F n) {
+  return where_less(n, set1(-126.0f), set1(0.0f), a * power_of_two(max(set1(-126.0f), n)));
+}
 inline float reduce_add(F a) { return reduce_add_256(a.v); }
 inline float reduce_add(Lanes8 a) { return reduce_add_256(a); }
 inline float reduce_max(F a) {
@@ -92,6 +95,13 @@ inline F negate_where(Quads bits, F a) {
 }
 inline I set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
 inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline I max(I a, I b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline I magnitude_bits(F a) { return {_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(INT32_MAX))}; }
+inline float largest_magnitude(I a) {
+  __m128i r = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1))));
+}
 template <int Count>
 inline I shift_left(I a) {
   return {_mm256_slli_epi32(a.v, Count)};
@@ -121,6 +131,20 @@ inline I dot_quads(I sum, Quads w, Quads x) {
   const __m256i pairs16 = Wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
                                : _mm256_maddubs_epi16(w, x);
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs16, _mm256_set1_epi16(1)))};
+}
+
+// --- pairs of 16 bits ---
+
+inline Quads keep_pairs(Quads a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi16(static_cast<short>(mask))); }
+template <int Count>
+inline Quads shift_pairs(Quads a) {
+  if constexpr (Count < 0) return _mm256_slli_epi16(a, -Count);
+  else return _mm256_srli_epi16(a, Count);
+}
+inline I dot_pairs(I sum, Quads a, Quads b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a, b))}; }
+inline void store_pairs(int16_t* p, F a, F b) {
+  const __m256i even = _mm256_castps_si256(a.v), odd = _mm256_slli_epi32(_mm256_castps_si256(b.v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
 }
 
 struct Woven {

@@ -38,6 +38,7 @@ inline F power_of_two(F a) {
   const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
+inline F scale_down(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline float reduce_add(F a) {
   return reduce_add_256(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
 }
@@ -97,6 +98,11 @@ inline F negate_where(Quads bits, F a) {
 }
 inline I set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I magnitude_bits(F a) { return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MAX))}; }
+inline float largest_magnitude(I a) {
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(a.v))));
+}
 template <int Count>
 inline I shift_left(I a) {
   return {_mm512_slli_epi32(a.v, Count)};
@@ -130,6 +136,26 @@ inline I dot_quads(I sum, Quads w, Quads x) {
   const __m512i pairs16 = _mm512_maddubs_epi16(Wide ? _mm512_abs_epi8(w) : w, x);
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs16, _mm512_set1_epi16(1)))};
 #endif
+}
+
+// --- pairs of 16 bits ---
+
+inline Quads keep_pairs(Quads a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi16(static_cast<short>(mask))); }
+template <int Count>
+inline Quads shift_pairs(Quads a) {
+  if constexpr (Count < 0) return _mm512_slli_epi16(a, -Count);
+  else return _mm512_srli_epi16(a, Count);
+}
+inline I dot_pairs(I sum, Quads a, Quads b) {
+#if defined(BAREFOOT_VNNI)
+  return {_mm512_dpwssd_epi32(sum.v, a, b)};
+#else
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a, b))};
+#endif
+}
+inline void store_pairs(int16_t* p, F a, F b) {
+  const __m512i even = _mm512_castps_si512(a.v), odd = _mm512_slli_epi32(_mm512_castps_si512(b.v), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd));
 }
 
 struct Woven {

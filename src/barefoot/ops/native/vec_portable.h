@@ -133,6 +133,10 @@ inline F power_of_two(F a) {
   }
   return a;
 }
+// a * 2^n for integers n <= 0; 0 where that is below 2^-126, or denormal; NaN stays.
+inline F scale_down(F a, F n) {
+  return where_less(n, set1(-126.0f), set1(0.0f), a * power_of_two(max(set1(-126.0f), n)));
+}
 inline float reduce_add(F a) {
   return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
 }
@@ -209,6 +213,24 @@ inline I operator+(I a, I b) {  // modulo 2^32, as in the other registers
   BAREFOOT_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
   return a;
 }
+inline I max(I a, I b) {
+  BAREFOOT_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+// The bits of |a|: as integers they are in order, and NaN is the largest.
+inline I magnitude_bits(F a) {
+  I r;
+  std::memcpy(r.v, a.v, sizeof r.v);
+  BAREFOOT_EACH r.v[i] &= INT32_MAX;
+  return r;
+}
+inline float largest_magnitude(I a) {
+  int32_t bits = 0;
+  BAREFOOT_EACH bits = a.v[i] > bits ? a.v[i] : bits;
+  float r;
+  std::memcpy(&r, &bits, 4);
+  return r;
+}
 template <int Count>
 inline I shift_left(I a) {
   BAREFOOT_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << Count);
@@ -263,6 +285,40 @@ inline I dot_quads(I sum, Quads w, Quads x) {
     for (int j = 0; j < 4; ++j) sum.v[i] += w.v[4 * i + j] * x.v[4 * i + j];
 #endif
   return sum;
+}
+
+// --- pairs of 16 bits ---
+
+inline Quads keep_pairs(Quads a, int mask) {
+  for (int i = 0; i < 4 * kLanes; ++i) a.v[i] = static_cast<int8_t>(a.v[i] & mask >> 8 * (i % 2));
+  return a;
+}
+// Each shifted right by Count, left if negative.
+template <int Count>
+inline Quads shift_pairs(Quads a) {
+  uint16_t pairs[2 * kLanes];
+  std::memcpy(pairs, a.v, sizeof pairs);
+  for (uint16_t& each : pairs) each = static_cast<uint16_t>(Count < 0 ? each << (Count < 0 ? -Count : 0) : each >> (Count < 0 ? 0 : Count));
+  std::memcpy(a.v, pairs, sizeof pairs);
+  return a;
+}
+// sum + products of both numbers of each pair, signed.
+inline I dot_pairs(I sum, Quads a, Quads b) {
+  int16_t x[2 * kLanes], y[2 * kLanes];
+  std::memcpy(x, a.v, sizeof x);
+  std::memcpy(y, b.v, sizeof y);
+  BAREFOOT_EACH sum.v[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+}
+// The low halves of a and b, in turn.
+inline void store_pairs(int16_t* p, F a, F b) {
+  uint32_t even[kLanes], odd[kLanes];
+  std::memcpy(even, a.v, sizeof even);
+  std::memcpy(odd, b.v, sizeof odd);
+  for (int i = 0; i < kLanes; ++i) {
+    p[2 * i] = static_cast<int16_t>(even[i]);
+    p[2 * i + 1] = static_cast<int16_t>(odd[i]);
+  }
 }
 
 // --- codes ---
