@@ -7,8 +7,8 @@ compressed, and what follows is decoded token by token, so that what sends entri
 (:mod:`barefoot.evals.long_context.continuation`). Prompts of a second length show how far a share of one length speaks
 for another.
 
-Stores keep activations in float32. What policies lose is larger by far, and most of it at the few tokens that repeat
-what has gone, so they take more passages, and int8 activations, which are faster; ``floor`` is what a 32-bit cache
+Stores keep activations in float32. What policies lose is larger by far, and most of it lies in few passages, so they
+take more passages, and int8 activations, which are faster; ``floor`` is what a 32-bit cache
 seems to lose then, from rounding alone. The record's ``stores`` and ``policies`` are what benchmarks/quality/table.py
 puts into the planner's table; ``pairs`` says how far the sum of a policy's and a store's loss is from what both
 together lose.

@@ -130,8 +130,9 @@ def test_a_plan_shows_its_batch(barefoot, tiny_gguf):
 
 
 def test_too_large_a_batch_names_the_largest(barefoot, tiny_gguf):
-    """Each sequence of 512 positions takes 2 layers × 2 × 512 rows of f32 to q4: 20 bytes a row at least."""
-    done = barefoot("plan", tiny_gguf.path, "--memory", "120MiB", "--batch", "4000", "--context", "512", "--json")
+    """Each sequence of 512 positions takes 2 layers × 2 × 512 rows of q4, 20 bytes each."""
+    size = ("--memory", "120MiB", "--batch", "4000", "--context", "512", "--kv", "q4")
+    done = barefoot("plan", tiny_gguf.path, *size, "--json")
     assert done.returncode == 3, done.stderr
     record = json.loads(done.stdout)
     largest = record["largest_batch"]

@@ -256,8 +256,8 @@ def _store_loss(spec: ModelSpec, store: KVStore) -> Loss:
 def _policy_loss(spec: ModelSpec, policy: Policy, context: int) -> Loss | None:
     """What is lost with the entries that a policy sends away; None where nothing was measured that tells: another
     policy, other knobs, or a share of the context below the smallest one."""
-    keep = n_kept(policy)
-    if keep is None:
+    keep = vars(policy).get("keep")
+    if not isinstance(keep, int):
         return None
     if keep >= context:
         return Loss(0.0, f"{policy} keeps every entry", False)
@@ -273,12 +273,6 @@ def _policy_loss(spec: ModelSpec, policy: Policy, context: int) -> Loss | None:
             source = f"{measured.source} ({measured.model}, prompts of up to {longest:,}, of which such a share stayed)"
             return Loss(kl, source, not (exactly and _on_this(measured, spec)))
     return None
-
-
-def n_kept(policy: Policy) -> int | None:
-    """Entries of a key head that a policy keeps of a long prompt; None where it does not say so in one number."""
-    keep = getattr(policy, "keep") if "keep" in policy.knobs() else None  # noqa: B009
-    return keep if isinstance(keep, int) else None
 
 
 def _rule(policy: Policy) -> tuple[str, dict[str, Any]]:

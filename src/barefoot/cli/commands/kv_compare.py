@@ -50,10 +50,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--context", metavar="N", type=parse_count, default=CONTEXT, help=f"tokens of the prompts; default {CONTEXT}"
     )
     parser.add_argument(
-        "--kv", metavar="SPEC", nargs="+", help="what to compare; KEEP stands for each share; default: everything"
+        "--kv", metavar="SPEC", nargs="+", help="what to compare; KEEP stands for each share in tokens, SHARE for itself; default: everything"
     )
     parser.add_argument(
-        "--shares", metavar="X", type=float, nargs="+", default=list(SHARES), help="of the prompt, that KEEP stands for"
+        "--shares", metavar="X", type=float, nargs="+", default=list(SHARES), help="of the prompt, that KEEP and SHARE stand for"
     )
     parser.add_argument("--text", metavar="FILE", default=BUILT_IN, help=f"what to measure on; default {BUILT_IN}")
     parser.add_argument(
@@ -123,14 +123,15 @@ def _everything() -> Iterator[str]:
     from barefoot.core.registry import techniques
 
     yield from techniques("kv.stores")
-    for policy in techniques("kv.policies"):
-        yield from (f"{policy}(keep=KEEP){store}" for store in ("", " > q4", " > kivi(bits=4)"))
+    for policy, technique in techniques("kv.policies").items():
+        budget = "keep=KEEP" if "keep" in technique.knobs() else "ratio=SHARE"
+        yield from (f"{policy}({budget}){store}" for store in ("", " > q4", " > kivi(bits=4)"))
 
 
 def _compositions(specs: Sequence[str] | Iterator[str], shares: Sequence[float], n_tokens: int) -> Iterator[str]:
     for spec in specs:
-        for share in shares if "KEEP" in spec else (0,):
-            yield spec.replace("KEEP", str(round(share * n_tokens)))
+        for share in shares if "KEEP" in spec or "SHARE" in spec else (0,):
+            yield spec.replace("KEEP", str(round(share * n_tokens))).replace("SHARE", str(share))
 
 
 class _Measure:
