@@ -161,3 +161,13 @@ def test_two_techniques_of_one_name_are_refused(tmp_path):
     (tmp_path / "kv" / "stores").mkdir(parents=True)
     (tmp_path / "kv" / "stores" / "mine.py").write_text(TOY.format(name="q8"))
     assert "two techniques of kv.stores are named 'q8'" in names_found(tmp_path)
+
+
+def test_finding_techniques_brings_no_framework():
+    """In a fresh process: all families, and all that lies in them; neither PyTorch nor transformers comes along."""
+    code = (
+        "import sys; from barefoot.core.registry import families, techniques; "
+        "print(sum(len(techniques(f)) > 0 for f in families()), *({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(families()))]

@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch", reason="transformers needs torch")
 transformers = pytest.importorskip("transformers", reason="the seam is that of transformers")
 
 from barefoot.core.errors import CorruptFile  # noqa: E402
+from barefoot.drivers import weights  # noqa: E402
 from barefoot.ops import blocks  # noqa: E402
-from barefoot.transformers import weights  # noqa: E402
 from barefoot.weights.module import PackedEmbedding, PackedLinear  # noqa: E402
 
 IDS = np.random.default_rng(9).integers(0, 97, 30).tolist()

@@ -15,11 +15,12 @@ transformers = pytest.importorskip("transformers", reason="the seam is that of t
 
 from barefoot.core.errors import Incompatible, InvalidInput  # noqa: E402
 from barefoot.core.registry import techniques  # noqa: E402
+from barefoot.drivers import attention  # noqa: E402
+from barefoot.drivers.cache import RuledLayer  # noqa: E402
 from barefoot.kv.stores import KVStore  # noqa: E402
 from barefoot.ops import kvrows  # noqa: E402
 from barefoot.plan.job import parse_kv  # noqa: E402
-from barefoot.transformers import KVCache, attention  # noqa: E402
-from barefoot.transformers.cache import RuledLayer  # noqa: E402
+from barefoot.transformers import KVCache  # noqa: E402
 
 POLICIES_KNOWN, STORES_KNOWN = techniques("kv.policies"), techniques("kv.stores")
 IDS = np.random.default_rng(3).integers(0, 131, 130).tolist()

@@ -50,10 +50,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--context", metavar="N", type=parse_count, default=CONTEXT, help=f"tokens of the prompts; default {CONTEXT}"
     )
     parser.add_argument(
-        "--kv", metavar="SPEC", nargs="+", help="what to compare; KEEP stands for each share in tokens, SHARE for itself; default: everything"
+        "--kv",
+        metavar="SPEC",
+        nargs="+",
+        help="what to compare; KEEP stands for each share in tokens, SHARE for itself; default: everything",
     )
     parser.add_argument(
-        "--shares", metavar="X", type=float, nargs="+", default=list(SHARES), help="of the prompt, that KEEP and SHARE stand for"
+        "--shares",
+        metavar="X",
+        type=float,
+        nargs="+",
+        default=list(SHARES),
+        help="of the prompt, that KEEP and SHARE stand for",
     )
     parser.add_argument("--text", metavar="FILE", default=BUILT_IN, help=f"what to measure on; default {BUILT_IN}")
     parser.add_argument(

@@ -8,10 +8,10 @@
     model.generate(ids, past_key_values=cache)
 
 Importing registers the quantization method that the folders' config.json names, and the attention that
-:class:`~barefoot.transformers.cache.KVCache` needs; neither changes what other models do.
+:class:`~barefoot.drivers.cache.KVCache` needs; neither changes what other models do.
 """
 
-from barefoot.transformers.cache import KVCache
-from barefoot.transformers.weights import BarefootConfig, BarefootQuantizer
+from barefoot.drivers.cache import KVCache
+from barefoot.drivers.weights import BarefootConfig, BarefootQuantizer
 
 __all__ = ["BarefootConfig", "BarefootQuantizer", "KVCache"]

@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from barefoot.core.errors import Incompatible
+from barefoot.drivers import attention
+from barefoot.drivers.entries import Entries, PromptRows, StoredRows, entries_of
 from barefoot.kv import budgets
 from barefoot.kv.merging import Rows, merge
 from barefoot.kv.policies import I32, Policy, Seen, by_layer
@@ -31,8 +33,6 @@ from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.plan.job import parse_kv
-from barefoot.transformers import attention
-from barefoot.transformers.entries import Entries, PromptRows, StoredRows, entries_of
 
 MANY = 1 << 30  # positions: there is no context
 
