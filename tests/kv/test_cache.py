@@ -238,6 +238,9 @@ def test_knobs_out_of_range_are_refused(make_policy, message):
         (Elastic(ratio=0.3), HalfStore()),
         (D2O(keep=3000), HalfStore()),
         (KVMerger(keep=4000, alike=-1.0, mass="bias"), Int8Store()),
+        (H2O(keep=8000), HalfStore()),
+        (H2O(keep=4096), HalfStore()),
+        (SnapKV(keep=8000), HalfStore()),
     ],
     ids=str,
 )

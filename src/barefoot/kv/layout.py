@@ -15,9 +15,9 @@ from barefoot.kv.stores import KVStore
 OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
 
 # Bytes of numpy arrays that come and go while a layer's entries are chosen, merged, and then placed; tests measure
-# them. For each entry and key head: to choose, to choose by votes, to choose and merge, to place; for each further
-# query head that votes; for each number of one head's keys while its entries merge.
-CHOOSE, CHOOSE_BY_VOTE, CHOOSE_AND_MERGE, PLACE, VOTE, MERGE = 34, 37, 94, 14, 15, 12
+# them. For each entry and key head: to choose, to choose by votes, to choose and merge, to place; for each that stays;
+# for each further query head that votes; for each number of one head's keys while its entries merge.
+CHOOSE, CHOOSE_BY_VOTE, CHOOSE_AND_MERGE, PLACE, CHOSEN, VOTE, MERGE = 34, 37, 94, 18, 12, 15, 12
 TURN = 16  # bytes for each number of the queries of a chunk while they turn
 
 
@@ -121,7 +121,7 @@ class Layout:
             each = CHOOSE_BY_VOTE * h.n_kv_heads + VOTE * (h.n_heads - h.n_kv_heads)
         if self.policy is not None and self.policy.merges:
             each = CHOOSE_AND_MERGE * h.n_kv_heads + MERGE * h.head_dim
-        choosing = 0 if self.policy is None else most * each
+        choosing = 0 if self.policy is None else most * each + CHOSEN * h.n_kv_heads * min(most, self.widest)
         turning = TURN * self.chunk * h.n_heads * h.head_dim if self.n_anchored else 0
         placing = PLACE * h.n_kv_heads * most + storage.placing_bytes(self.shape, self.store)
         asking = storage.asking_bytes(self.shape, self.store, self.chunk)
