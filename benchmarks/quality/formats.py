@@ -3,9 +3,10 @@
     python -m benchmarks.quality.formats MODEL NAME [--text FILE] [--windows 4] [--window 512] [--stored float]
 
 MODEL is a GGUF file or folder; use a dithered one (benchmarks/quality/dithered.py) so that no grid is privileged, and
-``--stored q4_1`` when it is a quantized file as it comes. All runs keep activations in float32, so that what is seen is
-the weights' share; the cost of int8 activations has a row of its own. The record's ``kl`` is in the shape of
-``plan/quality.toml``, and its ratio says how far the planner's additive model is off when all groups are 4-bit.
+``--stored q4_1`` when it is a quantized file as it comes. All runs keep activations and the KV cache in float32, so
+that what is seen is the weights' share; the cost of int8 activations has a row of its own, and caches have a benchmark
+of their own (quality.kv). The record's ``kl`` is in the shape of ``plan/quality.toml``, and its ratio says how far the
+planner's additive model is off when all groups are 4-bit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from barefoot.engine.specs import model_spec
 from barefoot.evals.divergence import Divergence, windows
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import load_tokenizer
+from barefoot.kv.stores.f32 import FloatStore
 from benchmarks.harness import card, save
 
 FORMATS = (
@@ -38,7 +40,6 @@ FORMATS = (
     "int(bits=2)",
     "int(bits=2,group=64)",
 )
-KV = ("f16", "q8", "q4")
 STORED_BITS = {"q4_0": 4, "q4_1": 4, "q4_k": 4, "q5_0": 5, "q6_k": 6, "q8_0": 8}
 
 
@@ -69,10 +70,10 @@ def candidates(
     """The reference configuration, and ``group=format`` → configuration of everything that is measured."""
     with Checkpoint(model) as checkpoint:
         spec = model_spec(checkpoint)
-    formats, stores = techniques("weights.formats"), techniques("kv.stores")
+    formats = techniques("weights.formats")
 
     def config(**changes: object) -> EngineConfig:
-        settings = {"activations": "float32", "n_threads": 2, "chunk": 128, "n_logits": 128, "kv": stores["f32"]()}
+        settings = {"activations": "float32", "n_threads": 2, "chunk": 128, "n_logits": 128, "kv": FloatStore()}
         return EngineConfig(context=window, **{**settings, **changes})  # type: ignore[arg-type]
 
     found: dict[str, EngineConfig] = {}
@@ -84,8 +85,6 @@ def candidates(
             fmt = parse_composition(text, formats, "weights")[0]
             if fmt.bits <= bits and all(w.cols % fmt.group == 0 for w in matrices):  # type: ignore[attr-defined]
                 found[f"{group}={text}"] = config(weights={group: fmt})
-    for text in KV:
-        found[f"kv={text}"] = config(kv=parse_composition(text, stores, "kv")[0])
     found["activations=int8"] = config(activations="int8")
     found["all=int"] = config(weights=dict.fromkeys(groups, parse_composition("int", formats, "weights")[0]))
     return config(), found

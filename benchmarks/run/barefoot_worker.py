@@ -11,15 +11,13 @@ import time
 import numpy as np
 
 from barefoot.core.measure import peak_resident
-from barefoot.core.registry import techniques
-from barefoot.core.spec import parse_composition
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import load_tokenizer
 from barefoot.ops.dispatch import parse_layouts
-from barefoot.plan.job import parse_weights
+from barefoot.plan.job import parse_kv, parse_weights
 
 
 def main() -> None:
@@ -29,7 +27,7 @@ def main() -> None:
     checkpoint = Checkpoint(settings["model"])
     config = EngineConfig(
         context=settings["context"],
-        kv=parse_composition(settings.get("kv", "f16"), techniques("kv.stores"), "kv")[0],
+        kv=parse_kv(settings.get("kv", "f16")),
         chunk=settings.get("chunk", 128),
         n_threads=settings["n_threads"],
         activations=settings.get("activations", "int8"),
@@ -72,6 +70,7 @@ def main() -> None:
                 "decode_tokens_per_s": settings["decode"] / decode_s,
                 "peak_mib": (peak_resident() or 0) / 2**20,
                 "predicted_mib": engine.footprint.peak()[1] / 2**20,
+                "kv_bytes": engine.footprint.select(kind="kv", phase="decode").bytes,
             }
         )
     )

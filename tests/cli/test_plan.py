@@ -45,6 +45,20 @@ def test_the_text_names_what_the_record_holds(barefoot, tiny_gguf):
     assert f"KL {record['recommended']['quality']['kl']:.4f}" in text
 
 
+def test_what_the_cache_can_be_is_listed_with_its_price(barefoot, tiny_gguf):
+    command = (tiny_gguf.path, "--memory", "256MiB", "--context", "128", "--kv", "h2o(keep=64) > q4")
+    record = planned(barefoot, *command)
+    own, *others = record["kv"]
+    assert own["kv"] == record["recommended"]["config"]["kv"] == "h2o(keep=64) > q4"
+    assert own["n_kept"] == 65
+    assert [c["kl"] for c in others] == sorted(c["kl"] for c in others)
+    assert {"f16", "q8"} <= {c["kv"] for c in others}
+    terms = [t for e in record["recommended"]["terms"] if e["kind"] == "kv" for t in e["terms"]]
+    assert own["bytes"] == sum(count * size for name, count, size in terms if name != "alignment")
+    text = barefoot("plan", *command, "--all").stdout
+    assert all(c["kv"] in text and f"{c['kl']:.4f}" in text for c in record["kv"])
+
+
 def test_a_refusal(barefoot, tiny_gguf):
     done = barefoot("plan", tiny_gguf.path, "--memory", "4MiB", "--json")
     assert done.returncode == 3

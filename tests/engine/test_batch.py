@@ -20,7 +20,7 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.weights.formats.integer import IntegerGroups
 
-STORES = techniques("kv.stores")
+STORES = {n: s for n, s in techniques("kv.stores").items() if not s.needs}
 LENGTHS = (3, 61, 1, 24, 40)  # prompts; GEMMA's rings hold 16 - 1 + 8 positions
 INT4 = dict.fromkeys(("attn", "ffn", "embed", "head"), IntegerGroups(4, 32))
 PLACES = {

@@ -17,7 +17,7 @@ from barefoot.kv.placement.vattention import VAttention
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.plan.job import parse_kv
 
-STORES = {n: s for n, s in techniques("kv.stores").items() if "sealed entries" not in s.provides}  # rows
+STORES = {n: s for n, s in techniques("kv.stores").items() if s.rows}
 PAGE = 4096
 LENGTHS = (70, 3, 33)
 # LLAMA: 4 layers with a head of 32 channels: 64 bytes in half precision, 64 tokens a page, 8 pages a group

@@ -28,7 +28,7 @@ from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.weights.formats.dense import Dense
 from barefoot.weights.formats.integer import IntegerGroups
 
-STORES = {n: s for n, s in techniques("kv.stores").items() if "sealed entries" not in s.provides}  # rows
+STORES = {n: s for n, s in techniques("kv.stores").items() if s.rows}
 INT4, INT8 = IntegerGroups(4, 32), IntegerGroups(8, 32, True)
 INT2 = IntegerGroups(2, 32)
 WIDE = LLAMA | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1024}

@@ -15,12 +15,28 @@ from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores.mikv import MiKV
+from barefoot.kv.stores.minicache import MiniCache
 from barefoot.kv.stores.q8 import Int8Store
+from barefoot.kv.stores.think import Think
 
 IDS = [(7 * i + 3) % 250 for i in range(70)]
-ALL = (Sinks(keep=90), H2O(keep=90), SnapKV(keep=80, room=16))  # of 96 positions
+ALL = (  # of 96 positions
+    *(Ruled(policy, HalfStore()) for policy in (Sinks(keep=90), H2O(keep=90), SnapKV(keep=80, room=16))),
+    MiniCache(start=0, retain=0.9),
+    Ruled(H2O(keep=90), MiniCache(start=0, retain=0.9)),
+)
 FEW = (Sinks(keep=20), H2O(keep=20), Scissorhands(keep=20, window=9, recent=4), SnapKV(keep=20, window=6, room=40))
-STORES = [*(Ruled(policy, HalfStore()) for policy in FEW), Ruled(FEW[3], Kivi(residual=32)), Kivi(residual=32)]
+STORES = [
+    *(Ruled(policy, HalfStore()) for policy in FEW),
+    *(Ruled(FEW[3], store) for store in (Kivi(residual=32), MiniCache(inner=Int8Store()))),
+    Ruled(FEW[1], MiniCache(start=0, recent=2)),
+    Kivi(residual=32),
+    MiniCache(start=0, recent=3),
+    Ruled(FEW[1], Think(recent=8)),
+    Think(Kivi(residual=32)),
+    Ruled(FEW[2], MiKV(Int8Store(), bits=4)),
+]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
@@ -35,10 +51,10 @@ def answers(engine, prompt, following, **options):
     return np.array([engine.prefill(prompt, **options).copy(), *(engine.decode(t).copy() for t in following)])
 
 
-@pytest.mark.parametrize("policy", ALL, ids=str)
-def test_all_that_stays_gives_what_the_plain_engine_gives(folder, policy):
+@pytest.mark.parametrize("kv", ALL, ids=str)
+def test_all_that_stays_gives_what_the_plain_engine_gives(folder, kv):
     """A prompt, tokens, a second prompt, tokens."""
-    with open_engine(folder) as plain, open_engine(folder, kv=Ruled(policy, HalfStore())) as engine:
+    with open_engine(folder) as plain, open_engine(folder, kv=kv) as engine:
         for prompt, following in ((IDS[:33], IDS[33:40]), (IDS[40:60], IDS[60:66])):
             expected, got = (answers(e, prompt, following) for e in (plain, engine))
             assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
@@ -169,7 +185,9 @@ def _fails(*_args):
     raise CorruptFile("the disk is gone")
 
 
-@pytest.mark.parametrize("kv", [HalfStore(), Ruled(H2O(keep=20), HalfStore()), Kivi(residual=32)], ids=str)
+@pytest.mark.parametrize(
+    "kv", [HalfStore(), *(Ruled(H2O(keep=20), s) for s in (HalfStore(), MiniCache())), Kivi(residual=32)], ids=str
+)
 def test_a_fork_goes_on_by_itself(folder, kv):
     with open_engine(folder, kv=kv, n_sequences=3) as engine:
         engine.prefill(IDS[:45])
@@ -192,6 +210,6 @@ def test_rounded_inputs_are_those_of_the_plain_engine(folder):
     settings = {"activations": "int8", "chunk": 48}
     with (
         open_engine(folder, **settings) as plain,
-        open_engine(folder, kv=Ruled(ALL[0], HalfStore()), **settings) as engine,
+        open_engine(folder, kv=ALL[0], **settings) as engine,
     ):
         assert np.array_equal(engine.prefill(IDS[:60]), plain.prefill(IDS[:60]))

@@ -104,7 +104,7 @@ def test_streamed_layers_give_the_same_bits(folders, n_streamed_layers):
     np.testing.assert_allclose(logits(folders[1], n_streamed_layers=n_streamed_layers), logits(folders[1]), atol=2e-4)
 
 
-@pytest.mark.parametrize("store", sorted(techniques("kv.stores")))
+@pytest.mark.parametrize("store", [n for n, s in techniques("kv.stores").items() if not s.needs])
 def test_any_cache_goes_with_it(folders, store):
     kv = techniques("kv.stores")[store]()
     np.testing.assert_allclose(

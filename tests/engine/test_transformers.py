@@ -8,9 +8,9 @@ from folders import fitted, logits, save, values
 torch = pytest.importorskip("torch", reason="transformers needs torch")
 transformers = pytest.importorskip("transformers", reason="the seam is that of transformers")
 
-import barefoot.transformers  # noqa: E402
 from barefoot.core.errors import CorruptFile  # noqa: E402
 from barefoot.ops import blocks  # noqa: E402
+from barefoot.transformers import weights  # noqa: E402
 from barefoot.weights.module import PackedEmbedding, PackedLinear  # noqa: E402
 
 IDS = np.random.default_rng(9).integers(0, 97, 30).tolist()
@@ -66,13 +66,13 @@ def test_saving_gives_a_folder_that_both_read(folder, tmp_path):
 
 
 def packed(shape):
-    return barefoot.transformers.Packed("int4_g32_sym", shape, {})
+    return weights.Packed("int4_g32_sym", shape, {})
 
 
 def test_a_matrix_of_another_shape_is_refused(tmp_path):
     with torch.device("meta"):
         model = torch.nn.ModuleDict({"proj": torch.nn.Linear(32, 8)})
     with pytest.raises(CorruptFile, match=r"shape \(8, 64\) in the files, \(8, 32\) in the model"):
-        barefoot.transformers.replace(model, "proj.weight", packed((8, 64)), torch.float32)
+        weights.replace(model, "proj.weight", packed((8, 64)), torch.float32)
     with pytest.raises(CorruptFile, match="no module"):
-        barefoot.transformers.replace(model, "other.weight", packed((8, 32)), torch.float32)
+        weights.replace(model, "other.weight", packed((8, 32)), torch.float32)

@@ -39,14 +39,33 @@ class PlainCache:
                     if most[p] < 1 / len(seen):
                         new.setdefault(p, []).append(self.n_tokens + t + 1)
                         strikes[p] += t >= n - getattr(self.layout.policy, "window", 0)
-            kept = self.chosen(there, votes, strikes, self.n_tokens + n)
+            mine = self.candidates(layer, head)
+            kept = self.chosen({p: there[p] for p in mine}, votes, strikes, self.n_tokens + n)
+            self.passed(layer, head, q.reshape(n, self.h.n_kv_heads, sharing, dim)[:, head], keys[:, head])
             self.struck = {at: when for at, when in self.struck.items() if at[:2] != (layer, head)}
-            if len(kept) == len(there) and self.layout.n_parts == 1:
+            if len(kept) == len(mine) and self.layout.n_parts == 1:
                 self.struck |= {(layer, head, p): when for p, when in new.items()}
-            if len(kept) < len(there):
+            if len(kept) < len(mine):
                 self.evicted_at = self.n_tokens + n
-            self.entries[layer][head] = {p: there[p] for p in kept}
+            for p in set(mine) - set(kept):
+                self.send(layer, head, p)
+            self.stored(layer, head, range(self.n_tokens, self.n_tokens + n))
         return out
+
+    # What techniques make of entries.
+
+    def candidates(self, layer, head):
+        """Positions that the policy chooses among."""
+        return list(self.entries[layer][head])
+
+    def send(self, layer, head, p):
+        del self.entries[layer][head][p]
+
+    def passed(self, layer, head, q, keys):
+        """A prompt with q (n, query heads of the head, dim) and keys (n, dim) has passed."""
+
+    def stored(self, layer, head, new, *, decoded=False):
+        """Positions ``new`` have come, as far as they are kept; a decoded one is attended to next."""
 
     def done(self, n):
         self.n_tokens += n
@@ -89,6 +108,7 @@ class PlainCache:
         for head, there in enumerate(self.entries[layer]):
             key, value = (x.reshape(-1, dim)[head].astype(np.float16).astype(np.float64) for x in (k, v))
             there[self.n_tokens] = [key, value, 0.0]
+            self.stored(layer, head, [self.n_tokens], decoded=True)
             most = np.zeros(len(there))
             for i in range(sharing):
                 h = head * sharing + i
@@ -107,25 +127,25 @@ class PlainCache:
         if policy is None or policy.name == "snapkv":
             return
         for layer, head in np.ndindex(len(self.entries), self.h.n_kv_heads):
-            there = self.entries[layer][head]
-            if len(there) > policy.keep:
+            there, mine = self.entries[layer][head], self.candidates(layer, head)
+            if len(mine) > policy.keep:
                 self.evicted_at = self.n_tokens
                 if policy.name == "sinks":
-                    del there[min(p for p in there if p >= policy.first)]
+                    self.send(layer, head, min(p for p in mine if p >= policy.first))
                 elif policy.name == "scissorhands":
 
                     def strikes(p, at=(layer, head)):
                         return sum(t > self.n_tokens - policy.window for t in self.struck.get((*at, p), ()))
 
-                    old = [p for p in there if p < self.n_tokens - policy.recent]
+                    old = [p for p in mine if p < self.n_tokens - policy.recent]
                     for p in sorted(old, key=lambda p: (-strikes(p), p))[: policy.n_dropped]:
-                        del there[p]
+                        self.send(layer, head, p)
                 else:
-                    old = [p for p in there if p < self.n_tokens - policy.n_recent]
-                    del there[min(old, key=lambda p: there[p][2])]
+                    old = [p for p in mine if p < self.n_tokens - policy.n_recent]
+                    self.send(layer, head, min(old, key=lambda p: there[p][2]))
 
     def fork(self):
-        other = PlainCache(self.layout)
+        other = type(self)(self.layout)
         other.entries = [[{p: list(e) for p, e in there.items()} for there in heads] for heads in self.entries]
         other.struck = {at: list(tokens) for at, tokens in self.struck.items()}
         other.n_tokens, other.evicted_at = self.n_tokens, self.evicted_at

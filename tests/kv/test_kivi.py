@@ -11,7 +11,8 @@ from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.registry import techniques
 from barefoot.engine.specs import spec_from_config
 from barefoot.kv import ruled
-from barefoot.kv.cache import Cache, Layout, Workspace
+from barefoot.kv.cache import Cache
+from barefoot.kv.layout import Layout, Workspace
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.storage import Heads

@@ -1,6 +1,7 @@
 """Plans: exact against trying everything, true to what is stated, monotone in memory; machines that are elsewhere."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,10 @@ from barefoot.engine.specs import spec_from_config
 from barefoot.kv.policies.h2o import H2O
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores.f16 import HalfStore
+from barefoot.kv.stores.q4 import Int4Store
 from barefoot.kv.stores.q8 import Int8Store
 from barefoot.plan import quality
-from barefoot.plan.choices import CHUNKS, Frame, Problem, Tables
+from barefoot.plan.choices import CHUNKS, Caches, Frame, Problem, Tables
 from barefoot.plan.job import Budget, RunJob, Stated, format_weights, parse_kv, parse_weights
 from barefoot.plan.known import known_spec
 from barefoot.plan.planner import candidates, plan, smallest_budget
@@ -31,6 +33,7 @@ from barefoot.weights.formats.stored import Stored
 SMOL = known_spec("smollm2-135m")
 NOTHING = Reserved(0, "test")
 JOB = RunJob(1024, 64)
+KEEPING = Caches(math.inf, False)
 MACHINE = Device(
     name="test",
     title="a machine",
@@ -74,7 +77,7 @@ def tier_index(kl):
 
 def kl_of(spec, config):
     """The sum over groups of what quality says, resident layers in proportion, written independently of the search."""
-    total = quality.kv_loss(spec, config.kv).kl
+    total = quality.kv_loss(spec, config.kv, config.context).kl
     for group, fmt in config.weights.items():
         matrices = [w for w in spec.weights if w.group == group and w.rows > 1]
         n = sum(w.n_elements for w in matrices)
@@ -96,12 +99,14 @@ def test_the_plan_is_the_best_of_all(tied, fraction, monkeypatch):
         spec_: quality._technique(spec_, "weights.formats") for spec_ in ("stored", "int(bits=8)", "int", "int(bits=2)")
     }
     monkeypatch.setattr(quality, "candidate_formats", lambda group: tuple(few.values()))
+    stores = (HalfStore(), Int8Store(), Int4Store())
+    monkeypatch.setattr(quality, "candidate_stores", lambda: stores)
     groups = ("embed", "attn", "ffn") if tied else ("embed", "attn", "ffn", "head")
     whole = footprint(spec, EngineConfig(96, HalfStore(), {}, chunk=64)).peak()[1]
     budget = int(fraction * whole)
     keys = []
     chunks = sorted({min(c, job.n_prompt) for c in CHUNKS})
-    for chunk, n, head, kv in itertools.product(chunks, range(4), (False, True), quality.candidate_stores()):
+    for chunk, n, head, kv in itertools.product(chunks, range(4), (False, True), stores):
         for formats in itertools.product(few.values(), repeat=len(groups)):
             weights = dict(zip(groups, formats, strict=True))
             config = EngineConfig(96, kv, weights, chunk, "int8", n, head, n_threads=2)
@@ -131,9 +136,8 @@ def test_what_the_search_adds_up_is_the_time_of_the_plan(spec):
     problem = Problem(spec, job, MACHINE, Stated())
     tables = Tables(problem)
     for frame in (Frame(64, 0, False), Frame(16, 2, False), Frame(256, spec.n_layers, True), Frame(32, 1, True)):
-        slots = tables.slots(frame)
-        for pick in (0, -1):
-            chosen = [slot[pick] for slot in slots]
+        for pick, dropping in itertools.product((0, -1), (False, True)):
+            chosen = [slot[pick] for slot in tables.slots(frame, Caches(math.inf, dropping))]
             config = problem.config(frame, [o.value for o in chosen])
             seconds = sum(t.seconds for t in phase_times(spec, config, job, MACHINE))
             assert sum(o.seconds for o in chosen) == pytest.approx(seconds, rel=1e-9)
@@ -142,6 +146,9 @@ def test_what_the_search_adds_up_is_the_time_of_the_plan(spec):
             resident = sum(e.bytes for e in total.select(kind="weights") if e.owner.split(".")[-1] in problem.groups)
             padding = sum(t.bytes for e in total.select(kind="weights") for t in e.terms if t.name == "alignment")
             assert resident - padding == sum(o.bytes[0] for o in chosen[:-1])
+            caches = [*total.select(kind="kv"), *(e for e in total if e.owner in ("kv workspace", "prompt", "chooser"))]
+            terms = [t for e in caches for t in e.terms]
+            assert sum(t.bytes for t in terms if t.name != "alignment") == pytest.approx(chosen[-1].bytes[0], abs=128)
 
 
 def test_a_plan_obeys_its_budget_and_lists_every_byte():
@@ -174,7 +181,9 @@ def test_four_bit_files_keep_their_blocks_when_there_is_room():
 
 
 def test_no_group_gets_more_bits_than_it_is_stored_with():
-    for slot in Tables(Problem(as_q4_1(SMOL), RunJob(128, 16), MACHINE, Stated())).slots(Frame(64, 0, False))[:3]:
+    for slot in Tables(Problem(as_q4_1(SMOL), RunJob(128, 16), MACHINE, Stated())).slots(Frame(64, 0, False), KEEPING)[
+        :3
+    ]:
         stored = next(o for o in slot if o.value == Stored())
         assert len(slot) > 1
         assert all(o.bytes[0] < stored.bytes[0] for o in slot if o is not stored)

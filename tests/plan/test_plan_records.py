@@ -150,7 +150,7 @@ def test_what_keeps_every_bit_loses_nothing():
     for fmt, stored in ((Stored(), "q4_1"), (Stored(), "bf16"), (Dense("f32"), "bf16"), (Dense("bf16"), "bf16")):
         assert quality.weight_loss(SMOL, "ffn", fmt, stored).kl == 0
     assert quality.weight_loss(SMOL, "ffn", Dense("f16"), "bf16").kl > 0
-    assert quality.kv_loss(SMOL, HalfStore()).kl == 0
+    assert quality.kv_loss(SMOL, HalfStore(), 1024).kl == 0
 
 
 def test_fewer_bits_lose_more():
@@ -158,7 +158,7 @@ def test_fewer_bits_lose_more():
         losses = [quality.weight_loss(SMOL, group, IntegerGroups(bits=b), "bf16").kl for b in (8, 4, 3, 2)]
         assert losses == sorted(losses)
         assert losses[0] > 0
-    assert 0 < quality.kv_loss(SMOL, Int8Store()).kl < quality.kv_loss(SMOL, Int4Store()).kl
+    assert 0 < quality.kv_loss(SMOL, Int8Store(), 1024).kl < quality.kv_loss(SMOL, Int4Store(), 1024).kl
 
 
 def test_a_format_without_a_measurement_is_estimated_between_its_neighbours():

@@ -111,27 +111,27 @@ def test_commands_come_cheapest_in_quality_first():
 
 def test_the_largest_context_is_tight():
     least = refused().needed
-    refusal = refused(budget=least - 4 * MIB).refusal
+    refusal = refused(budget=least - 2 * MIB).refusal
     largest = refusal.largest_context
     assert 16 <= largest < 1024
-    assert fits(RunJob(largest, 64), least - 4 * MIB) is not None
-    assert fits(RunJob(largest + 1, 64), least - 4 * MIB) is None
+    assert fits(RunJob(largest, 64), least - 2 * MIB) is not None
+    assert fits(RunJob(largest + 1, 64), least - 2 * MIB) is None
     assert f"{largest:,}" in refusal.message
 
 
 def test_a_stated_chunk_bounds_the_context_from_below():
     """A context shorter than what passes the layers at once is none; every command keeps the chunk or says so."""
     stated = Stated(chunk=200)
-    tight = refused(stated=stated, budget=refused(stated=stated).needed - 4 * MIB).refusal
+    tight = refused(stated=stated, budget=refused(stated=stated).needed - MIB).refusal
     assert tight.largest_context >= 200
     assert fits(RunJob(tight.largest_context, 64), tight.available_bytes, stated) is not None
     assert refused(stated=stated, budget=41 * MIB).refusal.largest_context == 0
 
 
 def test_the_largest_batch_is_tight():
-    job, budget = RunJob(1024, 64, batch=32), 120 * MIB
+    job, budget = RunJob(1024, 64, batch=256), 120 * MIB
     refusal = refused(job=job, budget=budget).refusal
-    assert 1 <= refusal.largest_batch < 32
+    assert 1 <= refusal.largest_batch < 256
     assert fits(replace(job, batch=refusal.largest_batch), budget) is not None
     assert fits(replace(job, batch=refusal.largest_batch + 1), budget) is None
 

@@ -9,7 +9,7 @@ from barefoot.kv.stores.f16 import HalfStore
 from barefoot.ops import kvrows
 
 # Those of rows, one for each position; tests/kv has the others.
-KNOWN = {n: s for n, s in techniques("kv.stores").items() if "sealed entries" not in s.provides}
+KNOWN = {n: s for n, s in techniques("kv.stores").items() if s.rows}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 64,

@@ -20,7 +20,8 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.io.safetensors import array_entry, write_safetensors
 from barefoot.ops import blocks
 
-FORMATS, STORES = techniques("weights.formats"), techniques("kv.stores")
+FORMATS = techniques("weights.formats")
+STORES = {n: s for n, s in techniques("kv.stores").items() if not s.needs}
 GROUPS = ("embed", "attn", "ffn", "head")
 IDS = [5, 9, 200, 31, 77, 5, 12]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from barefoot.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from barefoot.cli.progress import Report
-    from barefoot.engine.generate import Generation
+    from barefoot.engine.generate import Generation, TokenEvent
     from barefoot.engine.runner import Engine
     from barefoot.engine.sampling import SamplingParams
     from barefoot.io.chat import ChatTemplate
@@ -124,17 +124,44 @@ class Conversation:
         ------
         InvalidInput : the conversation with this prompt does not leave room for a token; it stays as it was.
         """
-        from barefoot.engine.generate import Generation, generate
-        from barefoot.io.tokenizer import StreamDecoder
+        from barefoot.engine.generate import Generation
 
         messages = [*self._messages, {"role": "user", "content": prompt}]
         if ids is None:
             ids = encode(self._tokenizer, self._template, messages, self._engine.config.context)
-        n_kept = self._keep_common(ids)
         made = Generation()
-        events = generate(
+        interrupted = False
+        try:
+            for event in self._continue(ids, made, progress):
+                on_text(event.text)
+        except KeyboardInterrupt:
+            interrupted = True
+        self._held = [*ids, *made.ids][: self._engine.position]
+        if made.text:
+            self._messages = [*messages, {"role": "assistant", "content": made.text}]
+        self._n_answers += 1
+        n_kept = len(ids) - made.n_prompt
+        return Answer.of(made, index=self._n_answers - 1, n_kept=n_kept, interrupted=interrupted)
+
+    def _continue(self, ids: list[int], made: Generation, progress: Report) -> Iterator[TokenEvent]:
+        """What comes behind ``ids``, of which the engine keeps what it has, unless there is no room for the rest then:
+        a cache that quantizes for good makes none, but a prompt that begins anew is compressed as a whole."""
+        n_kept = self._keep_common(ids)
+        try:
+            yield from self._generate(ids[n_kept:], made, progress)
+        except InvalidInput:
+            if made.ids or not n_kept:
+                raise
+            self._engine.reset()
+            yield from self._generate(ids, made, progress)
+
+    def _generate(self, ids: list[int], made: Generation, progress: Report) -> Iterator[TokenEvent]:
+        from barefoot.engine.generate import generate
+        from barefoot.io.tokenizer import StreamDecoder
+
+        return generate(
             self._engine,
-            ids[n_kept:],
+            ids,
             StreamDecoder(self._tokenizer),
             max_tokens=self._max_tokens,
             params=self._sampling,
@@ -143,17 +170,6 @@ class Conversation:
             result=made,
             progress=lambda done, total: progress(done, total, "reading the prompt"),
         )
-        interrupted = False
-        try:
-            for event in events:
-                on_text(event.text)
-        except KeyboardInterrupt:
-            interrupted = True
-        self._held = [*ids, *made.ids][: self._engine.position]
-        if made.text:
-            self._messages = [*messages, {"role": "assistant", "content": made.text}]
-        self._n_answers += 1
-        return Answer.of(made, index=self._n_answers - 1, n_kept=n_kept, interrupted=interrupted)
 
     def _keep_common(self, ids: Sequence[int]) -> int:
         """Forget what the KV store holds beyond the longest common beginning with ``ids``; its length.

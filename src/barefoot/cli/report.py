@@ -13,6 +13,7 @@ from barefoot.core.units import format_bytes
 if TYPE_CHECKING:
     from barefoot.core.ledger import Place
     from barefoot.core.model import ModelSpec
+    from barefoot.plan.compositions import Priced
     from barefoot.plan.job import RunJob
     from barefoot.plan.result import PhaseTime, Plan
 
@@ -122,6 +123,25 @@ def candidates_table(plans: Sequence[Plan], *, everything: bool = False) -> str:
     return text + (f"\n  and {hidden} more: --all" if hidden else "")
 
 
+def caches_table(caches: Sequence[Priced]) -> str:
+    """What the cache could be, the chosen one first."""
+    rows = [
+        [
+            " " if i else "→",
+            cache.kv,
+            format_bytes(cache.bytes),
+            format_bytes(cache.passing_bytes),
+            f"{cache.n_kept:,}",
+            f"{cache.kl:.4f}",
+            cache.tier,
+            "estimated" if cache.estimated else "measured",
+        ]
+        for i, cache in enumerate(caches)
+    ]
+    header = ("", "kv", "bytes", "beside them", "positions", "KL", "of the cache alone", "")
+    return console.table(rows, header=header, right=(2, 3, 4, 5))
+
+
 def ledger_table(
     predicted: Mapping[Kind, int], measured: Mapping[Kind, int], predicted_peak: int, measured_peak: int | None
 ) -> str:
@@ -149,7 +169,7 @@ def error_json(error: Exception) -> dict[str, Any]:
     }
     if isinstance(error, OverBudget):
         data |= {"fits": False, "needed_bytes": error.needed, "available_bytes": error.available}
-        data |= {"candidates": [], "recommended": None, "command": None}
+        data |= {"candidates": [], "recommended": None, "command": None, "kv": []}
         if error.refusal is not None:
             data |= error.refusal.to_json()  # type: ignore[attr-defined]
     return data

@@ -16,8 +16,11 @@ from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.programs import Layer, Recorder
-from barefoot.kv.cache import Cache, Workspace
+from barefoot.engine.rope import inverse_frequencies
+from barefoot.kv.cache import Cache
+from barefoot.kv.layout import Workspace
 from barefoot.kv.ruled import Ruled
+from barefoot.kv.turning import Turning
 
 U8 = npt.NDArray[np.uint8]
 
@@ -46,7 +49,10 @@ class ByLayer:
             return arena.take("kv workspace", n_bytes)
 
         workspace = Workspace(layout, shared, config.n_threads)
-        self.caches = [Cache(layout, workspace, own) for _ in range(config.n_sequences)]
+        ropes = [spec.layers[layer].rope for layer in rule.ruled(spec)]
+        turnings = {rope: Turning(inverse_frequencies(rope, config.context), rope.interleaved) for rope in ropes}
+        of_layers = [turnings[rope] for rope in ropes]
+        self.caches = [Cache(layout, workspace, own, of_layers) for _ in range(config.n_sequences)]
         self._number = {layer: i for i, layer in enumerate(rule.ruled(spec))}
         self._around = {i: recorder.around_attention(layers[i]) for i in self._number}
         self._whole = {i: recorder.whole([layer]) for i, layer in enumerate(layers) if i not in self._number}

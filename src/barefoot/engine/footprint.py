@@ -53,7 +53,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + stack_footprint(spec, n_stacked(spec, config))
         + _streams(spec, placement)
         + _staging(placement)
-        + _ruled(spec, config)
+        + by_layer_footprint(spec, config)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
@@ -212,8 +212,14 @@ def _kv(spec: ModelSpec, config: EngineConfig) -> Sequence[Term]:
     return [*terms, _padding(sizes)]
 
 
-def _ruled(spec: ModelSpec, config: EngineConfig) -> Footprint:
-    """Where a policy rules the entries: a prompt's hidden states between layers, and what caches use in turn."""
+def by_layer_footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
+    """Where prompts pass layer by layer: their hidden states between layers, and what caches use in turn, beside the
+    entries; empty where keys and values are rows.
+
+    Raises
+    ------
+    Incompatible : the cache does not go with the model, or with its placement.
+    """
     rule = ruled.of(config.kv)
     if rule is None:
         return Footprint()

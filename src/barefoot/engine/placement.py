@@ -113,7 +113,7 @@ def _check(spec: ModelSpec, config: EngineConfig) -> None:
     if config.n_sequences < 1:
         raise InvalidInput(f"n_sequences must be at least 1, got {config.n_sequences}")
     for name, got, low, high in (
-        ("context", config.context, 1, spec.context_length),
+        ("context", config.context, 1, config.kv.longest(spec)),
         ("chunk", config.chunk, 1, config.context),
         ("n_logits", config.n_logits, 1, config.chunk),
         ("n_streamed_layers", config.n_streamed_layers, 0, spec.n_layers),

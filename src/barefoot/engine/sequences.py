@@ -97,6 +97,14 @@ class Sequences:
         if not 0 <= sequence < self._n:
             raise InvalidInput(f"sequence must be 0 to {self._n - 1}, got {sequence}")
 
+    def highest(self, sequence: int) -> int:
+        """The most tokens that the sequence has had since it was empty."""
+        return self._highest[sequence]
+
+    def restore(self, sequence: int, length: int, highest: int) -> None:
+        self._check_number(sequence)
+        self._lengths[sequence], self._highest[sequence] = length, highest
+
     def overwrite(self, grown: Mapping[int, int]) -> None:
         """So many positions of each sequence are about to be written, whether or not the pass succeeds."""
         for sequence, n in grown.items():

@@ -5,145 +5,43 @@ precision, as far as they are there; behind the last token the policy chooses wh
 stays, and that goes to the storage. So one layer is whole at a time, and all others have what they keep. A decoded
 token's entry goes to the storage, too, and the policy may send others away then.
 
-Softmax is over what is there: entries that are gone stop existing. Keys keep the rotation of their positions, and
-positions go on counting all tokens.
+Softmax is over what is there: entries that are gone stop existing, but for what they leave in others. Keys keep the
+rotation of their positions, and positions go on counting all tokens.
+
+Where budgets follow what is measured, the layers that have passed a first prompt share the budget of all, so that each
+one's shrinks as further ones come: the storage never holds more than it will, and what stays is what would stay if all
+had waited, since the highest scores are among the highest of more.
+
+Layers that keep the same entries (``KVStore.groups``) choose once, behind the last of them, from the sum of what their
+attention gave; until then they are whole, all in staging.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
-from barefoot.core.ledger import Term
-from barefoot.kv import sealed, slots
-from barefoot.kv.policies import Observation, Policy, Seen
-from barefoot.kv.storage import F32, I32, STAGED, Array, Heads, Storage, Take, zeros
-from barefoot.kv.stores import KVStore
-from barefoot.kv.stores.kivi import Kivi
-
-OBSERVED_TOKENS = 8  # of a prompt whose scores are held at a time
-
-# Bytes of numpy arrays that come and go while a layer's entries are chosen, and then placed; tests measure them. For
-# each entry and key head: to choose, to choose by votes, to place; and for each further query head that votes. And for
-# each number of the rows that are decoded at a time, where they are sealed and where they go to slots.
-CHOOSE, CHOOSE_BY_VOTE, PLACE, VOTE, SEALED, MOVED = 34, 37, 14, 15, 21, 8
+from barefoot.core.errors import CorruptFile, InvalidInput
+from barefoot.kv import budgets
+from barefoot.kv.attending import attend
+from barefoot.kv.course import Course
+from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
+from barefoot.kv.merging import PromptRows, StoredRows, merge
+from barefoot.kv.policies import Seen, by_layer
+from barefoot.kv.storage import F32, I32, STAGED, U8, Part, Storage, Take
+from barefoot.kv.turning import Turning
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a cache of ``n_layers`` layers is made of, before anything is allocated."""
+class Staging(NamedTuple):
+    """Where a prompt's keys and values of one layer stand while it passes."""
 
-    heads: Heads
-    n_layers: int
-    context: int
-    policy: Policy | None
-    store: KVStore
-    chunk: int = 64
-    activations: str = "float32"  # how a prompt is attended to, as in ``ops.attention``
-
-    @property
-    def n_slots(self) -> int:
-        """The most entries of a key head."""
-        return self.context if self.policy is None else self.policy.slots(self.context)
-
-    @property
-    def observes(self) -> Observation:
-        return "nothing" if self.policy is None else self.policy.observes
-
-    @property
-    def n_observed(self) -> int:
-        """Rows of what is observed of a layer: a key head's, or a query head's."""
-        n = self.heads.n_kv_heads
-        return {"nothing": 0, "mass": n, "strikes": n, "votes": self.heads.n_heads}[self.observes]
-
-    @property
-    def n_parts(self) -> int:
-        """In which strikes are counted; 0 where they aren't."""
-        return self.policy.n_parts if self.policy is not None and self.observes == "strikes" else 0
-
-    def own(self) -> tuple[Array, ...]:
-        """The arrays of a sequence."""
-        if isinstance(self.store, Kivi):
-            return sealed.arrays(self.heads, self.n_layers, self.n_slots, self.store)
-        mass = self.observes == "mass"
-        return slots.arrays(self.heads, self.n_layers, self.n_slots, self.store, mass=mass, n_parts=self.n_parts)
-
-    def shared(self, n_threads: int) -> tuple[Array, ...]:
-        """What passes use in turn: staged keys and values, what is observed of all entries, the state of a pass, scores
-        of the tokens that are observed, scratch."""
-        h, widest = self.heads, max(self.n_slots, self.context)
-        staged = Array("kv staging", h.n_kv_heads * self.context, ops.kv_row_bytes(STAGED, h.head_dim))
-        both = self.n_slots + self.context
-        n_scores = min(self.chunk, OBSERVED_TOKENS) * h.n_heads * both if self.n_observed else 0
-        return (
-            staged,
-            staged,
-            Array("kv observed", self.n_observed * self.context, 4),
-            Array("kv state", self.chunk * h.n_heads * (h.head_dim + 2), 4),
-            Array("kv scores", n_scores, 4),
-            Array("kv observed now", self.n_observed * widest, 4),
-            Array("kv scratch", self._scratch_bytes(n_threads), 1),
-        )
-
-    def _scratch_bytes(self, n_threads: int) -> int:
-        h = self.heads
-        sizes = (
-            ops.attention_scratch_bytes(n, h.n_heads, h.n_kv_heads, h.head_dim, self.activations, n_threads=n_threads)
-            for n in {1, min(self.chunk, OBSERVED_TOKENS), self.chunk}
-        )
-        return max(sizes)
-
-    def passing(self) -> Term:
-        """What choosing and placing takes for a while."""
-        h, most = self.heads, self.context
-        each = CHOOSE * h.n_kv_heads
-        if self.observes == "votes":
-            each = CHOOSE_BY_VOTE * h.n_kv_heads + VOTE * (h.n_heads - h.n_kv_heads)
-        choosing = 0 if self.policy is None else most * each
-        if isinstance(self.store, Kivi):
-            decoding = SEALED * h.n_kv_heads * self.store.residual * h.head_dim
-        else:
-            decoding = MOVED * slots.MOVED_ROWS * h.head_dim
-        return Term("kv choosing", max(choosing, PLACE * h.n_kv_heads * most + decoding), 1)
-
-    def terms(self) -> tuple[Term, ...]:
-        """Bytes that stay while a sequence lives."""
-        return tuple(array.term for array in self.own())
-
-    def storage(self, take: Take) -> Storage:
-        if isinstance(self.store, Kivi):
-            return sealed.Sealed(self.heads, self.n_layers, self.n_slots, self.store, take)
-        mass = self.observes == "mass"
-        return slots.Slots(self.heads, self.n_layers, self.n_slots, self.store, take, mass=mass, n_parts=self.n_parts)
-
-
-class Workspace:
-    """The arrays that all layers, and all sequences, use in turn."""
-
-    def __init__(self, layout: Layout, take: Take, n_threads: int) -> None:
-        keys, values, observed, state, scores, now, scratch = layout.shared(n_threads)
-        h, n = layout.heads, layout.chunk
-        rows = (h.n_kv_heads, layout.context, keys.n_bytes)
-        self.keys, self.values = zeros(take, keys, rows), zeros(take, values, rows)
-        self.observed: F32 = zeros(take, observed, (layout.n_observed, layout.context), np.float32)
-        floats = zeros(take, state, (n * h.n_heads, h.head_dim + 2), np.float32).reshape(-1)
-        ends = np.cumsum([n * h.n_heads * width for width in (h.head_dim, 1, 1)])
-        self.sums = floats[: ends[0]].reshape(n, h.n_heads, h.head_dim)
-        self.tops = floats[ends[0] : ends[1]].reshape(n, h.n_heads)
-        self.totals = floats[ends[1] :].reshape(n, h.n_heads)
-        self.scores = zeros(take, scores, (scores.count,), np.float32)
-        self._now: F32 = zeros(take, now, (now.count,), np.float32)
-        self.scratch = zeros(take, scratch, (scratch.count,))
-
-    def now(self, stride: int) -> F32:
-        """Zeros for what some tokens observe of ``stride`` entries, (n_observed, stride)."""
-        n = len(self.observed)
-        rows = self._now[: n * stride].reshape(n, stride)
-        rows[...] = 0
-        return rows
+    keys: U8
+    values: U8
+    part: Part
 
 
 class Cache:
@@ -153,23 +51,45 @@ class Cache:
     ----------
     workspace : shared with other sequences of the same layout; one passes at a time.
     take : gives zeroed bytes.
+    turnings : the rotary embedding of each layer; needed where a policy has entries that queries turn to meet.
     """
 
-    def __init__(self, layout: Layout, workspace: Workspace, take: Take) -> None:
+    def __init__(
+        self, layout: Layout, workspace: Workspace, take: Take, turnings: Sequence[Turning] | None = None
+    ) -> None:
+        assert turnings is not None or not layout.n_anchored
+        self._turnings = turnings
         h, self.layout, self._work = layout.heads, layout, workspace
         self._own = layout.storage(take)
         self._lender: Cache | None = None  # whose entries these are, until either of both changes
         self._borrowers: list[Cache] = []
+        self._groups = [group for group in layout.groups for _ in group]  # of each layer
+        self._choosing = [group[-1] for group in layout.groups]  # layers behind which entries are chosen
         self._staged: I32 = np.zeros(h.n_kv_heads, np.int32)
-        keys, values, dim = workspace.keys, workspace.values, h.head_dim
-        self._staging = ops.Segment(STAGED, keys, STAGED, values, key_dim=dim, value_dim=dim, counts=self._staged)
-        self.n_tokens = 0
+        # Of the first layer of a group, the second, …
+        self._staging = [self._stage(workspace, i) for i in range(max(map(len, layout.groups)))]
+        self._start()
+
+    def _stage(self, work: Workspace, i: int) -> Staging:
+        h = self.layout.heads
+        own = slice(i * h.n_kv_heads, (i + 1) * h.n_kv_heads)
+        keys, values, dim = work.keys[own], work.values[own], h.head_dim
+        segment = ops.Segment(STAGED, keys, STAGED, values, key_dim=dim, value_dim=dim, counts=self._staged)
+        return Staging(keys, values, Part(segment, self._staged))
+
+    def _start(self) -> None:
+        """Be of no tokens."""
+        self._course = Course.start(self.layout)
         self._prompt = 0  # tokens of the prompt that passes, 0 for none
-        self._observed_from = 0  # the first of them that is
+        self._observed_from = 0  # the first token of a prompt that is observed
         self._chooses = False  # whether the policy chooses among its entries
-        self._evicted_at = 0  # tokens that there were when an entry went last
-        self._parts = [0] * layout.n_parts  # tokens that there were when each part of the strikes began
-        self._part = 0  # the present one
+        if (slots := self._course.slots(self.layout)) is not None:
+            self._own.resize(slots)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the sequence."""
+        return self._course.n_tokens
 
     @property
     def storage(self) -> Storage:
@@ -179,8 +99,7 @@ class Cache:
     def fork(self, into: Cache) -> None:
         """Let ``into`` have what this cache has. Bytes are copied when either of both changes for the first time."""
         into.clear()
-        into._lender, into.n_tokens, into._evicted_at = self, self.n_tokens, self._evicted_at
-        into._parts, into._part = list(self._parts), self._part
+        into._lender, into._course = self, self._course.copy()
         self._borrowers.append(into)
 
     def _about_to_change(self) -> None:
@@ -195,14 +114,6 @@ class Cache:
             self._lender._borrowers.remove(self)
             self._lender = None
 
-    @property
-    def _mass(self) -> F32 | None:
-        return self.storage.mass if isinstance(self.storage, slots.Slots) else None
-
-    def _close(self) -> None:
-        if isinstance(self.storage, slots.Slots):
-            self.storage.close()
-
     def clear(self) -> None:
         """Forget all entries, and the prompt that passes."""
         for borrower in list(self._borrowers):
@@ -210,8 +121,7 @@ class Cache:
         self._leave()
         self._own.clear()
         self._staged[:] = 0
-        self.n_tokens = self._prompt = self._evicted_at = self._part = 0
-        self._parts = [0] * len(self._parts)
+        self._start()
 
     def trim(self, n: int) -> None:
         """Go back to the first ``n`` tokens.
@@ -227,18 +137,66 @@ class Cache:
         if n == 0:
             self.clear()
             return
-        observes = self._mass is not None or self.layout.n_parts > 0
-        if observes or n < self._evicted_at:
+        observes = self.layout.observes in ("mass", "strikes")
+        if observes or n < self._course.evicted_at:
             why = "has seen what came behind" if observes else "has sent entries away since"
             raise InvalidInput(
                 f"can't go back from {self.n_tokens} tokens to {n}: {self.layout.policy} {why}",
                 cure="reset, and prefill the kept tokens again",
             )
         self._about_to_change()
-        self._close()
+        self.storage.close()
         for layer in range(self.layout.n_layers):
             self.storage.trim(layer, n)
-        self.n_tokens = n
+        self._course.n_tokens = n
+        self._course.prompt_ends = [end for end in self._course.prompt_ends if end <= n]
+
+    # --- in a file ---------------------------------------------------------------------------------------------------
+
+    def header(self) -> dict[str, Any]:
+        """How much there is, as JSON: what :meth:`restore` needs for :meth:`held` to be of the same shapes.
+
+        Raises
+        ------
+        Incompatible : such entries can't be saved.
+        """
+        return {**self._course.header(), "entries": self.storage.counters()}
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is there, by name: views that can be written when ``restore`` has made room."""
+        return self.storage.held()
+
+    def restore(self, header: Mapping[str, Any]) -> None:
+        """Have as much as the header says; then :meth:`held` is to be filled, and :meth:`check` to be called.
+
+        Raises
+        ------
+        CorruptFile : that isn't possible. The cache is empty then.
+        """
+        self.clear()
+        try:
+            self._course = Course.restored(header, self.layout)
+            if (slots := self._course.slots(self.layout)) is not None:
+                self._own.resize(slots)
+            entries = header.get("entries")
+            self._own.restore(entries if isinstance(entries, dict) else {})
+        except CorruptFile:
+            self.clear()
+            raise
+
+    def check(self) -> None:
+        """Refuse what was filled in if positions are none.
+
+        Raises
+        ------
+        CorruptFile : so it is. The cache is empty then.
+        """
+        for layer in range(self.layout.n_layers):
+            position = np.sort(self.storage.position(layer), axis=1)
+            inside = position.size == 0 or (position[:, 0].min() >= 0 and position[:, -1].max() < self.n_tokens)
+            if not inside or (np.diff(position, axis=1) == 0).any():
+                self.clear()
+                raise CorruptFile(f"positions of layer {layer} are not different ones below {self.n_tokens}")
 
     # --- a prompt ---------------------------------------------------------------------------------------------------
 
@@ -250,13 +208,12 @@ class Cache:
         InvalidInput : fewer positions are left, or fewer slots where nothing is chosen.
         """
         self._about_to_change()
-        self._close()
+        self.storage.close()
         left = self.layout.context - self.n_tokens
-        self._chooses = self.layout.policy is not None
-        if isinstance(self.storage, sealed.Sealed) and self.n_tokens:
-            self._chooses = False  # what is sealed makes no room for others
+        # What can't go makes no room for others.
+        self._chooses = self.layout.policy is not None and (self.storage.lets_go or not self.n_tokens)
         if not self._chooses:
-            left = min(left, self.layout.n_slots - self.storage.n(0))
+            left = min(left, *(self.storage.room(layer) for layer in range(self.layout.n_layers)))
         if not 1 <= n_tokens <= left:
             raise InvalidInput(
                 f"{n_tokens} tokens don't fit: {left} of {self.layout.context} positions are left",
@@ -270,20 +227,21 @@ class Cache:
         policy, n = self.layout.policy, self._prompt
         if policy is None or policy.observes == "nothing" or not self._chooses:
             return n
-        if policy.observes == "mass":
+        if policy.observes in ("mass", "sums"):
             return 0
         return max(0, n - policy.n_observed(self.storage.n(0) + n))
 
     def prefill(self, layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
         """The next tokens of the prompt in a layer: q, out float32 (n, n_heads × head_dim), k, v (n, n_kv_heads ×
         head_dim), rotated, n at most ``chunk``."""
-        work, before = self._work, int(self._staged[0])
-        if before == 0:
+        work, before, staging = self._work, int(self._staged[0]), self._staging_of(layer)
+        if before == 0 and layer == self._groups[layer][0]:
             work.observed[...] = 0
-            if self._mass is not None:
-                n = self.storage.n(layer)
-                work.observed[:, :n] = self._mass[layer, :, :n]
-        ops.kv_append(k, v, work.keys, work.values, STAGED, self.layout.context, before)
+            mass = self.storage.mass(layer)
+            if mass is not None:
+                work.observed[:, : mass.shape[1]] = mass
+        self.storage.see(layer, q, self._prompt - before - len(q))
+        ops.kv_append(k, v, staging.keys, staging.values, STAGED, self.layout.context, before)
         self._staged[:] = before + len(q)
         start = 0
         while start < len(q):
@@ -293,96 +251,141 @@ class Cache:
             self._attend(layer, q[part], out[part], before + start, observe=ahead == 0)
             start += n
 
+    def _staging_of(self, layer: int) -> Staging:
+        return self._staging[layer - self._groups[layer][0]]
+
     def _attend(self, layer: int, q: F32, out: F32, n_before: int, *, observe: bool) -> None:
-        work, h, n = self._work, self.layout.heads, len(q)
+        work, h, n, staging = self._work, self.layout.heads, len(q), self._staging_of(layer)
         if not observe and not self.storage.n(layer):
             ops.attention(
-                q, work.keys, work.values, STAGED, out,
+                q, staging.keys, staging.values, STAGED, out,
                 n_heads=h.n_heads, n_kv_heads=h.n_kv_heads, head_dim=h.head_dim, capacity=self.layout.context,
                 n_past=n_before, n_tokens=n, scale=h.scale, softcap=h.softcap, activations=self.layout.activations,
                 scratch=work.scratch,
             )  # fmt: skip
             return
-        sums, tops, totals = work.sums[:n], work.tops[:n], work.totals[:n]
-        sums[...], tops[...], totals[...] = 0, -np.inf, 0
-        kept: list[tuple[F32, int]] = []
-        used = 0
-        parts = [(segment, counts, -1) for segment, counts in self.storage.segments(layer)]
-        for segment, counts, before in (*parts, (self._staging, self._staged, n_before)):
-            scores = None
-            if observe:
-                shape = (h.n_heads, n, segment.stride)
-                size = int(np.prod(shape))
-                scores = work.scores[used : used + size].reshape(shape)
-                used += size
-                kept.append((scores, int(counts[0])))
-            ops.attend_segment(
-                q, segment, sums, tops, totals,
-                n_before=before, scale=h.scale, softcap=h.softcap, scores=scores, scratch=work.scratch,
-            )  # fmt: skip
-        np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
+        parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), staging.part]
         at, even = 0, None
         if self.layout.n_parts:
-            even = (1 / (self.storage.n(layer) + n_before + 1 + np.arange(n))).astype(np.float32)
-        for scores, count in kept:
-            mass = work.now(scores.shape[2])
-            counts = np.full(len(mass), count, np.int32)
-            ops.attention_mass(scores, tops, totals, counts, mass, thresholds=even)
+            behind = sum(int(part.counts[0]) for part in parts[:-1])
+            even = (1 / (behind + n_before + 1 + np.arange(n))).astype(np.float32)
+        for count, seen in attend(work, h, parts, q, out, observe=observe, n_before=n_before, even=even):
             if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
-                mass[:, :count] -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
-            work.observed[:, at : at + count] += mass[:, :count]
+                seen -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
+            work.observed[:, at : at + count] += seen
             at += count
 
+    def _parts_of(self, layer: int, n_gone: int) -> list[Part]:
+        """The storage's parts; queries meet the anchored ones as if those that have gone had not been."""
+        parts = list(self.storage.parts(layer))
+        if self._turnings is not None and self.layout.n_anchored and n_gone:
+            turning, head_dim = self._turnings[layer], self.layout.heads.head_dim
+            parts[0] = parts[0]._replace(query=lambda q: turning.turn(q, head_dim, -n_gone))
+        return parts
+
     def settle(self, layer: int) -> None:
-        """The prompt has passed the layer: the policy chooses what stays. Behind the last layer the prompt is done."""
-        old, new = self.storage.n(layer), int(self._staged[0])
+        """The prompt has passed the layer, and those that choose with it: the policy chooses what stays. Behind the
+        last layer the prompt is done."""
+        group = self._groups[layer]
+        if layer != group[-1]:
+            self._staged[:] = 0
+            return
+        storage, work = self.storage, self._work
+        old, new = storage.n(layer), int(self._staged[0])
         n_tokens = self.n_tokens + self._prompt
         position = np.empty((self.layout.heads.n_kv_heads, old + new), np.int32)
-        position[:, :old] = self.storage.position(layer)
+        position[:, :old] = storage.position(layer)
         position[:, old:] = np.arange(self.n_tokens, n_tokens)
-        stay = self._chosen(layer, position, n_tokens)
-        if stay.shape[1] < old + new:
-            self._evicted_at = n_tokens
-        observed = self._work.observed[:, : old + new]
-        self.storage.place(layer, stay, position, self._work.keys, self._work.values)
+        observed, bias = work.observed[:, : old + new], self._biases(layer, new)
+        stay = np.broadcast_to(np.arange(old + new, dtype=np.int32), position.shape)
+        if self._chooses:
+            if self._course.rules[layer].layers == "measured" and self.n_tokens == 0:
+                self._share_budgets(observed, n_tokens)
+            stay = self._chosen(layer, position, observed, bias, n_tokens)
+        n_staged = len(group) * self.layout.heads.n_kv_heads
+        storage.place(layer, stay, position, work.keys[:n_staged], work.values[:n_staged])
         chosen = stay.shape[1] < old + new
-        if isinstance(self.storage, slots.Slots):
-            self._take_observed(self.storage, layer, position, observed, chosen=chosen)
+        if chosen:
+            self._course.evicted_at = n_tokens
+        self._take_observed(layer, position, observed, bias, chosen=chosen)
         self._staged[:] = 0
         if layer + 1 == self.layout.n_layers:
             # Strikes of the prompt are the only part there is.
             began = n_tokens if chosen else self.n_tokens + self._observed_from
-            self._parts, self._part = [began] * len(self._parts), 0
-            self.n_tokens, self._prompt = n_tokens, 0
+            self._course.parts, self._course.part = [began] * len(self._course.parts), 0
+            self._course.n_tokens, self._prompt = n_tokens, 0
+            self._course.prompt_ends.append(n_tokens)
 
-    def _chosen(self, layer: int, position: I32, n_tokens: int) -> I32:
-        every = np.broadcast_to(np.arange(position.shape[1], dtype=np.int32), position.shape)
-        policy = self.layout.policy
-        if policy is None or not self._chooses:
-            return every
+    def _biases(self, layer: int, n_new: int) -> F32 | None:
+        """Of a layer's entries, and zeros for so many new ones; None where entries have none."""
+        bias = self.storage.bias(layer)
+        return None if bias is None else np.pad(bias, ((0, 0), (0, n_new)))
+
+    def _chosen(self, layer: int, position: I32, observed: F32, bias: F32 | None, n_tokens: int) -> I32:
+        """Entries of a layer that stay, (n_kv_heads, n_kept); others have joined them where they lie, and in ``bias``.
+
+        The entries are the storage's, and then those that are staged.
+        """
+        policy = self._course.rules[layer]
         order = np.argsort(position, axis=1).astype(np.int32)
-        observed = None
+        rows = PromptRows(self.storage, layer, self._work.keys, self._work.values, order)
+        ordered = None
         if self.layout.n_observed:
-            sharing = self.layout.n_observed // len(position)
-            seen = self._work.observed[:, : position.shape[1]]
-            observed = np.take_along_axis(seen, np.repeat(order, sharing, axis=0), axis=1)
-        ordered = np.take_along_axis(position, order, axis=1)
-        return np.take_along_axis(order, policy.choose(Seen(ordered, n_tokens, observed, layer)), axis=1)
+            sharing = len(observed) // len(position)
+            ordered = np.take_along_axis(observed, np.repeat(order, sharing, axis=0), axis=1)
+        seen = Seen(
+            position=np.take_along_axis(position, order, axis=1),
+            n_tokens=n_tokens,
+            observed=ordered,
+            layer=layer,
+            n_prompt=n_tokens,
+            bias=None if bias is None else np.take_along_axis(bias, order, axis=1),
+            carried=self._course.carried[layer],
+            keys=rows.keys,
+        )
+        kept = policy.choose(seen)
+        if policy.merges and kept.shape[1] < seen.n:
+            found = merge(policy, seen, kept, rows)
+            if found.carried is not None:
+                self._course.carried[layer] = found.carried
+            if bias is not None and found.bias is not None:
+                np.put_along_axis(bias, order, found.bias, axis=1)
+        return np.take_along_axis(order, kept, axis=1)
 
-    @staticmethod
-    def _take_observed(storage: slots.Slots, layer: int, position: I32, observed: F32, *, chosen: bool) -> None:
+    def _share_budgets(self, observed: F32, n_tokens: int) -> None:
+        """The next layer of the first prompt shares the budget of all with those before it, of which some entries go
+        for that."""
+        layout, storage = self.layout, self.storage
+        assert layout.policy is not None
+        self._course.weights.append(budgets.density(observed))
+        rules = by_layer(layout.policy, self._course.weights, layout.n_layers, layout.context)
+        self._course.rules[: len(rules)] = rules
+        for layer, rule in enumerate(rules[:-1]):
+            if storage.n(layer) > rule.keep:
+                position, mass, bias = storage.position(layer).copy(), storage.mass(layer), storage.bias(layer)
+                assert mass is not None
+                stay = self._chosen(layer, position, mass, bias, n_tokens)
+                storage.place(layer, stay, position, self._work.keys, self._work.values)
+        storage.resize([rule.slots(layout.context) for rule in rules] + [0] * (layout.n_layers - len(rules)))
+
+    def _take_observed(self, layer: int, position: I32, observed: F32, bias: F32 | None, *, chosen: bool) -> None:
         """Entries keep what was observed of them, wherever they lie now; strikes count anew where some were chosen."""
-        if storage.strikes is not None:
-            storage.strikes[:, layer] = 0
-        if storage.mass is None and (storage.strikes is None or chosen):
+        storage, kept = self.storage, []
+        mass, strikes, biases = storage.mass(layer), storage.strikes(layer), storage.bias(layer)
+        if mass is not None:
+            kept.append((mass, observed))
+        if biases is not None and bias is not None:
+            kept.append((biases, bias))
+        if strikes is not None:
+            strikes[...] = 0
+            kept += [] if chosen else [(strikes[0], observed)]
+        if not kept:
             return
         for head, there in enumerate(storage.position(layer)):
             order = np.argsort(position[head])
             found = order[np.searchsorted(position[head], there, sorter=order)]
-            if storage.mass is not None:
-                storage.mass[layer, head, : len(there)] = observed[head, found]
-            if storage.strikes is not None:
-                storage.strikes[0, layer, head, : len(there)] = observed[head, found]
+            for into, numbers in kept:
+                into[head] = numbers[head, found]
 
     # --- decoding ---------------------------------------------------------------------------------------------------
 
@@ -393,8 +396,7 @@ class Cache:
         ------
         InvalidInput : so it is.
         """
-        waits = isinstance(self.storage, slots.Slots) and self.storage.free is not None
-        if not waits and self.storage.n(0) == self.layout.n_slots:
+        if any(self.storage.room(layer) < 1 for layer in range(self.layout.n_layers)):
             raise InvalidInput(
                 f"all {self.layout.n_slots} slots are taken",
                 cure="state a larger context, or more room for what is decoded",
@@ -405,71 +407,75 @@ class Cache:
         ``check_step`` comes before the first layer."""
         if layer == 0:
             self._about_to_change()
-        self.storage.append(layer, k, v, self.n_tokens)
-        work, h = self._work, self.layout.heads
-        sums, tops, totals = work.sums[:1], work.tops[:1], work.totals[:1]
-        sums[...], tops[...], totals[...] = 0, -np.inf, 0
-        scores = None
-        if self._mass is not None or self.layout.n_parts:
-            scores = work.scores[: h.n_heads * self.layout.n_slots].reshape(h.n_heads, 1, -1)
-        for segment, _ in self.storage.segments(layer):
-            ops.attend_segment(
-                q, segment, sums, tops, totals,
-                scale=h.scale, softcap=h.softcap, scores=scores, scratch=work.scratch,
-            )  # fmt: skip
-        np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
-        if scores is not None:
-            self._observe_step(layer, scores, tops, totals)
-
-    def _observe_step(self, layer: int, scores: F32, tops: F32, totals: F32) -> None:
         storage = self.storage
-        assert isinstance(storage, slots.Slots)
-        if storage.mass is not None:
-            ops.attention_mass(scores, tops, totals, storage.counts[layer], storage.mass[layer])
-        if storage.strikes is not None:
-            struck = self._work.now(scores.shape[2])
-            even = np.array([1 / storage.n(layer)], np.float32)
-            ops.attention_mass(scores, tops, totals, storage.counts[layer], struck, thresholds=even)
-            storage.strikes[self._part, layer] += struck.astype(np.uint16)
+        storage.append(layer, k, v, self.n_tokens)
+        mass, strikes = storage.mass(layer), storage.strikes(layer)
+        parts = self._parts_of(layer, self.n_tokens + 1 - storage.n(layer))
+        even = None if strikes is None else np.array([1 / sum(int(part.counts[0]) for part in parts)], np.float32)
+        observe = mass is not None or strikes is not None
+        at = 0
+        for count, seen in attend(self._work, self.layout.heads, parts, q, out, observe=observe, even=even):
+            if mass is not None:
+                mass[:, at : at + count] += seen
+            if strikes is not None:
+                strikes[self._course.part, :, at : at + count] += seen.astype(np.uint16)
+            at += count
 
-    def _begin_part(self, storage: slots.Slots) -> None:
+    def _begin_part(self) -> None:
         """Count strikes apart from now on, in the place of the eldest part."""
-        assert storage.strikes is not None
-        self._part = (self._part + 1) % len(self._parts)
-        self._parts[self._part] = self.n_tokens
-        storage.strikes[self._part] = 0
+        self._course.part = (self._course.part + 1) % len(self._course.parts)
+        self._course.parts[self._course.part] = self.n_tokens
+        for layer in range(self.layout.n_layers):
+            strikes = self.storage.strikes(layer)
+            assert strikes is not None
+            strikes[self._course.part] = 0
 
-    def _observed(self, storage: slots.Slots, layer: int, n: int) -> F32 | None:
-        """What the policy asks for of the first ``n`` slots of a layer: mass, or strikes of the last queries."""
-        if storage.mass is not None:
-            return storage.mass[layer, :, :n]
-        if storage.strikes is None:
-            return None
-        assert self.layout.policy is not None
-        strikes = np.zeros((storage.strikes.shape[2], n), np.float32)
-        for part, began in zip(storage.strikes, self._parts, strict=True):
-            if began >= self.n_tokens - self.layout.policy.window:
-                strikes += part[layer, :, :n]
-        return strikes
+    def _observed(self, layer: int) -> F32 | None:
+        """What the policy asks for of a layer's entries: mass, or strikes of the last queries."""
+        strikes = self.storage.strikes(layer)
+        if strikes is None:
+            return self.storage.mass(layer)
+        counted = np.zeros(strikes.shape[1:], np.float32)
+        for part, began in zip(strikes, self._course.parts, strict=True):
+            if began >= self.n_tokens - self._course.rules[layer].window:
+                counted += part
+        return counted
 
     def stepped(self) -> None:
         """The token has passed all layers: the storage may seal, and the policy may send entries away."""
-        self.n_tokens += 1
-        if isinstance(self.storage, sealed.Sealed):
-            for layer in range(self.layout.n_layers):
-                self.storage.seal(layer)
-            return
-        assert isinstance(self.storage, slots.Slots)
-        self.storage.free = None
-        policy, storage = self.layout.policy, self.storage
-        if policy is None:
-            return
-        n = storage.n(0)
-        goes = policy.sends_away(n)
+        self._course.n_tokens += 1
+        goes = False
+        for layer in self._choosing:
+            self.storage.stepped(layer)
+            if self._course.rules and self._course.rules[layer].sends_away(self.storage.n(layer), self.n_tokens):
+                goes = True
+                self._send_away(layer)
         if goes:
-            self._evicted_at = self.n_tokens
-            for layer in range(self.layout.n_layers):
-                observed = self._observed(storage, layer, n)
-                storage.drop(layer, policy.evict(storage.positions[layer, :, :n], observed, self.n_tokens, layer))
-        if self.layout.n_parts and (goes or policy.begins_part(n)):
-            self._begin_part(storage)
+            self._course.evicted_at = self.n_tokens
+        if self._course.parts and (goes or self._course.rules[0].begins_part(self.storage.n(0))):
+            self._begin_part()
+
+    def _send_away(self, layer: int) -> None:
+        policy, storage = self._course.rules[layer], self.storage
+        bias, rows = storage.bias(layer), StoredRows(storage, layer)
+        seen = Seen(
+            position=storage.position(layer),
+            n_tokens=self.n_tokens,
+            observed=self._observed(layer),
+            layer=layer,
+            n_prompt=self._course.prompt_ends[-1] if self._course.prompt_ends else 0,
+            bias=bias,
+            carried=self._course.carried[layer],
+            keys=rows.keys,
+        )
+        gone = policy.evict(seen)
+        if policy.merges_tokens:
+            stays = np.ones(seen.position.shape, bool)
+            np.put_along_axis(stays, gone, False, axis=1)
+            stay = np.nonzero(stays)[1].reshape(len(stays), -1).astype(np.int32)
+            found = merge(policy, seen, stay, rows)
+            if found.carried is not None:
+                self._course.carried[layer] = found.carried
+            if bias is not None and found.bias is not None:
+                bias[...] = found.bias
+        storage.drop(layer, gone)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.core.spec import format_composition, parse_composition
 from barefoot.core.technique import Technique, check_composition
-from barefoot.kv.cache import Layout
+from barefoot.kv.layout import Layout
 from barefoot.kv.policies import Policy
 from barefoot.kv.storage import Heads
-from barefoot.kv.stores import KVStore
+from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.kv.stores.f16 import HalfStore
+
+MOST_POSITIONS = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class Ruled(KVStore):
     """``policy`` rules the layers that see all positions; those with a window keep what it reaches, in rows.
 
     Without a policy every entry stays: what stores need whose entries are no rows.
+
+    Raises
+    ------
+    Incompatible : the policy, the store and what it wraps don't go together.
     """
 
     policy: Policy | None
@@ -30,10 +36,25 @@ class Ruled(KVStore):
     def __post_init__(self) -> None:
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
-        check_composition([t for t in (self.policy, self.store) if t is not None])
+        check_composition(self._techniques, frozenset() if self.policy is None else frozenset({"a policy"}))
+        storage = self.store.storage()
+        if self.policy is None:
+            return
+        # Where a policy chooses once, what merges is still staged.
+        rewrites = self.policy.merges_tokens or self.policy.biased or storage.lets_go
+        if self.policy.merges and rewrites and not storage.merges:
+            raise Incompatible(f"{self.policy} lets entries join others, which {self.store} can't rewrite")
+        if self.policy.n_anchored and not storage.anchors:
+            raise Incompatible(f"{self.policy} turns queries to its first entries, which {self.store} has among others")
+        if self.policy.layers != "uniform" and not storage.resizes:
+            raise Incompatible(f"{self.policy} gives layers unequal room, which {self.store} can't share")
+
+    @property
+    def _techniques(self) -> tuple[Technique, ...]:
+        return self.store.chain if self.policy is None else (self.policy, *self.store.chain)
 
     def __str__(self) -> str:
-        return format_composition((self.store,) if self.policy is None else (self.policy, self.store))
+        return format_composition(self._techniques)
 
     @property
     def row_format(self) -> str:
@@ -50,8 +71,13 @@ class Ruled(KVStore):
             return super().slots(spec, layer, context, chunk)
         return context if self.policy is None else self.policy.slots(context)
 
+    def longest(self, spec: ModelSpec) -> int:
+        """Any, where distances are those between entries."""
+        endless = self.policy is not None and self.policy.n_anchored > 0
+        return MOST_POSITIONS if endless else spec.context_length
+
     def most_seen(self, n: int) -> int:
-        return n if self.policy is None else min(n, self.policy.slots(n))
+        return n if self.policy is None or not self.store.forgets else min(n, self.policy.slots(n))
 
     def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
         ruled = self.ruled(spec)
@@ -82,27 +108,33 @@ def of(kv: KVStore) -> Ruled | None:
     """How ``kv`` is kept where a layer sees all positions; None where that is in rows, one for each position."""
     if isinstance(kv, Ruled):
         return kv
-    return Ruled(None, kv) if "sealed entries" in kv.provides else None
+    return None if kv.rows else Ruled(None, kv)
 
 
 def parse(text: str, known: Mapping[str, type[Technique]]) -> KVStore:
-    """The KV store of a spec string: a store, a policy, or ``policy > store``; a policy alone keeps f16.
+    """The KV store of a spec string: ``policy > wrapper > … > store``, of which the store, or all else, can be left
+    out; f16 is what is kept then.
 
     Raises
     ------
     InvalidInput : unreadable text, unknown names or knobs.
     Incompatible : what does not go together.
     """
-    techniques = parse_composition(text, known, "kv")
-    *wrapping, last = techniques
-    if isinstance(last, Policy):
-        wrapping, last = [*wrapping, last], HalfStore()
-    if not isinstance(last, KVStore) or not all(isinstance(t, Policy) for t in wrapping):
-        raise Incompatible(f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > q8"')
-    if not wrapping:
-        return last
-    if len(wrapping) > 1:
-        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(wrapping)}")
-    policy = wrapping[0]
-    assert isinstance(policy, Policy)
-    return Ruled(policy, last)
+    *outer, store = parse_composition(text, known, "kv")
+    if isinstance(store, Policy):
+        outer, store = [*outer, store], HalfStore()
+    while isinstance(store, KVStore) and outer and isinstance(wrapper := outer[-1], Wrapper):
+        store = replace(wrapper, inner=store)
+        outer.pop()
+    if not isinstance(store, KVStore) or not all(isinstance(t, Policy) for t in outer):
+        raise Incompatible(
+            f"{text!r}: policies come first, one store last", cure='for example "h2o(keep=512) > think > q8"'
+        )
+    if len(outer) > 1:
+        raise Incompatible(f"{text!r}: one policy chooses the entries, got {len(outer)}")
+    if outer:
+        policy = outer[0]
+        assert isinstance(policy, Policy)
+        return Ruled(policy, store)
+    of(store)
+    return store

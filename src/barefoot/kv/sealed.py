@@ -7,29 +7,22 @@ them above it (0 below R + 32). Entries keep their order, so what is sealed can'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import InvalidInput
-from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile, InvalidInput
+from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.ops import kvblocks, kvrows
 
 VALUES = kvblocks.RUN  # that are sealed at a time
-
-
-def arrays(heads: Heads, n_layers: int, n_slots: int, store: Kivi) -> tuple[Array, ...]:
-    """Blocks of keys, keys that wait, blocks of values, values that wait, and positions, of a sequence."""
-    n, row = n_layers * heads.n_kv_heads, kvrows.row_bytes(STAGED, heads.head_dim)
-    return (
-        Array("kv blocks of keys", n * n_blocks(n_slots, store), store.block_bytes(heads.head_dim)),
-        Array("kv last keys", n * store.residual, row),
-        Array("kv blocks of values", n * n_value_blocks(n_slots), store.value_block_bytes(heads.head_dim)),
-        Array("kv last values", n * (store.residual + VALUES), row),
-        Array("kv positions", n * n_slots, 4),
-    )
+SEALED = 21  # bytes of numpy arrays for each number of the keys that are sealed at a time
 
 
 def n_blocks(n_slots: int, store: Kivi) -> int:
@@ -42,9 +35,30 @@ def n_value_blocks(n_slots: int) -> int:
 
 
 class Sealed(Storage):
-    def __init__(self, heads: Heads, n_layers: int, n_slots: int, store: Kivi, take: Take) -> None:
-        blocks, keys, sealed, values, positions = arrays(heads, n_layers, n_slots, store)
-        self._store, self._dim = store, heads.head_dim
+    @staticmethod
+    def arrays(shape: Shape, store: Kivi) -> tuple[Array, ...]:
+        """Blocks of keys, keys that wait, blocks of values, values that wait, and positions, of a sequence."""
+        heads, n_slots = shape.heads, shape.n_slots
+        n, row = shape.n_layers * heads.n_kv_heads, kvrows.row_bytes(STAGED, heads.head_dim)
+        return (
+            Array("kv blocks of keys", n * n_blocks(n_slots, store), store.block_bytes(heads.head_dim)),
+            Array("kv last keys", n * store.residual, row),
+            Array("kv blocks of values", n * n_value_blocks(n_slots), store.value_block_bytes(heads.head_dim)),
+            Array("kv last values", n * (store.residual + VALUES), row),
+            Array("kv positions", n * n_slots, 4),
+        )
+
+    @staticmethod
+    def placing_bytes(shape: Shape, store: Kivi) -> int:
+        heads = shape.heads
+        return SEALED * heads.n_kv_heads * store.residual * heads.head_dim
+
+    def __init__(self, shape: Shape, store: Kivi, take: Take, *, key_dim: int | None = None) -> None:
+        """``key_dim``: channels of what is sealed, where that isn't all (``sealed_keys``)."""
+        heads, n_layers, n_slots = shape.heads, shape.n_layers, shape.n_slots
+        blocks, keys, sealed, values, positions = Sealed.arrays(shape, store)
+        self._store, self._dim, self._key_dim = store, heads.head_dim, key_dim or heads.head_dim
+        blocks = replace(blocks, n_bytes=store.block_bytes(self._key_dim))
         each, row = (n_layers, heads.n_kv_heads), kvrows.row_bytes(STAGED, heads.head_dim)
         self._ring = store.residual + VALUES
         self._blocks = zeros(take, blocks, (*each, n_blocks(n_slots, store), blocks.n_bytes))
@@ -61,25 +75,28 @@ class Sealed(Storage):
         """Both sealed; keys sealed, values not yet; neither."""
         store, channels = self._store, f"c{self._store.bits}"
         parts = (
-            (channels, self._blocks, f"t{store.bits}", self._sealed),
-            (channels, self._blocks, STAGED, self._values),
-            (STAGED, self._keys, STAGED, self._values),
+            (channels, self._blocks, self._key_dim, f"t{store.bits}", self._sealed),
+            (channels, self._blocks, self._key_dim, STAGED, self._values),
+            (STAGED, self._keys, self._dim, STAGED, self._values),
         )
         return tuple(
             ops.Segment(
                 key_format, keys[layer], value_format, values[layer],
-                key_dim=self._dim, value_dim=self._dim, counts=self._counts[layer, i], group=store.group,
+                key_dim=key_dim, value_dim=self._dim, counts=self._counts[layer, i], group=store.group,
             )
-            for i, (key_format, keys, value_format, values) in enumerate(parts)
+            for i, (key_format, keys, key_dim, value_format, values) in enumerate(parts)
         )  # fmt: skip
 
     def n(self, layer: int) -> int:
         return int(self._n[layer])
 
+    def room(self, layer: int) -> int:
+        return int(self._positions.shape[2]) - self.n(layer)
+
     def position(self, layer: int) -> I32:
         return self._positions[layer, :, : self.n(layer)]
 
-    def segments(self, layer: int) -> Sequence[tuple[ops.Segment, I32]]:
+    def parts(self, layer: int) -> Sequence[Part]:
         n = self.n(layer)
         n_keys, n_values = int(self._n_keys[layer]), int(self._n_values[layer])
         both, keys, neither = self._segments[layer]
@@ -87,7 +104,17 @@ class Sealed(Storage):
         counts[0], counts[1], counts[2] = n_values, n_keys - n_values, n - n_keys
         keys.key_start, keys.value_start = n_values, n_values % self._ring
         neither.value_start = n_keys % self._ring
-        return [(s, c) for s, c in zip((both, keys, neither), counts, strict=True) if c[0]]
+        query = self.query(layer)
+        found = zip((both, keys, neither), counts, (query, query, None), strict=True)
+        return [Part(*part) for part in found if part[1][0]]
+
+    def query(self, layer: int) -> Callable[[F32], F32] | None:
+        """Makes queries what sealed keys are multiplied with."""
+        return None
+
+    def sealed_keys(self, layer: int, keys: F32) -> F32:
+        """What is sealed of keys, (n_kv_heads, n, head_dim)."""
+        return keys
 
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
         n, heads = self.n(layer), np.arange(len(stay))[:, None]
@@ -103,11 +130,11 @@ class Sealed(Storage):
             self._keys[layer][:, at - self._n_keys[layer]] = keys[heads, part]
             self._values[layer][:, at % self._ring] = values[heads, part]
             self._n[layer] += part.shape[1]
-            self.seal(layer)
+            self.stepped(layer)
             done += part.shape[1]
 
     def append(self, layer: int, k: F32, v: F32, position: int) -> None:
-        """The entry joins the last ones; ``seal`` follows when attention has seen it."""
+        """The entry joins the last ones; ``stepped`` follows when attention has seen it."""
         n = self.n(layer)
         last = ((k, self._keys, n - int(self._n_keys[layer])), (v, self._values, n % self._ring))
         for row, stored, slot in last:
@@ -115,13 +142,13 @@ class Sealed(Storage):
         self._positions[layer, :, n] = position
         self._n[layer] += 1
 
-    def seal(self, layer: int) -> None:
+    def stepped(self, layer: int) -> None:
         """Quantize what has waited long enough."""
         store, n = self._store, self.n(layer)
         first = int(self._n_keys[layer])
         if n - first == store.residual:
             rows = kvrows.decode(STAGED, self._keys[layer], self._dim)
-            blocks = rows.reshape(len(rows), -1, store.group, self._dim)
+            blocks = self.sealed_keys(layer, rows).reshape(len(rows), -1, store.group, self._key_dim)
             at = first // store.group
             self._blocks[layer, :, at : at + blocks.shape[1]] = kvblocks.encode(store.bits, blocks)
             self._n_keys[layer] += store.residual
@@ -149,6 +176,31 @@ class Sealed(Storage):
     def clear(self) -> None:
         for each in (self._n, self._n_keys, self._n_values):
             each[:] = 0
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"n": self._n.tolist(), "keys": self._n_keys.tolist(), "values": self._n_values.tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        n = untrusted.counts(counters, "n", len(self._n), int(self._positions.shape[2]))
+        n_keys, n_values = (untrusted.counts(counters, name, len(n), n) for name in ("keys", "values"))
+        residual = self._store.residual
+        for all_of_them, keys, values in zip(n, n_keys, n_values, strict=True):
+            fits = keys == all_of_them // residual * residual and values % VALUES == 0
+            if not fits or not all_of_them - values < self._ring:
+                raise CorruptFile(f"a snapshot's {all_of_them} entries can't have {keys} and {values} sealed")
+        self._n[:], self._n_keys[:], self._n_values[:] = n, n_keys, n_values
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found: dict[str, npt.NDArray[Any]] = {}
+        for layer, (n, n_keys, n_values) in enumerate(zip(self._n, self._n_keys, self._n_values, strict=True)):
+            found |= {
+                f"{layer}.blocks": self._blocks[layer, :, : n_keys // self._store.group],
+                f"{layer}.keys": self._keys[layer, :, : n - n_keys],
+                f"{layer}.sealed": self._sealed[layer, :, : n_values // VALUES],
+                f"{layer}.values": self._values[layer],
+                f"{layer}.position": self._positions[layer, :, :n],
+            }
+        return found
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Sealed)

@@ -1,152 +1,152 @@
-"""Slots: entries at rows of any format, in any order; one that goes leaves its slot to another.
+"""Slots: entries whose keys and values are rows of any format, see :mod:`barefoot.kv.entries`.
 
-Bytes, of n layers with H key heads, S slots and rows of r bytes: n × H × S × (2 r + 4), a position for each; 4 more for
-each where attention mass is kept, or 2 for each part of its strikes.
+Bytes besides those: a row of keys for each slot. A layer's slots are one region of the arrays, so that layers can share
+them unequally.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Heads, Storage, Take, zeros
+from barefoot.core import untrusted
+from barefoot.kv.entries import MOVED, MOVED_ROWS, NONE, Entries, Region, pack, write_staged
+from barefoot.kv.storage import F32, I32, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
 
-U16 = npt.NDArray[np.uint16]
 
-MOVED_ROWS = 256  # entries of a key head that are decoded at a time
+class Rows(Region):
+    def __init__(self, storage: Slots, first: int, n_slots: int) -> None:
+        super().__init__(storage, first, n_slots)
+        self.keys = storage.all_keys[self.own].reshape(self.values.shape)
 
-
-def arrays(heads: Heads, n_layers: int, n_slots: int, store: KVStore, *, mass: bool, n_parts: int) -> tuple[Array, ...]:
-    """Keys, values, positions, mass, and strikes in so many parts, of a sequence."""
-    n = n_layers * heads.n_kv_heads * n_slots
-    row = store.row_bytes(heads.head_dim)
-    kept = (Array("kv keys", n, row), Array("kv values", n, row), Array("kv positions", n, 4))
-    observed = (Array("kv mass", n, 4),) if mass else (Array("kv strikes", n_parts * n, 2),) if n_parts else ()
-    return (*kept, *observed)
+    @property
+    def by_entry(self) -> dict[str, Any]:
+        return {"keys": self.keys, **super().by_entry}
 
 
-class Slots(Storage):
-    def __init__(
-        self, heads: Heads, n_layers: int, n_slots: int, store: KVStore, take: Take, *, mass: bool, n_parts: int
-    ) -> None:
-        keys, values, positions, *observed = arrays(heads, n_layers, n_slots, store, mass=mass, n_parts=n_parts)
-        self._format, row = store.row_format, store.row_bytes(heads.head_dim)
-        each = (n_layers, heads.n_kv_heads, n_slots)
-        self._keys = zeros(take, keys, (*each, row))
-        self._values = zeros(take, values, (*each, row))
-        self.positions: I32 = zeros(take, positions, each, np.int32)
-        self.mass: F32 | None = zeros(take, observed[0], each, np.float32) if mass else None
-        self.strikes: U16 | None = zeros(take, observed[0], (n_parts, *each), np.uint16) if n_parts else None
-        self.counts: I32 = np.zeros((n_layers, heads.n_kv_heads), np.int32)
-        # (n_layers, n_kv_heads): slots below the counts that wait for the next entry, where one has just gone.
-        self.free: I32 | None = None
-        dim, fmt = heads.head_dim, self._format
-        self._segments = [
-            ops.Segment(fmt, k, fmt, v, key_dim=dim, value_dim=dim, counts=n)
-            for k, v, n in zip(self._keys, self._values, self.counts, strict=True)
-        ]
+class Slots(Entries):
+    merges: ClassVar[bool] = True
+    anchors: ClassVar[bool] = True
+    resizes: ClassVar[bool] = True
+    regions: list[Rows]
 
-    def n(self, layer: int) -> int:
-        return int(self.counts[layer, 0])
+    @staticmethod
+    def arrays(shape: Shape, store: KVStore) -> tuple[Array, ...]:
+        n, row = shape.n_layers * shape.heads.n_kv_heads * shape.n_slots, store.row_bytes(shape.heads.head_dim)
+        return (Array("kv keys", n, row), *Entries.arrays(shape, store))
 
-    def position(self, layer: int) -> I32:
-        return self.positions[layer, :, : self.n(layer)]
+    @staticmethod
+    def placing_bytes(shape: Shape, store: KVStore) -> int:
+        return MOVED * MOVED_ROWS * shape.heads.head_dim
 
-    def segments(self, layer: int) -> Sequence[tuple[ops.Segment, I32]]:
-        return [(self._segments[layer], self.counts[layer])] if self.n(layer) else []
+    def __init__(self, shape: Shape, store: KVStore, take: Take) -> None:
+        keys = self.arrays(shape, store)[0]
+        self.all_keys: U8 = zeros(take, keys, (keys.count, keys.n_bytes))
+        super().__init__(shape, store, take)
+        self.regions = self._regions([shape.n_slots] * shape.n_layers)
+        self._parts: dict[int, list[Part]] = {}
 
-    def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
-        for head, own in enumerate(stay):
-            kept, new = own[own < self.n(layer)], own[own >= self.n(layer)]
-            slots = self._gather(layer, head, kept, len(own))
-            self.positions[layer, head, slots] = position[head, new]
-            if self.mass is not None:
-                self.mass[layer, head, slots] = 0
-            for rows, stored in ((keys, self._keys), (values, self._values)):
-                self._write(rows[head], new - self.n(layer), stored[layer, head : head + 1], slots)
-        self.counts[layer] = stay.shape[1]
+    def _regions(self, n_slots: Sequence[int]) -> list[Rows]:
+        first = [0, *np.cumsum(n_slots).tolist()]
+        return [Rows(self, at, n) for at, n in zip(first, n_slots, strict=False)]
 
-    def _write(self, staged: U8, rows: I32, stored: U8, slots: I32) -> None:
-        for start in range(0, len(rows), MOVED_ROWS):
-            part = slice(start, start + MOVED_ROWS)
-            if self._format == STAGED:
-                stored[0, slots[part]] = staged[rows[part]]
-            else:
-                floats = kvrows.decode(STAGED, staged[rows[part]], staged.shape[-1] // 2)
-                ops.kv_write(floats, stored, self._format, np.ascontiguousarray(slots[None, part]))
+    def resize(self, n_slots: Sequence[int]) -> None:
+        there = [region.n_slots for region in self.regions]
+        if list(n_slots) == there:
+            return
+        self.close()
+        n = [self.n(layer) for layer in range(len(there))]
+        assert all(each <= room for each, room in zip(n, n_slots, strict=True))
+        assert sum(n_slots) <= self.shape.n_layers * self.shape.n_slots
+        # To the left without gaps, the first ones first; then to the right, the last ones first: none is overwritten.
+        for sizes, turn in ((n, 1), (n_slots, -1)):
+            regions = self._regions(sizes)
+            for layer in range(len(n))[::turn]:
+                for name, own in self.regions[layer].by_entry.items():
+                    into = regions[layer].by_entry[name]
+                    for head in range(len(own))[::turn]:
+                        for start in range(0, n[layer], MOVED_ROWS)[::turn]:
+                            part = slice(start, min(start + MOVED_ROWS, n[layer]))
+                            into[head, part] = own[head, part]
+            self.regions = regions
+        self._parts = {}
+
+    def parts(self, layer: int) -> Sequence[Part]:
+        if not self.n(layer):
+            return []
+        if layer not in self._parts:
+            self._parts[layer] = self._parts_of(layer)
+        parts = self._parts[layer]
+        if len(parts) > 1:
+            first, rest = (part.counts for part in parts)
+            first[:] = min(self.n(layer), self.shape.n_anchored)
+            rest[:] = self.counts[layer] - first
+        return [part for part in parts if part.counts[0]]
+
+    def _parts_of(self, layer: int) -> list[Part]:
+        """One of all entries; or one of the anchored ones, which keep the first slots, and one of the others."""
+        region, fmt, dim = self.regions[layer], self.row_format, self.shape.heads.head_dim
+        anchored, own = self.shape.n_anchored, self.counts[layer]
+        parts = []
+        for counts in (np.zeros_like(own), np.zeros_like(own)) if anchored else (own,):
+            segment = ops.Segment(
+                fmt, region.keys, fmt, region.values, key_dim=dim, value_dim=dim, counts=counts, bias=region.bias
+            )
+            parts.append(Part(segment, counts))
+        parts[-1].segment.key_start = parts[-1].segment.value_start = anchored
+        return parts
+
+    def keys(self, layer: int, head: int) -> F32:
+        rows = self.regions[layer].keys[head, : self.n(layer)]
+        return kvrows.decode(self.row_format, rows, self.shape.heads.head_dim)
+
+    def rewrite(self, layer: int, head: int, entries: I32, keys: F32, values: F32) -> None:
+        region = self.regions[layer]
+        for rows, stored in ((keys, region.keys), (values, region.values)):
+            ops.kv_write(rows, stored[head : head + 1], self.row_format, np.ascontiguousarray(entries[None], np.int32))
+
+    def extend(self, layer: int, heads: slice, k: F32, v: F32, position: I32) -> None:
+        """More entries of some key heads: k, v (n, heads × head_dim), position (heads, n)."""
+        region, n = self.regions[layer], position.shape[1]
+        slots = np.asarray(self.counts[layer, heads][:, None] + np.arange(n), np.int32)
+        np.put_along_axis(region.position[heads], slots, position, axis=1)
+        for rows, stored in ((k, region.keys), (v, region.values)):
+            ops.kv_write(rows, stored[heads], self.row_format, slots)
+        self.counts[layer, heads] += n
+
+    def _place_keys(self, layer: int, head: int, staged: U8, rows: I32, slots: I32) -> None:
+        write_staged(staged, rows, self.regions[layer].keys[head : head + 1], self.row_format, slots)
 
     def _gather(self, layer: int, head: int, kept: I32, n: int) -> I32:
-        """Bring the entries ``kept`` below slot ``n``, which are no more than that, and return the slots left there."""
-        free = np.setdiff1d(np.arange(n, dtype=np.int32), kept)
-        movers = kept[kept >= n]
-        into, left = free[: len(movers)], free[len(movers) :]
-        if len(movers):
-            for array in (self._keys, self._values, self.positions, self.mass):
-                if array is not None:
-                    array[layer, head, into] = array[layer, head, movers]
-            if self.strikes is not None:
-                self.strikes[:, layer, head, into] = self.strikes[:, layer, head, movers]
-        return left
+        return pack(self.regions[layer].by_entry.values(), head, kept, 0, n)
 
-    def append(self, layer: int, k: F32, v: F32, position: int) -> None:
-        if self.free is None:
-            slots = self.counts[layer].copy()
-            self.counts[layer] += 1
-        else:
-            slots = self.free[layer]
-        heads = np.arange(len(slots))
-        self.positions[layer, heads, slots] = position
-        if self.mass is not None:
-            self.mass[layer, heads, slots] = 0
-        if self.strikes is not None:
-            self.strikes[:, layer, heads, slots] = 0
-        for row, stored in ((k, self._keys), (v, self._values)):
-            ops.kv_write(row, stored[layer], self._format, slots[:, None])
+    def _write_key(self, layer: int, k: F32, slots: I32) -> None:
+        ops.kv_write(k, self.regions[layer].keys, self.row_format, slots[:, None])
 
-    def drop(self, layer: int, gone: I32) -> None:
-        """Let entries ``gone`` of a layer go, (n_kv_heads, m): the same number of all layers, one after the other."""
-        if gone.shape[1] > 1:
-            self._remove(layer, gone)
-            return
-        if self.free is None:
-            self.free = np.empty_like(self.counts)
-        self.free[layer] = gone[:, 0]
+    def counters(self) -> dict[str, list[int]]:
+        self.close()
+        return {"n": self.counts[:, 0].tolist()}
 
-    def close(self) -> None:
-        """Have no slot wait for an entry."""
-        if self.free is not None:
-            for layer, gone in enumerate(self.free):
-                self._remove(layer, gone[:, None])
-            self.free = None
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        slots = [region.n_slots for region in self.regions]
+        self.free[...] = NONE
+        self.counts[...] = np.array(untrusted.counts(counters, "n", len(slots), slots))[:, None]
 
-    def _remove(self, layer: int, gone: I32) -> None:
-        for head, own in enumerate(gone):
-            kept = np.delete(np.arange(self.n(layer), dtype=np.int32), own)
-            self._gather(layer, head, kept, len(kept))
-        self.counts[layer] -= gone.shape[1]
-
-    def trim(self, layer: int, n_tokens: int) -> None:
-        for head, position in enumerate(self.position(layer)):
-            kept = np.flatnonzero(position < n_tokens).astype(np.int32)
-            self._gather(layer, head, kept, len(kept))
-            self.counts[layer, head] = len(kept)
-
-    def clear(self) -> None:
-        self.counts[...] = 0
-        self.free = None
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found = {}
+        for layer, region in enumerate(self.regions):
+            for name, array in region.by_entry.items():
+                found[f"{layer}.{name}"] = array[:, : self.n(layer)]
+        return found
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Slots)
-        n = int(other.counts.max(initial=0))
-        arrays = (self._keys, other._keys), (self._values, other._values), (self.positions, other.positions)
-        for own, theirs in (*arrays, *(((self.mass, other.mass),) if self.mass is not None else ())):
-            own[:, :, :n] = theirs[:, :, :n]
-        if self.strikes is not None and other.strikes is not None:
-            self.strikes[..., :n] = other.strikes[..., :n]
-        self.counts[...] = other.counts
-        self.free = None if other.free is None else other.free.copy()
+        self.clear()
+        self.resize([region.n_slots for region in other.regions])
+        super().copy(other)

@@ -2,8 +2,9 @@
 
 A :class:`Frame` fixes what does not add up: the chunk, how many layers are slow (streamed from disk, or on the host
 beside an accelerator), whether the head is streamed. Within a frame each group of matrices is a slot whose options are
-formats, and the KV store is a slot; bytes, seconds and KL add up over the slots. :class:`Tables` holds each option's
-costs layer by layer, so that the options of any frame are sums over a range of layers.
+formats, and the KV cache is a slot; bytes, seconds and KL add up over the slots. :class:`Tables` holds each option's
+costs layer by layer, so that the options of any frame are sums over a range of layers. Of caches it takes those that
+are asked for (:class:`Caches`), and computes no others' costs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from barefoot.engine.stacks import loaded
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
 from barefoot.ops.dispatch import Layout
-from barefoot.plan import quality
+from barefoot.plan import compositions, quality
 from barefoot.plan.job import RunJob, Stated
 from barefoot.plan.memory import layer_kv_bytes
 from barefoot.plan.operators import (
@@ -51,7 +52,7 @@ from barefoot.plan.solve import Option, undominated
 from barefoot.weights.formats import WeightFormat
 from barefoot.weights.formats.stored import Stored
 
-CHUNKS = (16, 32, 64, 128, 256, 512)
+CHUNKS = (16, 32, 64, 128, 256, compositions.MANY)
 
 Value = WeightFormat | KVStore
 
@@ -63,6 +64,13 @@ class Frame:
     chunk: int
     n_slow: int
     stream_head: bool
+
+
+class Caches(NamedTuple):
+    """The KV caches of at most ``max_kl`` that send entries away, or those that don't."""
+
+    max_kl: float
+    dropping: bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,15 @@ class Problem:
     def groups(self) -> tuple[WeightGroup, ...]:
         present = {w.group for w in self.spec.weights if w.rows > 1}
         return tuple(g for g in MATRIX_GROUPS if g in present)
+
+    @functools.cached_property
+    def caches(self) -> tuple[KVStore, ...]:
+        """The stated KV cache, else every one that can be best in something."""
+        if self.stated.kv is not None:
+            self.stated.kv.row_bytes(self.spec.head_dim)  # raises Incompatible with the reason
+            return (self.stated.kv,)
+        found = compositions.possible(self.spec, self.job, by_layer=not self.device.n_accelerators)
+        return compositions.worthwhile(self.spec, self.job, found)
 
     @property
     def activations(self) -> Activations:
@@ -174,6 +191,8 @@ class Tables:
         self._machine = rates(problem.device, n_threads=problem.n_threads, n_host_layers=n_host)
         spec = problem.spec
         kinds: dict[object, int] = {}
+        rests: dict[object, int] = {}
+        self._alike: dict[int, int] = {}  # the first layer whose matrices alone may differ
         self._kind_layers: list[int] = []  # the first layer of each kind
         self._kinds: list[int] = []  # the kind of each layer
         self._layers = layers_of(loaded(spec, problem.n_stacked))
@@ -183,15 +202,20 @@ class Tables:
                 kinds[key] = len(kinds)
                 self._kind_layers.append(i)
             self._kinds.append(kinds[key])
+            vectors = tuple((w.group, w.cols) for w in weights if w.rows == 1)
+            self._alike[i] = rests.setdefault((spec.layers[i].window, vectors), i)
         self._matrices = {g: [w for w in spec.weights if w.group == g and w.rows > 1] for g in problem.groups}
         self._formats = {g: self._open_formats(g) for g in problem.groups}
-        self._stores = self._open_stores()
         self._weight_kl = functools.cache(lambda *choice: quality.weight_loss(spec, *choice).kl)
-        self._kv_kl = functools.cache(lambda store: quality.kv_loss(spec, store).kl)
+        self._kv_kl = functools.cache(lambda kv: quality.kv_loss(spec, kv, problem.job.context).kl)
         self._group_costs = functools.cache(self._compute_group_costs)
         self._kv_costs = functools.cache(self._compute_kv_costs)
+        self._rest_seconds = functools.cache(self._compute_rest_seconds)
+        self._passing_bytes = functools.cache(self._compute_passing_bytes)
         self._outer_option = functools.cache(self._compute_outer_option)
         self._exchange_seconds = functools.cache(self._compute_exchange_seconds)
+        self._group_slot = functools.cache(self._compute_group_slot)
+        self.asked = functools.cache(self._asked)
         self.slots = functools.cache(self._compute_slots)
 
     # What may be chosen.
@@ -218,20 +242,6 @@ class Tables:
 
         return tuple(fmt for fmt in quality.candidate_formats(group) if usable(fmt))
 
-    def _open_stores(self) -> tuple[KVStore, ...]:
-        head_dim = self.problem.spec.head_dim
-        if self.problem.stated.kv is not None:
-            self.problem.stated.kv.row_bytes(head_dim)  # raises Incompatible with the reason
-            return (self.problem.stated.kv,)
-
-        def usable(store: KVStore) -> bool:
-            try:
-                return store.row_bytes(head_dim) > 0
-            except Incompatible:
-                return False
-
-        return tuple(s for s in quality.candidate_stores() if usable(s))
-
     # Costs, kind by kind of layer.
 
     def _sweeps(self, chunk: int) -> tuple[Sweep, ...]:
@@ -256,7 +266,7 @@ class Tables:
     def _compute_group_costs(self, group: WeightGroup, fmt: WeightFormat, chunk: int) -> _Running:
         main, slow = self._machine.site.place, self.problem.slow_place
         total = sum(w.n_elements for w in self._matrices[group])
-        config = self._plain_config(self._stores[0], {group: fmt})
+        config = self._plain_config(self.problem.caches[0], {group: fmt})
         by_kind = []
         for layer in self._kind_layers:
             matrices = [w for w in self._layers[layer] if w.group == group]
@@ -274,7 +284,7 @@ class Tables:
             by_kind.append((size, seconds(main), late, self._loss(group, fmt, matrices, total)))
         return self._over_layers(by_kind)
 
-    def _rest_seconds(self, layer: int, kv: KVStore, chunk: int, at: Place) -> float:
+    def _compute_rest_seconds(self, layer: int, kv: KVStore, chunk: int, at: Place) -> float:
         """Attention and all that is no matrix; for a layer from disk everything, since reading hides or is hidden."""
         spec, site = self.problem.spec, self._machine.site
         weights = [w for w in self._layers[layer] if at == "disk" or w.rows == 1]
@@ -298,23 +308,34 @@ class Tables:
     def _compute_kv_costs(self, kv: KVStore, chunk: int) -> _Running:
         spec, main, slow = self.problem.spec, self._machine.site.place, self.problem.slow_place
         config = replace(self._plain_config(kv, {}), chunk=chunk)
+
+        def seconds(layer: int, at: Place) -> float:
+            return self._rest_seconds(layer if at == "disk" else self._alike[layer], kv, chunk, at)
+
         return self._over_layers(
             [
                 (
                     layer_kv_bytes(spec, config, layer, self.problem.job.batch),
-                    self._rest_seconds(layer, kv, chunk, main),
-                    self._rest_seconds(layer, kv, chunk, slow),
+                    seconds(layer, main),
+                    seconds(layer, slow),
                     0.0,
                 )
                 for layer in self._kind_layers
             ]
         )
 
+    def _compute_passing_bytes(self, kv: KVStore, chunk: int) -> int:
+        """What the cache takes beside its entries, in the place that computes."""
+        if self.problem.device.n_accelerators:
+            return 0
+        config = replace(self._plain_config(kv, {}), chunk=chunk, n_threads=self.problem.n_threads)
+        return compositions.passing_bytes(self.problem.spec, config)
+
     def _compute_outer_option(self, group: WeightGroup, fmt: WeightFormat, chunk: int, streamed: bool) -> Option:
         """The embedding or the head in a format; a tied embedding is both. ``streamed``: it makes logits from disk."""
         (matrix,) = self._matrices[group]
         spec, job, site = self.problem.spec, self.problem.job, self._machine.site
-        config = replace(self._plain_config(self._stores[0], {group: fmt}), stream_head=streamed)
+        config = replace(self._plain_config(self.problem.caches[0], {group: fmt}), stream_head=streamed)
         seconds = 0.0
         if group == "embed":
             for sweep in self._sweeps(chunk):
@@ -337,27 +358,35 @@ class Tables:
 
     # Options of a frame.
 
-    def _compute_slots(self, frame: Frame) -> list[list[Option]]:
-        """One list of options for each group of matrices, then one for the KV store; none is worse in all."""
-        return [undominated(options) for options in self._all_options(frame)]
+    def _asked(self, caches: Caches) -> tuple[KVStore, ...]:
+        """The caches that are asked for; perhaps none."""
+        return tuple(
+            kv
+            for kv in self.problem.caches
+            if compositions.drops(kv) == caches.dropping and self._kv_kl(kv) <= caches.max_kl
+        )
 
-    def least(self, frame: Frame) -> tuple[tuple[int, int], float, float]:
+    def _compute_slots(self, frame: Frame, caches: Caches) -> list[list[Option]]:
+        """One list of options for each group of matrices, then one for the KV cache; none is worse in all."""
+        return [undominated(options) for options in self._all_options(frame, caches)]
+
+    def least(self, frame: Frame, caches: Caches) -> tuple[tuple[int, int], float, float]:
         """(bytes, seconds, KL) below which no choice within the frame is: the sums of what each slot has least."""
         main = second = 0
         seconds = kl = 0.0
-        for options in self._all_options(frame):
+        for options in self._all_options(frame, caches):
             main += min(o.bytes[0] for o in options)
             second += min(o.bytes[1] for o in options)
             seconds += min(o.seconds for o in options)
             kl += min(o.kl for o in options)
         return (main, second), seconds, kl
 
-    def _all_options(self, frame: Frame) -> Iterator[list[Option]]:
+    def _all_options(self, frame: Frame, caches: Caches) -> Iterator[list[Option]]:
         for group in self.problem.groups:
             yield self._group_slot(group, frame)
-        yield self._kv_slot(frame)
+        yield self._kv_slot(frame, caches)
 
-    def _group_slot(self, group: WeightGroup, frame: Frame) -> list[Option]:
+    def _compute_group_slot(self, group: WeightGroup, frame: Frame) -> list[Option]:
         if group in ("embed", "head"):
             streamed = frame.stream_head and (group == "head" or self.problem.spec.tied)
             formats = (Stored(),) if streamed else self._formats[group]
@@ -372,13 +401,14 @@ class Tables:
         # Where all layers are on disk, in the file's blocks, the format makes no difference.
         return options if n or on_host else options[:1]
 
-    def _kv_slot(self, frame: Frame) -> list[Option]:
+    def _kv_slot(self, frame: Frame, caches: Caches) -> list[Option]:
         n = self.problem.spec.n_layers - frame.n_slow
         on_host = self.problem.slow_place == "host"
         exchange = self._exchange_seconds(frame.chunk)
         options = []
-        for kv in self._stores:
+        for kv in self.asked(caches):
             size, fast, slow, _ = self._kv_costs(kv, frame.chunk)
-            here = (size[n], size[-1] - size[n]) if on_host else (size[-1], 0)
+            passing = self._passing_bytes(kv, frame.chunk)
+            here = (size[n] + passing, size[-1] - size[n]) if on_host else (size[-1] + passing, 0)
             options.append(Option(kv, here, fast[n] + slow[-1] - slow[n] + exchange, self._kv_kl(kv)))
         return options

@@ -114,7 +114,7 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
             lines = _weights(technique, spec)
         elif isinstance(technique, KVStore | Policy):
             kv = technique if isinstance(technique, KVStore) else Ruled(technique, HalfStore())
-            loss = quality.kv_loss(spec, kv)
+            loss = quality.kv_loss(spec, kv, job.context)
             reference = 2 * 2 * spec.n_kv_heads * spec.head_dim
             slots = sum(spec.kv_positions(i, job.context, chunk) for i in range(spec.n_layers))
             terms = kv.terms(spec, job.context, chunk)

@@ -127,11 +127,12 @@ def n_pairs(n: int, past: int, window: int | None) -> int:
 def attention_op(spec: ModelSpec, kv: KVStore, site: Site, stage: Stage, *, n: int, past: int, batch: int = 1) -> Op:
     """New keys and values stored; scores, softmax and weighted values in one pass over all of them.
 
-    Storing counts here, not with the projections as in the paper, so that no operator depends on two techniques.
+    Storing counts here, not with the projections as in the paper, so that no operator depends on two techniques. A
+    policy sends entries away behind a prompt, so several tokens at once see all that came before.
     """
     window = stage.window
-    if window is None:
-        past = min(past, kv.most_seen(past))
+    if window is None and n == 1:
+        past = kv.most_seen(past)
     pairs = batch * spec.n_heads * n_pairs(n, past, window)
     seen = past + n if window is None else min(past + n, window - 1 + n)
     width = batch * n * spec.n_heads * spec.head_dim * site.activation_bytes

@@ -1,14 +1,16 @@
 """planner — from a model's shapes, a job and a budget to a plan, in milliseconds and without a weight being read.
 
 What the user states is kept. The rest is chosen by quality first: predicted KL divergence is compared in tiers
-(:data:`barefoot.plan.quality.TIERS`), within a tier the faster plan wins, within 1 % of its time the one closer to the
-original, then the smaller one. The search is exact (:mod:`barefoot.plan.search`).
+(:data:`barefoot.plan.quality.TIERS`). Within a tier, what keeps every entry of the cache comes before what sends some
+away, since facts go with them and KL does not tell; then the faster plan wins, within 1 % of its time the one closer to
+the original, then the smaller one. The search is exact (:mod:`barefoot.plan.search`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from barefoot.core.device import NOT_MEASURED, Device, this_machine
@@ -16,7 +18,7 @@ from barefoot.core.ledger import Footprint, Place
 from barefoot.core.model import ModelSpec
 from barefoot.core.units import MIB, format_bytes, round_up
 from barefoot.engine.stacks import stack_footprint
-from barefoot.plan import quality
+from barefoot.plan import compositions, quality
 from barefoot.plan.choices import Problem
 from barefoot.plan.commands import command
 from barefoot.plan.job import Budget, RunJob, Stated
@@ -76,7 +78,8 @@ def candidates(
     extra: Footprint | None = None,
     model: str | None = None,
 ) -> tuple[Plan, ...]:
-    """The best plan of each quality tier, best quality first; a lower tier only where it is faster by over 10 %.
+    """The best plan of each quality tier, best quality first, with every entry of the cache and then without; each but
+    the first only where it is faster by over 10 %.
 
     The first is the one that :func:`plan` recommends; nothing fits when there is none. Parameters as there.
     """
@@ -84,10 +87,7 @@ def candidates(
     if spec.stack and case.stated.n_stacked is None:
         case = case.with_stack()
     plans: list[Plan] = []
-    for _, max_kl in quality.TIERS:
-        solution = case.search.fastest(case.budget, max_kl)
-        if solution is None:
-            continue
+    for solution in case.solutions():
         found = case.finish(solution)
         if not plans or _seconds(found) < 0.9 * _seconds(plans[-1]):
             plans.append(found)
@@ -179,11 +179,15 @@ class _Case:
         """The best plan of the best quality tier in which anything fits."""
         if self.spec.stack and self.stated.n_stacked is None:
             return self.with_stack().first()
-        for _, max_kl in quality.TIERS:
-            solution = self.search.fastest(self.budget, max_kl)
+        solution = next(self.solutions(), None)
+        return None if solution is None else self.finish(solution)
+
+    def solutions(self) -> Iterator[Solution]:
+        """The best of what fits, preferred ones first."""
+        for (_, max_kl), dropping in itertools.product(quality.TIERS, (False, True)):
+            solution = self.search.fastest(self.budget, max_kl, dropping=dropping)
             if solution is not None:
-                return self.finish(solution)
-        return None
+                yield solution
 
     def with_stack(self) -> _Case:
         """The case with as much of the stack as fits beside the smallest lossless choice of all else, in memory.
@@ -192,7 +196,7 @@ class _Case:
         """
         chunk = self.stated.chunk or min(STACK_CHUNK, self.job.n_prompt)
         inside = replace(self.stated, n_stacked=0, chunk=chunk, stream_head=self.stated.stream_head or False)
-        bare = self.having(stated=inside).smallest(LOSSLESS)
+        bare = self.having(stated=inside).smallest(LOSSLESS, keeping=True)
 
         def fits(n: int) -> bool:
             assert bare is not None
@@ -221,18 +225,21 @@ class _Case:
 
     def _quality(self, solution: Solution) -> Quality:
         config, kl = solution.config, solution.choice.kl
-        losses = {"kv": quality.kv_loss(self.spec, config.kv)}
+        cache = quality.kv_loss(self.spec, config.kv, config.context)
+        losses = {"kv": cache}
         for group, fmt in config.weights.items():
             stored = {w.format for w in self.spec.weights if w.group == group and w.rows > 1}
             found = [quality.weight_loss(self.spec, group, fmt, s) for s in sorted(stored)]
             losses[group] = max(found, key=lambda loss: loss.kl)
         sources = {name: loss.source for name, loss in losses.items()}
+        if cache.kl:
+            sources["kv"] = f"KL {cache.kl:.4f}, {cache.source}"
         inputs = quality.int8_inputs(self.spec)
         if inputs is not None and config.activations == "int8" and not self.device.n_accelerators:
             sources["activations"] = f"int8 adds KL {inputs.int8_inputs} in any plan ({inputs.model}), not in the sum"
         return Quality(
             kl=kl,
-            tier="not measured" if quality.unknown(config.kv) else quality.tier(kl),
+            tier="not measured" if cache.partial else quality.tier(kl),
             estimated=any(loss.estimated for loss in losses.values()),
             sources=sources,
         )
@@ -256,6 +263,8 @@ class _Case:
         if device.n_accelerators > 1:
             how = "share each matrix" if device.peer_gb_s else "take layers in turn"
             notes.append(f"the {device.n_accelerators} accelerators {how}")
+        if compositions.drops(solution.config.kv):
+            notes.append(compositions.what_goes(solution.config.kv, self.job.context))
         if self.spec.stack:
             held = solution.config.n_stacked
             notes.append(f"{held:,} of the {len(self.spec.stack):,} blocks that the model can do without are in memory")
@@ -270,11 +279,16 @@ class _Case:
 
     # What would fit.
 
-    def smallest(self, max_kl: float = math.inf) -> Solution | None:
-        """The solution with the least peak where the computation is."""
-        host = self.budget["host"] if self.search.place == "accelerator" else None
-        solution = self.search.smallest(max_kl, host)
-        return solution if solution is not None or host is None else self.search.smallest(max_kl)
+    def smallest(self, max_kl: float = math.inf, *, keeping: bool = False) -> Solution | None:
+        """The solution with the least peak where the computation is; ``keeping`` every entry, if nothing is stated."""
+        place = self.search.place
+        droppings = (False,) if keeping and self.stated.kv is None else (False, True)
+        for host in (self.budget["host"], None) if place == "accelerator" else (None,):
+            found = [self.search.smallest(max_kl, host, dropping=dropping) for dropping in droppings]
+            solutions = [solution for solution in found if solution is not None]
+            if solutions:
+                return min(solutions, key=lambda s: s.footprint.peak(place)[1])
+        return None
 
     def having(self, *, job: RunJob | None = None, stated: Stated | None = None, main: int | None = None) -> _Case:
         """The same case with another job, other stated choices, or another budget where the computation is."""
@@ -333,7 +347,7 @@ class _Case:
             (fast, math.inf, "the least memory with all in it"),
             (self, math.inf, "the least memory"),
         ):
-            solution = case.smallest(max_kl)
+            solution = case.smallest(max_kl, keeping=max_kl < math.inf)
             if solution is not None:
                 main = round_up(solution.footprint.peak(self.search.place)[1], MIB)
                 tries.append((what, case.having(main=main)))

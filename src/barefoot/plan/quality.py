@@ -1,26 +1,31 @@
 """Predicted quality: KL divergence by group and format, from the measurements in ``quality.toml``.
 
-KL is taken as additive over the groups and the KV store. A number that was not measured on the model at hand is taken
-from the measured model of the nearest size, and a format without a measurement is interpolated: log KL is linear in
-bits a weight. Both are marked as estimated. Plans are compared by tiers of the sum.
+KL is taken as additive over the groups and the KV cache, and in the cache over the policy and the store. A number that
+was not measured on the model at hand is taken from the measured model of the nearest size, and a format without a
+measurement is interpolated: log KL is linear in bits a weight. What a policy costs depends on the share of the context
+that it keeps: log KL is linear in the logarithm of the share, between shares that were measured; below the smallest one
+nothing is known. All of that is marked as estimated. Plans are compared by tiers of the sum.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from barefoot.core.errors import InvalidInput
 from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
+from barefoot.kv.policies import Policy
 from barefoot.kv.ruled import Ruled
-from barefoot.kv.stores import KVStore
+from barefoot.kv.stores import KVStore, Wrapper
 from barefoot.ops import blocks
 from barefoot.weights.formats import WeightFormat
 
@@ -37,8 +42,13 @@ TIERS: tuple[tuple[str, float], ...] = (
     ("very close", 0.03),
     ("close", 0.1),
     ("degraded", 0.3),
-    ("poor", math.inf),
+    ("poor", 1.0),
+    ("broken", math.inf),
 )
+
+LEAST_KL = 1e-5  # the table's last digit
+
+KEEP = "KEEP"  # in the spec of a policy, for how many entries it keeps
 
 
 def tier(kl: float) -> str:
@@ -48,7 +58,11 @@ def tier(kl: float) -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """KL by group and format (spec string), measured on one model whose matrices were stored as ``stored``."""
+    """KL by group and format (spec string), measured on one model whose matrices were stored as ``stored``.
+
+    ``policies`` has, by spec with ``KEEP``, (positions, entries kept of them, nats): what a KV policy costs over 16
+    bits. ``windows``: some layers of the model see a window only, where no policy rules.
+    """
 
     model: str
     parameters: int
@@ -57,15 +71,21 @@ class Measurement:
     source: str
     provisional: bool = False
     int8_inputs: float = 0.0
+    policies: Mapping[str, Sequence[tuple[int, int, float]]] = field(default_factory=dict)
+    windows: bool = False
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A predicted KL, where it comes from, and whether it was estimated rather than measured on this model."""
+    """A predicted KL, where it comes from, and whether it was estimated rather than measured on this model.
+
+    ``partial``: some of the loss is not known, and not in ``kl``.
+    """
 
     kl: float
     source: str
     estimated: bool
+    partial: bool = False
 
 
 def read_measurements(text: str) -> tuple[Measurement, ...]:
@@ -98,6 +118,31 @@ def candidate_stores() -> tuple[KVStore, ...]:
     specs = {spec for m in measurements() for spec in m.kl.get("kv", {})}
     found = (_technique(spec, "kv.stores") for spec in sorted(specs))
     return tuple(s for s in found if isinstance(s, KVStore))
+
+
+def candidate_policies(context: int, max_tokens: int) -> tuple[Policy, ...]:
+    """The policies that the planner may choose: each at the shares of ``context`` positions that were measured, rounded
+    up to whole entries, with room for an answer of ``max_tokens``."""
+    keeps = {
+        (spec, -(-context * kept // n))
+        for m in measurements()
+        for spec, points in m.policies.items()
+        for n, kept, _ in points
+    }
+    found = []
+    for spec, keep in sorted(keeps):
+        try:
+            policy = _with_keep(spec, keep)
+        except InvalidInput:  # of a short context, fewer entries than a knob allows
+            continue
+        found.append(dataclasses.replace(policy, room=max_tokens) if "room" in policy.knobs() else policy)  # type: ignore[type-var]
+    return tuple(found)
+
+
+def _with_keep(spec: str, keep: int) -> Policy:
+    policy = _technique(spec.replace(KEEP, str(keep)), "kv.policies")
+    assert isinstance(policy, Policy)
+    return policy
 
 
 def _quality_group(group: WeightGroup) -> QualityGroup:
@@ -161,29 +206,102 @@ def _layout(spec: str, stored: str) -> str:
     return fmt.layout(stored)
 
 
-def kv_loss(spec: ModelSpec, store: KVStore) -> Loss:
-    """The loss of a KV store against f16, without that of entries that a policy sends away (``unknown``)."""
-    if unknown(store):
-        assert isinstance(store, Ruled)
-        loss = kv_loss(spec, store.store)
-        return Loss(loss.kl, f"{loss.source}; what {store.policy} sends away is not measured, and not in the sum", True)
-    name, candidates = str(store), _nearest(spec, "kv", "float")
+def kv_loss(spec: ModelSpec, kv: KVStore, context: int) -> Loss:
+    """The loss of a KV cache of ``context`` positions against f16: of its store, and of what its policy sends away."""
+    if not isinstance(kv, Ruled):
+        return _store_loss(spec, kv)
+    store = _store_loss(spec, kv.store)
+    if kv.policy is None:
+        return store
+    policy = _policy_loss(spec, kv.policy, context)
+    if policy is None:
+        why = f"{store.source}; what {kv.policy} sends away is not measured, and not in the sum"
+        return Loss(store.kl, why, True, partial=True)
+    source = policy.source if store.kl == 0 else f"{policy.source}; {kv.store}: {store.source}"
+    return Loss(policy.kl + store.kl, source, policy.estimated or store.estimated, store.partial)
+
+
+def _kv_measurements(spec: ModelSpec) -> tuple[Measurement, ...]:
+    """Measurements of caches, best match first: models with windows and without apart, then the nearest size."""
+    size, windows = math.log(max(1, spec.n_parameters)), any(layer.window is not None for layer in spec.layers)
+    usable = [m for m in measurements() if "kv" in m.kl]
+    return tuple(sorted(usable, key=lambda m: (m.windows != windows, abs(math.log(m.parameters) - size))))
+
+
+def _on_this(measured: Measurement, spec: ModelSpec) -> bool:
+    return measured.parameters == spec.n_parameters and not measured.provisional
+
+
+def _store_loss(spec: ModelSpec, store: KVStore) -> Loss:
+    name, candidates = str(store), _kv_measurements(spec)
     for measured in candidates:
         if name in measured.kl["kv"]:
             kl = measured.kl["kv"][name]
-            exact = kl == 0 or _exactly(measured, spec, "float")
-            return Loss(kl, "the reference" if kl == 0 else _describe(measured), not exact)
+            source = "the reference" if kl == 0 else f"{measured.source} ({measured.model})"
+            return Loss(kl, source, kl > 0 and not _on_this(measured, spec))
+    if isinstance(store, Wrapper):  # what it does to entries isn't a matter of bits
+        inner = _store_loss(spec, store.inner)
+        why = f"{inner.source}; what {format_technique(store)} loses is not measured, and not in the sum"
+        return Loss(inner.kl, why, True, partial=True)
     if not candidates:
         return Loss(math.inf, "no measurement", True)
+    table = candidates[0]
+    lossy = [(_store(other), kl) for other, kl in table.kl["kv"].items() if kl > 0]
+    alike = [(other, kl) for other, kl in lossy if other.name == store.name] or lossy
     width = 128  # bits a number for a usual head; stores keep their scales in groups of at most that
-    points = {_store(other).bits_per_number(width): kl for other, kl in candidates[0].kl["kv"].items() if kl > 0}
-    kl = interpolate(points, store.bits_per_number(width))
-    return Loss(kl, _describe(candidates[0], "; estimated from its bits"), True)
+    kl = interpolate({other.bits_per_number(width): kl for other, kl in alike}, store.bits_per_number(width))
+    return Loss(kl, f"{table.source} ({table.model}; estimated from its bits)", True)
 
 
-def unknown(store: KVStore) -> bool:
-    """Whether entries go that nothing has been measured without."""
-    return isinstance(store, Ruled) and store.policy is not None
+def _policy_loss(spec: ModelSpec, policy: Policy, context: int) -> Loss | None:
+    """What is lost with the entries that a policy sends away; None where nothing was measured that tells: another
+    policy, other knobs, or a share of the context below the smallest one."""
+    keep = n_kept(policy)
+    if keep is None:
+        return None
+    if keep >= context:
+        return Loss(0.0, f"{policy} keeps every entry", False)
+    for measured in _kv_measurements(spec):
+        for pattern, points in measured.policies.items():
+            if _rule(_measured_policy(pattern)) != _rule(policy):
+                continue
+            kl = _at_share(points, keep / context)
+            if kl is None:
+                return None
+            longest = max(n for n, _, _ in points)
+            exactly = context <= longest and any(kept * context == keep * n for n, kept, _ in points)
+            source = f"{measured.source} ({measured.model}, prompts of up to {longest:,}, of which such a share stayed)"
+            return Loss(kl, source, not (exactly and _on_this(measured, spec)))
+    return None
+
+
+def n_kept(policy: Policy) -> int | None:
+    """Entries of a key head that a policy keeps of a long prompt; None where it does not say so in one number."""
+    keep = getattr(policy, "keep") if "keep" in policy.knobs() else None  # noqa: B009
+    return keep if isinstance(keep, int) else None
+
+
+def _rule(policy: Policy) -> tuple[str, dict[str, Any]]:
+    """The policy without how many entries it keeps, and without ``room``, which decides nothing about what stays."""
+    return policy.name, {name: getattr(policy, name) for name in policy.knobs() if name not in ("keep", "room")}
+
+
+@functools.cache
+def _measured_policy(pattern: str) -> Policy:
+    """The policy of a spec with ``KEEP``, keeping very much."""
+    return _with_keep(pattern, 1 << 30)
+
+
+def _at_share(points: Sequence[tuple[int, int, float]], share: float) -> float | None:
+    """KL at a share of the positions, of lengths that were measured the worst; above the largest share that of it."""
+    worst: dict[float, float] = {}
+    for n, kept, kl in points:  # equal shares are equal quotients
+        worst[kept / n] = max(kl, worst.get(kept / n, LEAST_KL))
+    if share < min(worst):
+        return None
+    if share in worst or share > max(worst):
+        return worst[min(share, max(worst))]
+    return interpolate({math.log(at): kl for at, kl in worst.items()}, math.log(share))
 
 
 def int8_inputs(spec: ModelSpec) -> Measurement | None:
@@ -200,7 +318,7 @@ def _store(spec: str) -> KVStore:
 
 
 def interpolate(points: Mapping[float, float], bits: float) -> float:
-    """KL at ``bits`` from KL at other bits: log KL is linear between neighbours and beyond the ends.
+    """KL at ``bits`` (or another abscissa) from KL at others: log KL is linear between neighbours and beyond the ends.
 
     ``points`` holds positive KL; with a single point, each bit is worth a factor of 4.
     """

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from barefoot.core.ledger import Footprint, Place
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.footprint import footprint as engine_footprint
-from barefoot.plan.choices import Frame, Problem, Tables
+from barefoot.plan import compositions
+from barefoot.plan.choices import Caches, Frame, Problem, Tables
 from barefoot.plan.memory import accelerator_footprint
 from barefoot.plan.solve import Choice, best, by_bytes, by_speed, pace
 
@@ -55,8 +56,8 @@ class Search:
         self._frames = problem.frames()
         self._smallest_chunk = min(f.chunk for f in self._frames)
         self._overhead = functools.cache(self._compute_overhead)
-        self._least = functools.cache(lambda frame: _Least(frame, *self._tables.least(frame)))
-        self._least_size = functools.cache(lambda frame: self._sizes.least(frame)[0])
+        self._least = functools.cache(lambda frame, caches: _Least(frame, *self._tables.least(frame, caches)))
+        self._least_size = functools.cache(lambda frame, caches: self._sizes.least(frame, caches)[0])
 
     def footprint(self, frame: Frame, config: EngineConfig) -> Footprint:
         """Every byte of the job."""
@@ -73,7 +74,8 @@ class Search:
         if streams:
             frame = min((f for f in self._frames if f.n_slow), key=lambda f: f.n_slow)
             frame = Frame(chunk, frame.n_slow, stream_head)
-        slots = self._sizes.slots(frame)
+        best_caches = Caches(math.inf, all(map(compositions.drops, self.problem.caches)))
+        slots = self._sizes.slots(frame, best_caches)
         cheapest = [min(s, key=lambda o: o.kl) for s in slots]
         config = self.problem.config(frame, [o.value for o in cheapest])
         total = self.footprint(frame, config)
@@ -89,17 +91,23 @@ class Search:
         host = budget["host"] - second if self.place == "accelerator" else 0
         return budget[self.place] - main, host
 
-    def _may_fit(self, frame: Frame, budget: Mapping[Place, int]) -> bool:
+    def _may_fit(self, frame: Frame, caches: Caches, budget: Mapping[Place, int]) -> bool:
         """Whether the least bytes of the frame, had it the smallest chunk, are within the budget."""
         smallest = replace(frame, chunk=self._smallest_chunk)  # a smaller chunk never takes more bytes
-        return not any(map(operator.gt, self._least_size(smallest), self._room(smallest, budget)))
+        return not any(map(operator.gt, self._least_size(smallest, caches), self._room(smallest, budget)))
 
     def fits(self, footprint: Footprint, budget: Mapping[Place, int]) -> bool:
         """Whether the peak of each place is within its budget."""
         return all(footprint.peak(place)[1] <= allowed for place, allowed in budget.items())
 
-    def fastest(self, budget: Mapping[Place, int], max_kl: float) -> Solution | None:
-        """The fastest choice within the budget whose predicted KL is at most ``max_kl``; None if nothing fits."""
+    def fastest(self, budget: Mapping[Place, int], max_kl: float, *, dropping: bool) -> Solution | None:
+        """The fastest choice within the budget whose predicted KL is at most ``max_kl``; None if nothing fits.
+
+        ``dropping``: of those whose cache sends entries away, or of those that keep them all.
+        """
+        caches = Caches(max_kl, dropping)
+        if not self._tables.asked(caches):
+            return None
         found: list[Solution] = []
 
         def accept(frame: Frame, choice: Choice) -> bool:
@@ -111,7 +119,7 @@ class Search:
             return True
 
         limit = None
-        frames = [self._least(frame) for frame in self._frames if self._may_fit(frame, budget)]
+        frames = [self._least(frame, caches) for frame in self._frames if self._may_fit(frame, caches, budget)]
         for least in sorted(frames, key=lambda f: f.seconds):
             if limit is not None and pace(least.seconds * (1 - 1e-12)) > limit[0]:
                 break
@@ -119,7 +127,7 @@ class Search:
             if least.bytes[0] > room[0] or least.bytes[1] > room[1] or least.kl > max_kl + 1e-12:
                 continue
             frame = least.frame
-            options = self._tables.slots(frame)
+            options = self._tables.slots(frame, caches)
             choice = best(options, room, max_kl=max_kl, below=limit)
             if choice is not None and not accept(frame, choice):  # bounds are not the whole footprint
                 choice = best(options, room, max_kl=max_kl, below=limit, accept=functools.partial(accept, frame))
@@ -127,12 +135,16 @@ class Search:
                 limit = by_speed(choice.bytes[0], choice.seconds, choice.kl)
         return found[0] if found else None
 
-    def smallest(self, max_kl: float = math.inf, host: int | None = None) -> Solution | None:
+    def smallest(self, max_kl: float, host: int | None, *, dropping: bool) -> Solution | None:
         """The choice with the least peak in the place that computes, whose predicted KL is at most ``max_kl``.
 
-        None when the KL can't be reached, or when the host beside accelerators (``host`` bytes) is too small.
+        ``dropping`` as in ``fastest``. None when the KL can't be reached, or when the host beside accelerators, of
+        ``host`` bytes, is too small.
         """
-        bounds = [(self._bound(f), f) for f in self._frames if f.chunk == self._smallest_chunk]
+        caches = Caches(max_kl, dropping)
+        if not self._tables.asked(caches):
+            return None
+        bounds = [(self._bound(f, caches), f) for f in self._frames if f.chunk == self._smallest_chunk]
         found: Solution | None = None
         peak = math.inf
         for bound, frame in sorted(bounds, key=lambda item: item[0]):
@@ -141,7 +153,7 @@ class Search:
             capacities = (ANY_BYTES, ANY_BYTES)
             if self.place == "accelerator" and host is not None:
                 capacities = self._room(frame, {self.place: ANY_BYTES, "host": host})
-            choice = best(self._sizes.slots(frame), capacities, max_kl=max_kl, key=by_bytes)
+            choice = best(self._sizes.slots(frame, caches), capacities, max_kl=max_kl, key=by_bytes)
             if choice is None:
                 continue
             config = self.problem.config(frame, choice.values)
@@ -150,6 +162,6 @@ class Search:
                 found, peak = Solution(frame, choice, config, total), total.peak(self.place)[1]
         return found
 
-    def _bound(self, frame: Frame) -> int:
+    def _bound(self, frame: Frame, caches: Caches) -> int:
         """Bytes that any choice within the frame needs where the computation is."""
-        return self._least_size(frame)[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]
+        return self._least_size(frame, caches)[0] + self._overhead(frame.chunk, frame.n_slow > 0, frame.stream_head)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import sys
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ def _facts(technique: Technique) -> dict[str, Any]:
         "family": technique.family,
         "status": technique.status,
         "papers": [{"number": n, "title": paper(n).title} for n in technique.papers],
-        "knobs": {f.name: getattr(technique, f.name) for f in dataclasses.fields(technique)},  # type: ignore[arg-type]
+        "knobs": {name: getattr(technique, name) for name in technique.knobs()},
         "needs": sorted(technique.needs),
         "provides": sorted(technique.provides),
         "conflicts": dict(technique.conflicts),

@@ -22,6 +22,8 @@ JSON_KEYS = {
     "candidates": "the best plan of each quality tier, best quality first",
     "recommended": "the first candidate, or null",
     "command": "the command that runs the recommended plan, or null",
+    "kv": "what the recommended plan's cache can be, its own first, then by rising KL: kv, bytes (of all sequences), "
+    "passing_bytes (beside them, for prompts), n_kept (positions), kl (of the cache alone), tier, estimated, source",
     "alternatives": "only when nothing fits: what would, each with its command",
     "model": "name, architecture, n_parameters, n_layers",
 }
@@ -37,13 +39,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help='a machine of the table that `barefoot doctor --devices` lists, as in rtx-4090 or "8x h100"',
     )
     parser.add_argument("--save", metavar="FILE", help="keep the plan as TOML, for `run --plan`")
-    parser.add_argument("--all", action="store_true", help="show every candidate")
+    parser.add_argument("--all", action="store_true", help="show every candidate, and what the cache could be")
 
 
 def execute(args: argparse.Namespace) -> int:
     from barefoot.cli import report
     from barefoot.cli.models import load_shapes
     from barefoot.core.device import parse_device
+    from barefoot.plan.compositions import priced
     from barefoot.plan.planner import candidates, refuse
 
     device = parse_device(args.device)
@@ -56,6 +59,7 @@ def execute(args: argparse.Namespace) -> int:
     if not plans:
         raise refuse(*case, extra=shapes.tokenizer, model=args.model).error()
     best = plans[0]
+    caches = priced(spec, job, best.config, by_layer=best.place == "host")
     if args.save:
         Path(args.save).write_text(best.to_toml(), encoding="utf-8")
     if args.json:
@@ -68,6 +72,7 @@ def execute(args: argparse.Namespace) -> int:
                 "candidates": [plan.to_json() for plan in plans],
                 "recommended": best.to_json(),
                 "command": best.command,
+                "kv": [cache.to_json() for cache in caches],
                 "model": {
                     "name": spec.name,
                     "architecture": spec.arch,
@@ -85,6 +90,8 @@ def execute(args: argparse.Namespace) -> int:
     print(console.bold(report.budget_line(best), sys.stdout))
     report.print_section(report.choices_table(best))
     report.print_section(report.candidates_table(plans, everything=args.all))
+    if args.all:
+        report.print_section(report.caches_table(caches))
     report.print_section(best.command)
     if args.save:
         console.print_note(f"saved as {args.save}")

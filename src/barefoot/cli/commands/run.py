@@ -272,7 +272,9 @@ def _prepare(is_chat: bool) -> None:
 
 def _plan(args: argparse.Namespace, spec: ModelSpec, job: RunJob, extra: Footprint) -> tuple[Plan, Reserved]:
     from barefoot.core.device import this_machine
-    from barefoot.plan.planner import plan
+    from barefoot.plan.compositions import drops, what_goes
+    from barefoot.plan.planner import LOSSLESS, plan
+    from barefoot.plan.quality import kv_loss
     from barefoot.plan.reserved import reserved_expected, reserved_now
 
     device = this_machine()
@@ -280,7 +282,13 @@ def _plan(args: argparse.Namespace, spec: ModelSpec, job: RunJob, extra: Footpri
     budget, said_by = arguments.budget(args, device)
     if args.memory is None:
         console.print_note(f"budget: {format_bytes(budget.bytes['host'])}, {said_by}")
-    found = plan(spec, job, budget, device, arguments.stated(args), reserved=reserved, extra=extra, model=args.model)
+    stated = arguments.stated(args)
+    found = plan(spec, job, budget, device, stated, reserved=reserved, extra=extra, model=args.model)
+    kv = found.config.kv
+    if stated.kv is None and kv_loss(spec, kv, job.context).kl > LOSSLESS:
+        console.print_note(f"for want of memory, keys and values are kept as {kv}: {found.quality.sources['kv']}")
+        if drops(kv):
+            console.print_note(what_goes(kv, job.context))
     return found, reserved
 
 

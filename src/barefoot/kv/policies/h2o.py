@@ -6,24 +6,27 @@ it, summed over the query heads that share its key head; it is not divided by ho
 positions, the attention sink among them, score high. After each token the entry of least score goes, of those that are
 not among the ``recent`` last positions; softmax is over what is left, and so are later scores.
 
-Entries of a key head: ``keep`` and the newest; for each a position and a score, 4 bytes each.
+Entries of a key head: ``keep`` and the newest; for each a position and a score, 4 bytes each. Where budgets differ by
+layer (:mod:`barefoot.kv.budgets`), ``keep`` is their mean, and a stated ``recent`` is the same part of each.
 
 *Differs from the paper*: with grouped queries one set serves all query heads of a key head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, SINGLY, Observation, Policy, Seen, at_least, lowest, protect_recent, top
+from barefoot.kv.budgets import LAYERS, Layers
+from barefoot.kv.policies import I32, SINGLY, Observation, Policy, Seen, at_least, lowest, one_of, protect_recent, top
 
 
 @dataclass(frozen=True)
 class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
     keep: int = 1024
     recent: int | None = None  # half of ``keep``
+    layers: Layers = "uniform"
 
     observes: ClassVar[Observation] = "mass"
 
@@ -31,6 +34,7 @@ class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
         at_least(self, keep=(self.keep, 2))
         if not 0 <= self.n_recent < self.keep:
             raise InvalidInput(f"h2o: recent must lie between 0 and keep - 1, got {self.recent} of {self.keep}")
+        one_of(self, "layers", self.layers, LAYERS)
 
     @property
     def n_recent(self) -> int:
@@ -44,9 +48,13 @@ class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
         scores = protect_recent(seen.observed, seen.position, seen.n_tokens, self.n_recent)
         return top(scores, min(self.keep, seen.n))
 
-    def sends_away(self, n: int) -> bool:
+    def sends_away(self, n: int, n_tokens: int) -> bool:
         return n > self.keep
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
-        assert observed is not None
-        return lowest(protect_recent(observed, position, n_tokens, self.n_recent))
+    def evict(self, seen: Seen) -> I32:
+        assert seen.observed is not None
+        return lowest(protect_recent(seen.observed, seen.position, seen.n_tokens, self.n_recent))
+
+    def with_keep(self, keep: int) -> H2O:
+        recent = None if self.recent is None else min(keep - 1, self.recent * keep // self.keep)
+        return replace(self, keep=keep, recent=recent)

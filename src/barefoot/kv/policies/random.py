@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from barefoot.kv.policies import F32, I32, SINGLY, Policy, Seen, at_least, lowest, protect_recent, top
+from barefoot.kv.policies import I32, SINGLY, Policy, Seen, at_least, lowest, protect_recent, top
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Random(Policy, name="random", status="stable", conflicts=SINGLY):
         lots = np.random.default_rng((self.seed, seen.layer)).random(seen.position.shape, np.float32)
         return top(protect_recent(lots, seen.position, seen.n_tokens, self.recent), min(self.keep, seen.n))
 
-    def sends_away(self, n: int) -> bool:
+    def sends_away(self, n: int, n_tokens: int) -> bool:
         return n > self.keep
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
-        lots = np.random.default_rng((self.seed, layer, n_tokens)).random(position.shape, np.float32)
-        return lowest(protect_recent(lots, position, n_tokens, self.recent))
+    def evict(self, seen: Seen) -> I32:
+        rng = np.random.default_rng((self.seed, seen.layer, seen.n_tokens))
+        lots = rng.random(seen.position.shape, np.float32)
+        return lowest(protect_recent(lots, seen.position, seen.n_tokens, self.recent))

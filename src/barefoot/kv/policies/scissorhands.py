@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, SINGLY, Observation, Policy, Seen, at_least
+from barefoot.kv.policies import F32, I32, SINGLY, Observation, Policy, Seen, at_least, every
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Scissorhands(Policy, name="scissorhands", papers=(87,), conflicts=SINGLY):
         return self.keep // 2 if self.drop is None else self.drop
 
     @property
+    def n_left(self) -> int:
+        return self.keep + 1 - self.n_dropped
+
+    @property
     def n_parts(self) -> int:
         return 1 if self.window <= self.n_dropped else 2 * (self.window // self.n_dropped) + 1
 
@@ -68,17 +72,17 @@ class Scissorhands(Policy, name="scissorhands", papers=(87,), conflicts=SINGLY):
 
     def choose(self, seen: Seen) -> I32:
         if seen.n <= self.keep:
-            return np.broadcast_to(np.arange(seen.n, dtype=np.int32), seen.position.shape)
+            return every(seen)
         assert seen.observed is not None
         order = self._worst_first(seen.position, seen.observed, seen.n_tokens)
-        return np.sort(order[:, seen.n - (self.keep + 1 - self.n_dropped) :], axis=1).astype(np.int32)
+        return np.sort(order[:, seen.n - self.n_left :], axis=1).astype(np.int32)
 
-    def sends_away(self, n: int) -> bool:
+    def sends_away(self, n: int, n_tokens: int) -> bool:
         return n > self.keep
 
-    def evict(self, position: I32, observed: F32 | None, n_tokens: int, layer: int) -> I32:
-        assert observed is not None
-        return self._worst_first(position, observed, n_tokens)[..., : self.n_dropped].astype(np.int32)
+    def evict(self, seen: Seen) -> I32:
+        assert seen.observed is not None
+        return self._worst_first(seen.position, seen.observed, seen.n_tokens)[..., : self.n_dropped].astype(np.int32)
 
     def _worst_first(self, position: I32, strikes: F32, n_tokens: int) -> I32:
         """Slots (..., n) by strikes, the most first, then by age."""

@@ -8,7 +8,8 @@ prompt of n > ``keep`` tokens is done, for each layer and key head:
    neighbours of a hit stay with it;
 3. the mean over the query heads that share the key head; the ``keep - window`` largest stay, and the window.
 
-What is decoded afterwards is appended. Entries of a key head: ``keep``, and ``room`` for what is decoded.
+What is decoded afterwards is appended. Entries of a key head: ``keep``, which is the mean of all layers where budgets
+fall like a pyramid (:mod:`barefoot.kv.budgets`), and ``room`` for what is decoded.
 
 *Differs from the paper*: one set for each key head, where its code repeats keys for all query heads.
 """
@@ -21,7 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from barefoot.core.errors import InvalidInput
-from barefoot.kv.policies import F32, I32, Observation, Policy, Seen, at_least, top
+from barefoot.kv.policies import F32, I32, Observation, Policy, Seen, at_least, every, one_of, top
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class SnapKV(Policy, name="snapkv", papers=(78,)):
     kernel: int = 5
     pooling: Literal["mean", "max"] = "mean"
     room: int = 512
+    layers: Literal["uniform", "pyramid"] = "uniform"
 
     observes: ClassVar[Observation] = "votes"
 
@@ -40,8 +42,12 @@ class SnapKV(Policy, name="snapkv", papers=(78,)):
             raise InvalidInput(f"snapkv: window must be less than keep, got {self.window} of {self.keep}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise InvalidInput(f"snapkv: kernel must be an odd number, got {self.kernel}")
-        if self.pooling not in ("mean", "max"):
-            raise InvalidInput(f"snapkv: pooling must be mean or max, got {self.pooling!r}")
+        one_of(self, "pooling", self.pooling, ("mean", "max"))
+        one_of(self, "layers", self.layers, ("uniform", "pyramid"))
+
+    @property
+    def least_keep(self) -> int:
+        return self.window + 1
 
     def slots(self, context: int) -> int:
         return min(context, self.keep + self.room)
@@ -49,7 +55,7 @@ class SnapKV(Policy, name="snapkv", papers=(78,)):
     def choose(self, seen: Seen) -> I32:
         n_heads = len(seen.position)
         if seen.n <= self.keep:
-            return np.broadcast_to(np.arange(seen.n, dtype=np.int32), (n_heads, seen.n))
+            return every(seen)
         assert seen.observed is not None
         n_before = seen.n - self.window
         pooled = pool(seen.observed[:, :n_before], self.kernel, self.pooling)

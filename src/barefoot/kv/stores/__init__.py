@@ -1,22 +1,32 @@
 """KV stores: how the keys and values of past positions are kept, and their bytes.
 
 A store keeps, for each layer, keys and values as rows of one head each: (n_kv_heads, capacity, row_bytes). Position p
-lies in slot p mod capacity, so that a window layer is a ring.
+lies in slot p mod capacity, so that a window layer is a ring. One whose entries are no such rows says where they lie
+(``storage``); one that changes how another keeps some of them wraps that (``think > q8``).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from barefoot.core.errors import Incompatible
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
+from barefoot.core.spec import format_composition
 from barefoot.core.technique import Technique
 from barefoot.ops import kvrows
+
+if TYPE_CHECKING:
+    from barefoot.kv.storage import Storage
 
 
 class KVStore(Technique):
     """The role: the type of the rows. ``row_format`` is the kernels' id for it."""
+
+    rows: ClassVar[bool] = True  # whether an entry is a row of keys and a row of values
+    forgets: ClassVar[bool] = True  # whether what a policy sends away is gone
 
     @property
     @abstractmethod
@@ -25,6 +35,16 @@ class KVStore(Technique):
     @abstractmethod
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
         """The parts of one head's row of one position: (name, count, bytes each)."""
+
+    def storage(self) -> type[Storage]:
+        """Where entries lie that don't lie by position: a policy rules them, or they are no rows."""
+        from barefoot.kv.slots import Slots
+
+        return Slots
+
+    def groups(self, n_layers: int) -> tuple[range, ...]:
+        """The layers in order, those together that keep the same entries: a policy chooses once for them."""
+        return tuple(range(layer, layer + 1) for layer in range(n_layers))
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one head's keys (or values) of one position."""
@@ -38,19 +58,64 @@ class KVStore(Technique):
         """Rows of a key head that a layer has room for."""
         return spec.kv_positions(layer, context, chunk)
 
+    def longest(self, spec: ModelSpec) -> int:
+        """The largest context of a sequence."""
+        return spec.context_length
+
     def most_seen(self, n: int) -> int:
         """Entries of a key head that attention meets behind ``n`` positions, in a layer that sees all of them."""
         return n
 
     def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
         """Keys and values of one layer of a sequence."""
+        if not self.rows:
+            return self._unruled().layer_bytes(spec, layer, context, chunk)
         return 2 * spec.n_kv_heads * self.slots(spec, layer, context, chunk) * self.row_bytes(spec.head_dim)
 
     def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
         """Bytes of all layers' keys and values for ``context`` positions, prefilled ``chunk`` at a time."""
+        if not self.rows:
+            return self._unruled().terms(spec, context, chunk)
         slots = sum(self.slots(spec, layer, context, chunk) for layer in range(spec.n_layers))
         rows = 2 * slots * spec.n_kv_heads
         return tuple(Term(f"kv {name}", rows * count, size) for name, count, size in self.row_parts(spec.head_dim))
+
+    def _unruled(self) -> KVStore:
+        from barefoot.kv.ruled import Ruled
+
+        return Ruled(None, self)
+
+    @property
+    def chain(self) -> tuple[KVStore, ...]:
+        """The store, and what it wraps."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Wrapper(KVStore):
+    """A store that changes how ``inner`` keeps some entries; layers with a window are ``inner``'s alone."""
+
+    rows: ClassVar[bool] = False
+
+    inner: KVStore
+
+    @classmethod
+    def knobs(cls) -> dict[str, Any]:
+        return {name: default for name, default in super().knobs().items() if name != "inner"}
+
+    @property
+    def chain(self) -> tuple[KVStore, ...]:
+        return (self, *self.inner.chain)
+
+    def __str__(self) -> str:
+        return format_composition(self.chain)
+
+    @property
+    def row_format(self) -> str:
+        return self.inner.row_format
+
+    def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
+        return self.inner.row_parts(head_dim)
 
 
 def whole_rows(store: KVStore, row_format: str, head_dim: int) -> None:

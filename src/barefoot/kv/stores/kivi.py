@@ -16,16 +16,20 @@ positions 4 H S. What is quantized takes 3 bits a number at 2 bits and groups of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from barefoot.core.errors import InvalidInput
-from barefoot.core.ledger import Term
-from barefoot.core.model import ModelSpec
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvblocks
+
+if TYPE_CHECKING:
+    from barefoot.kv.storage import Storage
 
 
 @dataclass(frozen=True)
 class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
+    rows: ClassVar[bool] = False
+
     bits: int = 2
     group: int = 32
     residual: int = 128
@@ -38,6 +42,11 @@ class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
         if self.residual <= 0 or self.residual % self.group:
             raise InvalidInput(f"kivi: residual must be a multiple of group, got {self.residual}")
 
+    def storage(self) -> type[Storage]:
+        from barefoot.kv.sealed import Sealed
+
+        return Sealed
+
     @property
     def row_format(self) -> str:
         """Of layers with a window, which keep no more than that, and of what is not quantized yet."""
@@ -49,16 +58,6 @@ class Kivi(KVStore, name="kivi", papers=(33,), provides=("sealed entries",)):
     def bits_per_number(self, head_dim: int) -> float:
         keys = self.block_bytes(head_dim) / self.group
         return 4 * (keys + self.value_block_bytes(head_dim) / kvblocks.RUN) / head_dim
-
-    def terms(self, spec: ModelSpec, context: int, chunk: int) -> tuple[Term, ...]:
-        from barefoot.kv.ruled import Ruled
-
-        return Ruled(None, self).terms(spec, context, chunk)
-
-    def layer_bytes(self, spec: ModelSpec, layer: int, context: int, chunk: int) -> int:
-        from barefoot.kv.ruled import Ruled
-
-        return Ruled(None, self).layer_bytes(spec, layer, context, chunk)
 
     def block_bytes(self, head_dim: int) -> int:
         """Keys of ``group`` positions of one head."""

@@ -1,13 +1,8 @@
-"""``import barefoot.transformers``: transformers loads barefoot's folders.
+"""barefoot's folders in transformers.
 
-    import barefoot.transformers
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained("fitted/")
-
-Importing registers the quantization method that the folders' config.json names. Matrices that the files hold in blocks
-become :mod:`barefoot.weights.module`'s modules, which keep the stored bytes and nothing else, a tied one once; the rest
-is transformers' own. ``save_pretrained`` writes a folder that barefoot reads too.
+Matrices that the files hold in blocks become :mod:`barefoot.weights.module`'s modules, which keep the stored bytes and
+nothing else, a tied one once; the rest is transformers' own. ``save_pretrained`` writes a folder that barefoot reads
+too.
 """
 
 from __future__ import annotations
