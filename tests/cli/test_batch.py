@@ -135,7 +135,9 @@ def test_a_file_that_is_not_there(barefoot, tiny_gguf):
 
 
 def test_too_large_a_batch_is_refused_with_the_largest(barefoot, tiny_gguf):
-    done = barefoot("run", tiny_gguf.path, "--batch", 900, "--memory", "100MiB", "--context", 512, stdin="x\n" * 900)
+    done = barefoot(
+        "run", tiny_gguf.path, "--batch", 900, "--memory", "100MiB", "--context", 512, "--kv", "f16", stdin="x\n" * 900
+    )
     assert (done.returncode, done.stdout) == (3, "")
     assert "the largest batch is" in done.stderr
     assert "barefoot run" in done.stderr

@@ -31,7 +31,7 @@ else:
 
 Compute = Literal["int8", "f16", "f32"]
 GB = 10**9
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 
 # Used for this machine until it has been probed; each is reported with the source "default, not measured".
 DEFAULT_MEMORY_GB_S, DEFAULT_DISK_GB_S, DEFAULT_F32_PER_CORE, DEFAULT_OP_SECONDS = 12.0, 0.5, 40e9, 5e-6

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +28,15 @@ from barefoot.engine.kv_memory import KVMemory
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.programs import Layer, Recorder
 from barefoot.engine.sequences import Sequences
-from barefoot.engine.snapshots import Snapshots, identity
 from barefoot.engine.stacks import Stacks, n_stacked
 from barefoot.engine.stream import Item, Stream, arrange_item, byte_range, layer_item
 from barefoot.engine.weights import Progress, Sum, load
 from barefoot.io.inventory import Checkpoint
 from barefoot.kv import ruled
 from barefoot.ops import PackedWeight, blocks
+
+if TYPE_CHECKING:
+    from barefoot.engine.snapshots import Snapshots
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -108,9 +111,6 @@ class Engine:
         else:
             self._resident_layers = recorder.whole(self._layers[:first_streamed])
             self._streamed_layers = [(layer, recorder.whole([layer])) for layer in self._layers[first_streamed:]]
-        caches = [] if self._by_layer is None else self._by_layer.caches
-        same = identity(spec, config, self._vectors)
-        self._snapshots = Snapshots(same, config.context, self._sequences, self.kv, caches)
         self._stream, self._n_tiles = None, 0
         if placement.streamed or placement.head_tile_rows:
             n_bytes = stream_buffer_bytes(spec, placement)
@@ -255,7 +255,7 @@ class Engine:
         InvalidInput : no such sequence, or it is empty.
         Incompatible : the store's entries can't be saved.
         """
-        self._snapshots.save(path, sequence)
+        self._snapshots().save(path, sequence)
 
     def load(self, path: Path, sequence: int = 0) -> None:
         """Go on from where a saved sequence was, in place of what this one had.
@@ -267,14 +267,22 @@ class Engine:
         CorruptFile : the file is none of these, and nothing has changed, or it is damaged, and the sequence is empty.
         PoolExhausted : the placement's pool has no pages for it; the sequence is empty.
         """
-        n_tokens = self._snapshots.check(path)
+        snapshots = self._snapshots()
+        n_tokens = snapshots.check(path)
         self.reset(sequence)
         try:
             self._make_room({sequence: n_tokens})
-            self._snapshots.load(path, sequence)
+            snapshots.load(path, sequence)
         except BaseException:
             self.reset(sequence)
             raise
+
+    def _snapshots(self) -> Snapshots:
+        from barefoot.engine.snapshots import Snapshots, identity  # most runs save nothing
+
+        caches = [] if self._by_layer is None else self._by_layer.caches
+        same = identity(self.spec, self.config, self._vectors)
+        return Snapshots(same, self.config.context, self._sequences, self.kv, caches)
 
     def prefill(
         self,

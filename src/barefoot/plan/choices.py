@@ -67,10 +67,10 @@ class Frame:
 
 
 class Caches(NamedTuple):
-    """The KV caches of at most ``max_kl`` that send entries away, or those that don't."""
+    """The KV caches of at most ``max_kl`` and of a :func:`~barefoot.plan.compositions.rank`."""
 
     max_kl: float
-    dropping: bool
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ class Tables:
         return tuple(
             kv
             for kv in self.problem.caches
-            if compositions.drops(kv) == caches.dropping and self._kv_kl(kv) <= caches.max_kl
+            if compositions.rank(kv) == caches.rank and self._kv_kl(kv) <= caches.max_kl
         )
 
     def _compute_slots(self, frame: Frame, caches: Caches) -> list[list[Option]]:

@@ -5,7 +5,7 @@ the model or the techniques themselves refuse is left out, and so is what anothe
 accelerators only stores of rows are known: what a prompt takes while it passes layer by layer is the engine's.
 
 Entries that a policy sends away can't be recalled, and text that goes on shows little of that; so a plan sends entries
-away only where nothing of the same quality tier that keeps them all fits (:func:`drops`).
+away only where nothing of the same quality tier that keeps them all fits, and takes rows where they fit (:func:`rank`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,15 @@ MANY = 512  # tokens of a prompt that pass at once, at most
 def drops(kv: KVStore) -> bool:
     """Whether entries are sent away."""
     return isinstance(kv, Ruled) and kv.policy is not None
+
+
+RANKS = (0, 1, 2)
+
+
+def rank(kv: KVStore) -> int:
+    """In which order compositions of a quality tier are taken: rows of all entries; entries that are no rows, of which
+    none can be taken back; and a policy that sends entries away."""
+    return 2 if drops(kv) else 0 if ruled.of(kv) is None else 1
 
 
 def what_goes(kv: KVStore, context: int) -> str:
@@ -127,11 +136,11 @@ def entry_bytes(spec: ModelSpec, config: EngineConfig) -> int:
 
 def worthwhile(spec: ModelSpec, job: RunJob, compositions: Sequence[KVStore]) -> tuple[KVStore, ...]:
     """The compositions without those that another one beats or equals in KL, bytes, entries and bits, by rising KL;
-    what drops entries beats nothing that does not."""
+    none beats one of a lower :func:`rank`."""
     costs = {kv: _costs(spec, job, kv) for kv in compositions}
     found: list[KVStore] = []
     for kv in sorted(compositions, key=costs.__getitem__):
-        rivals = (costs[other] for other in found if drops(other) <= drops(kv))
+        rivals = (costs[other] for other in found if rank(other) <= rank(kv))
         if not any(all(map(operator.le, rival, costs[kv])) for rival in rivals):
             found.append(kv)
     return tuple(found)

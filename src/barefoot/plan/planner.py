@@ -184,8 +184,8 @@ class _Case:
 
     def solutions(self) -> Iterator[Solution]:
         """The best of what fits, preferred ones first."""
-        for (_, max_kl), dropping in itertools.product(quality.TIERS, (False, True)):
-            solution = self.search.fastest(self.budget, max_kl, dropping=dropping)
+        for (_, max_kl), rank in itertools.product(quality.TIERS, compositions.RANKS):
+            solution = self.search.fastest(self.budget, max_kl, rank=rank)
             if solution is not None:
                 yield solution
 
@@ -282,9 +282,9 @@ class _Case:
     def smallest(self, max_kl: float = math.inf, *, keeping: bool = False) -> Solution | None:
         """The solution with the least peak where the computation is; ``keeping`` every entry, if nothing is stated."""
         place = self.search.place
-        droppings = (False,) if keeping and self.stated.kv is None else (False, True)
+        ranks = compositions.RANKS[:2] if keeping and self.stated.kv is None else compositions.RANKS
         for host in (self.budget["host"], None) if place == "accelerator" else (None,):
-            found = [self.search.smallest(max_kl, host, dropping=dropping) for dropping in droppings]
+            found = [self.search.smallest(max_kl, host, rank=rank) for rank in ranks]
             solutions = [solution for solution in found if solution is not None]
             if solutions:
                 return min(solutions, key=lambda s: s.footprint.peak(place)[1])

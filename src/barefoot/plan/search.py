@@ -74,7 +74,7 @@ class Search:
         if streams:
             frame = min((f for f in self._frames if f.n_slow), key=lambda f: f.n_slow)
             frame = Frame(chunk, frame.n_slow, stream_head)
-        best_caches = Caches(math.inf, all(map(compositions.drops, self.problem.caches)))
+        best_caches = Caches(math.inf, min(map(compositions.rank, self.problem.caches)))
         slots = self._sizes.slots(frame, best_caches)
         cheapest = [min(s, key=lambda o: o.kl) for s in slots]
         config = self.problem.config(frame, [o.value for o in cheapest])
@@ -100,12 +100,12 @@ class Search:
         """Whether the peak of each place is within its budget."""
         return all(footprint.peak(place)[1] <= allowed for place, allowed in budget.items())
 
-    def fastest(self, budget: Mapping[Place, int], max_kl: float, *, dropping: bool) -> Solution | None:
+    def fastest(self, budget: Mapping[Place, int], max_kl: float, *, rank: int) -> Solution | None:
         """The fastest choice within the budget whose predicted KL is at most ``max_kl``; None if nothing fits.
 
-        ``dropping``: of those whose cache sends entries away, or of those that keep them all.
+        ``rank``: of those whose cache has it (:func:`barefoot.plan.compositions.rank`).
         """
-        caches = Caches(max_kl, dropping)
+        caches = Caches(max_kl, rank)
         if not self._tables.asked(caches):
             return None
         found: list[Solution] = []
@@ -135,13 +135,13 @@ class Search:
                 limit = by_speed(choice.bytes[0], choice.seconds, choice.kl)
         return found[0] if found else None
 
-    def smallest(self, max_kl: float, host: int | None, *, dropping: bool) -> Solution | None:
+    def smallest(self, max_kl: float, host: int | None, *, rank: int) -> Solution | None:
         """The choice with the least peak in the place that computes, whose predicted KL is at most ``max_kl``.
 
-        ``dropping`` as in ``fastest``. None when the KL can't be reached, or when the host beside accelerators, of
+        ``rank`` as in ``fastest``. None when the KL can't be reached, or when the host beside accelerators, of
         ``host`` bytes, is too small.
         """
-        caches = Caches(max_kl, dropping)
+        caches = Caches(max_kl, rank)
         if not self._tables.asked(caches):
             return None
         bounds = [(self._bound(f, caches), f) for f in self._frames if f.chunk == self._smallest_chunk]
