@@ -268,11 +268,11 @@ class Engine:
         PoolExhausted : the placement's pool has no pages for it; the sequence is empty.
         """
         snapshots = self._snapshots()
-        n_tokens = snapshots.check(path)
+        found = snapshots.open(path)
         self.reset(sequence)
         try:
-            self._make_room({sequence: n_tokens})
-            snapshots.load(path, sequence)
+            self._make_room({sequence: found.n_tokens})
+            snapshots.load(found, sequence)
         except BaseException:
             self.reset(sequence)
             raise

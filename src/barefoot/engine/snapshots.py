@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from barefoot.engine.config import EngineConfig
 from barefoot.engine.kv_memory import KVMemory
 from barefoot.engine.sequences import Sequences
 from barefoot.io.files import BinaryFile
-from barefoot.io.safetensors import read_safetensors, write_safetensors
+from barefoot.io.safetensors import SafetensorsFile, read_safetensors, write_safetensors
 from barefoot.io.strict_json import parse_object
 from barefoot.kv.cache import Cache
 
@@ -54,6 +54,14 @@ def identity(spec: ModelSpec, config: EngineConfig, vectors: Mapping[str, Array]
     }
 
 
+class Snapshot(NamedTuple):
+    """A file that was read as far as its header."""
+
+    file: SafetensorsFile
+    header: dict[str, Any]
+    n_tokens: int
+
+
 class Snapshots:
     """Saves and loads the sequences of an engine, whose parts these are; ``caches`` is empty where no policy rules."""
 
@@ -77,27 +85,29 @@ class Snapshots:
         entries = [(name, _TYPES[a.dtype.name], a.shape, _pieces(a)) for name, a in self._held(sequence).items()]
         write_safetensors(path, entries, {KEY: json.dumps(header)})
 
-    def check(self, path: Path) -> int:
-        """How many tokens the file holds; errors as of :meth:`barefoot.engine.runner.Engine.load`."""
-        n_tokens = untrusted.count(self._header(path), "tokens", MOST_TOKENS)
+    def open(self, path: Path) -> Snapshot:
+        """The file, if it can be loaded; errors as of :meth:`barefoot.engine.runner.Engine.load`."""
+        file = read_safetensors(path)
+        header = self._header(file)
+        n_tokens = untrusted.count(header, "tokens", MOST_TOKENS)
         if n_tokens > self._context:
             raise InvalidInput(
                 f"{path.name} holds {n_tokens} tokens, more than the context of {self._context}",
                 cure=f"use a context of {n_tokens} or more",
             )
-        return n_tokens
+        return Snapshot(file, header, n_tokens)
 
-    def load(self, path: Path, sequence: int) -> None:
+    def load(self, found: Snapshot, sequence: int) -> None:
         """Fill the sequence, which is empty and has memory for what the file holds."""
-        header, n_tokens = self._header(path), self.check(path)
+        header, n_tokens = found.header, found.n_tokens
         if self._caches:
             cache = header.get("cache")
             self._caches[sequence].restore(cache if isinstance(cache, dict) else {})
             if self._caches[sequence].n_tokens != n_tokens:
-                raise CorruptFile(f"{path.name}: {n_tokens} tokens, but its cache is of others")
+                raise CorruptFile(f"{found.file.path.name}: {n_tokens} tokens, but its cache is of others")
         highest = untrusted.count(header, "highest", MOST_TOKENS)
         self._sequences.restore(sequence, n_tokens, max(n_tokens, highest))
-        self._read(path, self._held(sequence))
+        _read(found.file, self._held(sequence))
         if self._caches:
             self._caches[sequence].check()
 
@@ -112,40 +122,40 @@ class Snapshots:
             found |= {f"cache.{name}": array for name, array in self._caches[sequence].held().items()}
         return found
 
-    def _header(self, path: Path) -> dict[str, Any]:
+    def _header(self, file: SafetensorsFile) -> dict[str, Any]:
         """What the file says of itself, if it was taken of the same model and store."""
-        text = read_safetensors(path).metadata.get(KEY)
+        name, text = file.path.name, file.metadata.get(KEY)
         if text is None:
-            raise CorruptFile(f"{path.name} is no snapshot of keys and values")
-        header = parse_object(text.encode(), f"{path.name}: {KEY}")
+            raise CorruptFile(f"{name} is no snapshot of keys and values")
+        header = parse_object(text.encode(), f"{name}: {KEY}")
         taken_of = header.get("identity")
         if taken_of != self._same:
             names = taken_of if isinstance(taken_of, dict) else {}
-            differs = [name for name in self._same if names.get(name) != self._same[name]]
+            differs = [each for each in self._same if names.get(each) != self._same[each]]
             raise Incompatible(
-                f"{path.name} was taken of another {' and '.join(differs)}",
+                f"{name} was taken of another {' and '.join(differs)}",
                 cure="load it with the model, the --kv and the chunk that it was saved with",
             )
         return header
 
-    def _read(self, path: Path, arrays: Mapping[str, Array]) -> None:
-        """Fill ``arrays`` from the file's tensors of the same names, which must be these and no others."""
-        found = {tensor.name: tensor for tensor in read_safetensors(path).tensors}
-        if set(found) != set(arrays):
-            odd = sorted(set(found) ^ set(arrays))
-            raise CorruptFile(f"{path.name} has other tensors than its counters say: {', '.join(odd[:3])}")
-        with BinaryFile(path) as file:
-            for name, array in arrays.items():
-                tensor, type_id = found[name], _TYPES[array.dtype.name]
-                if (tensor.type, tensor.shape) != (type_id, array.shape):
-                    raise CorruptFile(
-                        f"{path.name}: {name} is {tensor.type} {list(tensor.shape)}, must be {type_id} "
-                        f"{list(array.shape)}"
-                    )
-                offset = tensor.offset
-                for piece in _pieces(array):
-                    file.read_into(offset, piece)
-                    offset += piece.nbytes
+
+def _read(file: SafetensorsFile, arrays: Mapping[str, Array]) -> None:
+    """Fill ``arrays`` from the file's tensors of the same names, which must be these and no others."""
+    name, found = file.path.name, {tensor.name: tensor for tensor in file.tensors}
+    if set(found) != set(arrays):
+        odd = sorted(set(found) ^ set(arrays))
+        raise CorruptFile(f"{name} has other tensors than its counters say: {', '.join(odd[:3])}")
+    with BinaryFile(file.path) as source:
+        for key, array in arrays.items():
+            tensor, type_id = found[key], _TYPES[array.dtype.name]
+            if (tensor.type, tensor.shape) != (type_id, array.shape):
+                raise CorruptFile(
+                    f"{name}: {key} is {tensor.type} {list(tensor.shape)}, must be {type_id} {list(array.shape)}"
+                )
+            offset = tensor.offset
+            for piece in _pieces(array):
+                source.read_into(offset, piece)
+                offset += piece.nbytes
 
 
 def _pieces(array: Array) -> Iterator[memoryview]:

@@ -37,9 +37,9 @@ class Ruled(KVStore):
         if isinstance(self.store, Ruled):
             raise Incompatible(f"{self.policy} can't rule {self.store}, which is ruled already")
         check_composition(self._techniques, frozenset() if self.policy is None else frozenset({"a policy"}))
-        storage = self.store.storage()
         if self.policy is None:
             return
+        storage = self.store.storage()
         # Where a policy chooses once, what merges is still staged.
         rewrites = self.policy.merges_tokens or self.policy.biased or storage.lets_go
         if self.policy.merges and rewrites and not storage.merges:
