@@ -5,6 +5,7 @@ high-water mark is held against it. The models are fetched once into the cache, 
 """
 
 import json
+import pydoc_data.topics
 import shlex
 import subprocess
 import sys
@@ -89,6 +90,15 @@ def test_the_smallest_budget_of_a_large_vocabulary(tmp_path):
     assert smallest <= 448 * MIB
     record = run(tmp_path, smallest, *job, "1, 2, 3, 4, 5,", "--raw", "--memory", str(smallest))
     assert record["text"].startswith(" 6, 7, 8, 9")
+
+
+def test_what_a_long_prompt_leaves_is_in_the_prediction(tmp_path, smollm2):
+    """24,000 bytes: the library that encodes them leaves its heap in pieces, which stay resident."""
+    prompt = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:24_000]
+    job = ("--memory", "160MiB", "--context", "8192", "--max-tokens", "4", "--kv", "q3")
+    record = run(tmp_path, 160 * MIB, smollm2, prompt, "--raw", *job)
+    assert record["prompt_tokens"] > 4_000
+    assert record["unaccounted_bytes"] <= 0
 
 
 def test_a_refusal_says_by_how_much(refusal):

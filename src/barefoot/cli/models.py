@@ -26,11 +26,11 @@ class Shapes:
 
 
 def tokenizer_footprint(checkpoint: Checkpoint, n_text_bytes: int, *, is_chat: bool = False) -> Footprint:
-    """The vocabulary's tables, held throughout, and what encoding texts of that many bytes takes and gives back.
+    """The vocabulary's tables, held throughout, and what encoding texts of that many bytes takes, gives back and keeps.
 
     A single prompt is encoded before weights are loaded, those of a chat beside everything.
     """
-    from barefoot.io.tokenizer import load_tokenizer, workspace_bytes
+    from barefoot.io.tokenizer import kept_bytes, load_tokenizer, workspace_bytes
     from barefoot.io.tokenizer_files import footprint_bytes
 
     if checkpoint.kind == "gguf":
@@ -38,7 +38,8 @@ def tokenizer_footprint(checkpoint: Checkpoint, n_text_bytes: int, *, is_chat: b
     else:  # tokenizer.json does not state its sizes in a header
         tables = load_tokenizer(checkpoint).resident_bytes()
     encoding = [Term("library objects", 1, workspace_bytes(n_text_bytes))]
-    return entry("tokenizer", "workspace", [Term("tables", 1, tables)], phases=_RUN_PHASES) + entry(
+    held = [Term("tables", 1, tables), Term("heap that encoding leaves in pieces", 1, kept_bytes(n_text_bytes))]
+    return entry("tokenizer", "workspace", held, phases=_RUN_PHASES) + entry(
         "encoding", "workspace", encoding, phases=("prefill",) if is_chat else ("load",)
     )
 

@@ -36,6 +36,7 @@ Segment = tuple[str, bool]  # a text, and whether control tokens in it are meant
 
 WORKSPACE_BYTES_PER_TEXT_BYTE = 256  # held by encode for each byte of its text: library strings, offsets and entries
 WORKSPACE_BYTES = 4 << 20  # and at any length
+KEPT_BYTES_PER_TEXT_BYTE = 160  # what stays resident of that: the library leaves the heap in pieces
 JSON_LOAD_BYTES = 4 << 20  # windows of tokenizer.json and the small sections, whatever its size
 
 
@@ -62,6 +63,11 @@ def tokenizer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
 def workspace_bytes(n_text_bytes: int) -> int:
     """Bytes that ``encode`` takes and gives back, at most, for a text of that many UTF-8 bytes."""
     return WORKSPACE_BYTES + WORKSPACE_BYTES_PER_TEXT_BYTE * n_text_bytes
+
+
+def kept_bytes(n_text_bytes: int) -> int:
+    """Bytes that stay resident, at most, when texts of that many UTF-8 bytes have been encoded."""
+    return KEPT_BYTES_PER_TEXT_BYTE * n_text_bytes
 
 
 class Tokenizer:
