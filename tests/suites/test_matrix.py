@@ -18,10 +18,13 @@ from barefoot.engine.runner import Engine
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.safetensors import array_entry, write_safetensors
+from barefoot.kv.ruled import Ruled
+from barefoot.kv.stores.f16 import HalfStore
 from barefoot.ops import blocks
 
 FORMATS = techniques("weights.formats")
 STORES = {n: s for n, s in techniques("kv.stores").items() if not s.needs}
+POLICIES = techniques("kv.policies")
 GROUPS = ("embed", "attn", "ffn", "head")
 IDS = [5, 9, 200, 31, 77, 5, 12]
 
@@ -69,6 +72,20 @@ def test_every_cell_is_right_or_says_why_not(model, tmp_path, fmt, store, n_stre
     else:
         write_decoded(model, tmp_path / "decoded", technique.layout("f32"), n_streamed)
         expected = logits(tmp_path / "decoded", kv=STORES[store]())
+        assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("fmt", "policy"), list(itertools.product(FORMATS, POLICIES)))
+def test_every_policy_over_every_weight_format_is_right(model, tmp_path, fmt, policy):
+    """As over the decoded weights, or the format says why it can't be had."""
+    technique, kv = FORMATS[fmt](), Ruled(POLICIES[policy](), HalfStore())
+    try:
+        got = logits(model, kv=kv, weights=dict.fromkeys(GROUPS, technique))
+    except (Incompatible, InvalidInput) as refusal:
+        assert fmt in str(refusal)  # noqa: PT017 - either outcome is allowed, silence is not
+    else:
+        write_decoded(model, tmp_path / "decoded", technique.layout("f32"), 0)
+        expected = logits(tmp_path / "decoded", kv=kv)
         assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
 
