@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from passing import taken_and_stated
 from plain_tiers import PlainDemoted
 from test_cache import HEADS, Counted, arrays, decode, make, positions, run_prompt
 from test_random_operations import halves
 
-from barefoot import ops
 from barefoot.core.errors import Incompatible, InvalidInput
-from barefoot.core.measure import TracedPeak
 from barefoot.core.registry import techniques
 from barefoot.kv import ruled
 from barefoot.kv.cache import Cache
@@ -198,32 +197,7 @@ def test_a_context_can_be_filled():
     ("policy", "store"), [(H2O(keep=512), MiKV()), (Sinks(keep=2000), MiKV(Int8Store(), bits=3))], ids=str
 )
 def test_passing_takes_what_is_stated(policy, store, heads):
-    n, rng = 3000, np.random.default_rng(1)
-    cache = make(policy, store, heads, n_layers=1, context=n + 200, chunk=64)
-    q, k, v = arrays(rng, 64, heads)
-    out, peaks = np.empty_like(q), []
-    for n_prompt in (n, 130):
-        cache.begin(n_prompt)
-        for start in range(0, n_prompt, 64):
-            part = slice(0, min(64, n_prompt - start))
-            if 64 <= start < n_prompt - 64 and n_prompt == n:  # attention here is not looked at
-                ops.kv_append(k, v, cache._work.keys, cache._work.values, "f16", n + 200, start)
-                cache._staged[:] = start + 64
-                continue
-            with TracedPeak() as passing:
-                cache.prefill(0, q[part], k[part], v[part], out[part])
-            peaks.append(passing)
-        cache._work.observed[...] = rng.random(cache._work.observed.shape)
-        with TracedPeak() as settling:
-            cache.settle(0)
-        peaks.append(settling)
-    for _ in range(3):
-        with TracedPeak() as step:
-            cache.step(0, q[:1], k[:1], v[:1], out[:1])
-            cache.stepped()
-        peaks.append(step)
-    took = max(each.result.peak - each.result.before for each in peaks)
-    stated = cache.layout.passing().bytes
+    took, stated = taken_and_stated(policy, store, heads)
     assert 0.5 * stated < took < 1.02 * stated
 
 
