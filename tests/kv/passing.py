@@ -10,7 +10,7 @@ from barefoot.core.measure import TracedPeak
 
 
 def taken_and_stated(policy, store, heads):
-    """The most bytes of a prompt that leaves some of the context, a second one behind it, and tokens; and the stated."""
+    """The most bytes of a prompt that leaves some of the context, a second one behind it, and tokens; those stated."""
     n, rng = 3000, np.random.default_rng(1)
     cache = make(policy, store, heads, n_layers=1, context=n + 200, chunk=64)
     q, k, v = arrays(rng, 64, heads)
