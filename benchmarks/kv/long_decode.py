@@ -18,6 +18,7 @@ from benchmarks.harness import card, child, claim, read_bandwidth, rounds, save
 
 WORKER = Path(__file__).parents[1] / "run" / "barefoot_worker.py"
 SPARE = 512  # positions behind the prompt
+WARM_UP = 8  # tokens
 FULL = "f16"
 ARMS = ("kivi(bits=2)", "snapkv(keep=4096)", "h2o(keep=4096)")
 #: Of each policy or store: tokens a second over 16-bit rows at least, its bytes over theirs at most.
@@ -44,6 +45,7 @@ def main() -> None:
             "model": args.model,
             "context": args.prefill + SPARE,
             "prefill": args.prefill,
+            "warm_up": WARM_UP,
             "decode": args.decode,
             "n_threads": args.threads,
             "kv": arm,

@@ -1,7 +1,7 @@
 """One fresh process of barefoot: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings as in llama_cpp_worker.py, with ``kv``, ``weights``, ``layouts`` (as on the command line) and ``chunk``; no
-torch, no command line.
+Settings as in llama_cpp_worker.py, with ``kv``, ``weights``, ``layouts`` (as on the command line), ``chunk`` and
+``warm_up``, tokens that are decoded before time is taken; no torch, no command line.
 """
 
 import json
@@ -57,6 +57,8 @@ def main() -> None:
     start = time.perf_counter()
     engine.prefill(ids)
     prefill_s = time.perf_counter() - start
+    for i in range(settings.get("warm_up", 0)):  # pages of weights that a long prompt hasn't touched for minutes
+        engine.decode(100 + i)
     token, start = 200, time.perf_counter()
     for i in range(settings["decode"]):
         engine.decode(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,21 @@ def test_ids_equal_the_full_tokenizers(both: tuple[Full, Tokenizer]):
 def test_ids_equal_on_any_text(both: tuple[Full, Tokenizer], text: str):
     full, ours = both
     assert ours.encode(text, add_bos=False, parse_special=True) == full.encode(text, add_special_tokens=False).ids
+
+
+def test_ids_before_marks_are_those_of_the_text_up_to_there(both: tuple[Full, Tokenizer]):
+    _, ours = both
+    chosen = [text for text in TEXTS if len(text) < 60][:60]
+    texts = [([(text, True)], range(len(text) + 1)) for text in chosen]
+    for (ids, n_before), text in zip(ours.encode_marked(texts, add_bos=False), chosen, strict=True):
+        assert ids == ours.encode(text, add_bos=False, parse_special=True)
+        inside = {i for added in re.finditer(r"<[^>]*>|\n{2,3}", text) for i in range(added.start() + 1, added.end())}
+        for mark, n in enumerate(n_before):
+            if mark in inside:  # of an added token
+                continue
+            up_to = ours.encode(text[:mark], add_bos=False, parse_special=True)
+            same = [a == b for a, b in zip(ids, up_to, strict=False)]
+            assert n == (same.index(False) if False in same else len(same)), (text, mark)
 
 
 def test_special_ids(both: tuple[Full, Tokenizer]):

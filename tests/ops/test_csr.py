@@ -22,8 +22,8 @@ def sparse(rows, cols, share, rng):
 
 def product(x, part, add=False):
     out = np.full((len(x), part.rows), np.float32(7))
-    scratch = np.empty(parts.lookup("csr").scratch_bytes(len(x), part.rows, part.cols, ops.n_threads()), np.uint8)
-    ops.part_matmul(x, part, out, add=add, scratch=scratch)
+    size = parts.lookup("csr").scratch_bytes(len(x), part.rows, part.cols, part.buffer.size, ops.n_threads())
+    ops.part_matmul(x, part, out, add=add, scratch=np.empty(size, np.uint8))
     return out
 
 
@@ -154,10 +154,10 @@ def test_scratch_is_what_is_stated_and_not_overrun(isa, threads, rng):
     threads(3)
     _, data = sparse(100, 500, 0.2, rng)
     part, kind = ops.Part("csr", 100, 500, data), parts.lookup("csr")
-    assert kind.scratch_bytes(15, 100, 500, 3) == 0
-    assert kind.scratch_bytes(16, 100, 500, 3) == 64 + 3 * 16 * 500 * 4
+    assert kind.scratch_bytes(15, 100, 500, data.size, 3) == 0
+    assert kind.scratch_bytes(16, 100, 500, data.size, 3) == 64 + 3 * 16 * 500 * 4
     x, out = np.ones((70, 500), np.float32), np.empty((70, 100), np.float32)
-    size = kind.scratch_bytes(70, 100, 500, 3)
+    size = kind.scratch_bytes(70, 100, 500, data.size, 3)
     guarded = np.full(size + 128, 0xA5, np.uint8)
     ops.part_matmul(x, part, out, scratch=guarded[64 : 64 + size])
     assert (guarded[:64] == 0xA5).all()

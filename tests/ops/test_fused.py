@@ -116,6 +116,31 @@ def test_argmax_finds_the_first_wherever_it_stands(isa, rng):
         assert ops.argmax(logits) == place // 2
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 4097])
+def test_lowest_before_is_the_least_of_the_old_ones(isa, n, rng):
+    scores = rng.choice(np.array([-np.inf, -1.5, -0.0, 0.0, 1e-30, 2.0, np.inf], np.float32), (3, n + 5))[:, :n]
+    position = np.stack([rng.permutation(2 * n)[:n] for _ in range(3)]).astype(np.int32)
+    for end in (0, n // 2, 2 * n):
+        found, other = np.full(3, -1, np.int32), np.full(3, -1, np.int32)
+        ops.lowest_before(scores, position, end, found)
+        reference.lowest_before(scores, position, end, other)
+        assert np.array_equal(found, other)
+        for row, column in enumerate(found):
+            old = np.flatnonzero(position[row] < end)
+            ordered = sorted(old, key=lambda i: (scores[row, i], not np.signbit(scores[row, i]), i))
+            assert column == (ordered[0] if len(old) else 0)
+
+
+def test_lowest_before_finds_nan_last(isa):
+    scores, position = np.array([[np.nan, np.inf, np.nan]], np.float32), np.arange(3, dtype=np.int32)[None]
+    found = np.zeros(1, np.int32)
+    for end, expected in ((3, 1), (1, 0)):
+        ops.lowest_before(scores, position, end, found)
+        assert found[0] == expected
+    with pytest.raises(ValueError, match="distance"):
+        ops.lowest_before(scores.repeat(2, 1)[:, ::2], position, 3, found)
+
+
 def top_k(logits, k):
     values, ids = np.zeros(k, np.float32), np.zeros(k, np.int32)
     ops.top_k(logits, values, ids)

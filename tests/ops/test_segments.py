@@ -276,13 +276,16 @@ def test_mass_is_each_entrys_share_of_the_softmax(isa, n_tokens, threads, rng):
             scores = np.empty((6, n_tokens, keys.shape[1]), np.float32)
             state.take(make("f16", "f16", keys, values, [keys.shape[1]] * 2), n_before=n_before, scores=scores)
             kept.append(scores)
-        mass = [np.zeros((2, scores.shape[2]), np.float32) for scores in kept]
-        below = [m.copy() for m in mass]
+        # Rows of other arrays: at some distance, and longer than what is there.
+        mass = [np.zeros((2, scores.shape[2] + 7), np.float32)[:, :-3] for scores in kept]
+        below = [np.zeros((2, scores.shape[2]), np.float32) for scores in kept]
         limits = np.full(n_tokens, 1 / 340, np.float32)
         for scores, each, count in zip(kept, mass, below, strict=True):
             counts = np.full(2, scores.shape[2], np.int32)
             ops.attention_mass(scores, state.tops, state.totals, counts, each)
             ops.attention_mass(scores, state.tops, state.totals, counts, count, thresholds=limits)
+        assert all((m[:, scores.shape[2] :] == 0).all() for m, scores in zip(mass, kept, strict=True))
+        mass = [m[:, : scores.shape[2]] for m, scores in zip(mass, kept, strict=True)]
         masses.append(np.concatenate(mass + below, axis=1))
     assert np.array_equal(*masses)
     shares = np.zeros((n_tokens, 6, 340))

@@ -13,6 +13,7 @@ from barefoot.core.units import parse_bytes, parse_count
 if TYPE_CHECKING:
     from barefoot.core.device import Device
     from barefoot.core.model import ModelSpec
+    from barefoot.engine.config import AdapterParts
     from barefoot.plan.job import Budget, RunJob, Stated
 
 DEFAULT_MODEL = "smollm2"
@@ -30,6 +31,12 @@ def add_model(parser: argparse.ArgumentParser, *, shapes_suffice: bool = False) 
 def text(value: str) -> str:
     """An argument that is read as text: bytes that are none are replaced, where Python has kept them as they were."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def add_adapter(
+    parser: argparse._ActionsContainer, text: str = "a folder of PEFT (LoRA) that stands beside the weights"
+) -> None:
+    parser.add_argument("--adapter", metavar="DIR", help=text)
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +63,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--batch", metavar="N", type=int, help="sequences of that context that are decoded together; default 1"
     )
+    add_adapter(job)
     stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
     stated.add_argument(
         "--weights",
@@ -93,7 +101,18 @@ def job(args: argparse.Namespace, spec: ModelSpec) -> RunJob:
     longest = spec.context_length
     context = args.context if args.context is not None else min(DEFAULT_CONTEXT, longest)
     max_tokens = args.max_tokens if args.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, context // 2))
-    return RunJob(context=context, max_tokens=max_tokens, batch=1 if args.batch is None else args.batch)
+    batch = 1 if args.batch is None else args.batch
+    return RunJob(context=context, max_tokens=max_tokens, batch=batch, adapter=adapter(args, spec))
+
+
+def adapter(args: argparse.Namespace, spec: ModelSpec) -> AdapterParts | None:
+    """The adapter of the arguments, matched with the model; only headers are read."""
+    if args.adapter is None:
+        return None
+    from barefoot.adapters.files import read_adapter
+    from barefoot.engine.beside import beside
+
+    return beside(spec, read_adapter(args.adapter))
 
 
 def stated(args: argparse.Namespace) -> Stated:

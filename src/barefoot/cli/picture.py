@@ -1,8 +1,8 @@
-"""Pictures of quality over bytes, drawn with matplotlib."""
+"""Pictures, drawn with matplotlib: quality over bytes, losses over steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,5 +54,28 @@ def over_bytes(
         axes.axvline(mark / 2**20, linestyle=":", color="grey")
     axes.set(yscale="log", xlabel=bytes_label, ylabel=kl_label, title=title)
     axes.legend()
+    figure.savefig(path, dpi=150)
+    plot.close(figure)
+
+
+def over_steps(path: str, title: str, metrics: Iterable[Mapping[str, Any]]) -> None:
+    """Write a PNG: the losses of a training run over its steps, and those on held-out data where there are any.
+
+    ``metrics`` are the lines that :func:`barefoot.train.metrics.read` gives; ``loss`` and ``held_out_loss`` are drawn.
+    """
+    plot = pyplot()
+    found: dict[str, list[tuple[int, float]]] = {"loss": [], "held_out_loss": []}
+    for line in metrics:
+        for key, points in found.items():
+            if isinstance(line.get(key), (int, float)):
+                points.append((line["step"], line[key]))
+    figure, axes = plot.subplots(figsize=(8, 5), layout="constrained")
+    if found["loss"]:
+        axes.plot(*zip(*found["loss"], strict=True), linewidth=0.8, label="training")
+    if found["held_out_loss"]:
+        axes.plot(*zip(*found["held_out_loss"], strict=True), "o-", color="C3", label="held out")
+    axes.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
+    if any(found.values()):
+        axes.legend()
     figure.savefig(path, dpi=150)
     plot.close(figure)

@@ -6,13 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from barefoot.core.model import WeightGroup
+from barefoot.core.model import PartSpec, WeightGroup
 from barefoot.kv.placement import Placement
 from barefoot.kv.stores import KVStore
 from barefoot.ops.dispatch import Layout
 from barefoot.weights.formats import WeightFormat
 
 Activations = Literal["int8", "float32"]
+
+
+@dataclass(frozen=True)
+class AdapterParts:
+    """What an adapter adds to matrices: parts of :mod:`barefoot.ops.lowrank` by the matrices' names, in the model's
+    order. ``path`` is the folder that they are read from (:mod:`barefoot.engine.beside`)."""
+
+    path: str
+    parts: tuple[tuple[str, PartSpec], ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class EngineConfig:
         engine lives (``Engine.resize``).
     layouts : class of matrices → the layout in which resident ones lie, where it is not panels
         (:mod:`barefoot.ops.dispatch`). Only for int8: ``float32`` reads rows.
+    adapter : stands beside the matrices, resident, whatever these are stored as and wherever.
     """
 
     context: int
@@ -54,6 +64,7 @@ class EngineConfig:
     n_stacked: int | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     kv_placement: Placement | None = None
+    adapter: AdapterParts | None = None
 
     @property
     def n_rows(self) -> int:

@@ -16,13 +16,13 @@ from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
 from barefoot.core.model import ModelSpec, PartSpec, WeightGroup
 from barefoot.core.units import round_up
-from barefoot.engine.config import EngineConfig
+from barefoot.engine.config import AdapterParts, EngineConfig
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
 from barefoot.kv import ruled
 from barefoot.kv.placement.geometry import VirtualTensor
-from barefoot.ops import attention_scratch_bytes, blocks, lut, matmul_scratch_bytes, panels, parts, signs
+from barefoot.ops import attention_scratch_bytes, blocks, lowrank, lut, matmul_scratch_bytes, panels, parts, signs
 from barefoot.ops.rounding import ENCODED_AT_A_TIME
 from barefoot.ops.scratch import SIGN_TOKENS, sign_scratch_bytes
 from barefoot.weights.formats.dense import Dense
@@ -34,9 +34,10 @@ ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a c
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: staging, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
-PASSING = ("encoder", "repacker", "chooser")
+PASSING = ("encoder", "repacker", "chooser", "adapter reader")
 ENCODE_BYTES_PER_WEIGHT = 17  # where numpy encodes, ENCODED_AT_A_TIME weights or a row; kernels take nothing
 REPACK_BYTES_PER_WEIGHT = 10  # where groups are scattered; less than half elsewhere
+ADAPTER_BYTES_PER_NUMBER = 10  # of B of an adapter's module while it is read as bf16; A and other types take less
 
 
 def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
@@ -54,6 +55,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + _streams(spec, placement)
         + _staging(placement)
         + by_layer_footprint(spec, config)
+        + adapter_footprint(config.adapter)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)
         + entry("logits", "logits", _logits(spec, config), phases=RUNNING)
@@ -243,6 +245,25 @@ def by_layer_footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
     )
 
 
+def adapter_footprint(adapter: AdapterParts | None) -> Footprint:
+    """The factors beside matrices, resident throughout, and what reading those of the largest module takes."""
+    if adapter is None:
+        return Footprint()
+    parts_of = [part for _, part in adapter.parts]
+    terms = [Term("scales", len(parts_of), lowrank.HEADER_BYTES)]
+    n_numbers: Counter[str] = Counter()
+    of_module: Counter[str] = Counter()
+    for part in parts_of:
+        n_numbers[part.kind] += lowrank.n_numbers(part.kind, part.n_bytes)
+        of_module[part.source] += lowrank.n_numbers(part.kind, part.n_bytes)
+    terms += [Term(f"{kind} numbers", n, lowrank.number_bytes(kind)) for kind, n in n_numbers.items()]
+    terms.append(_padding(part.n_bytes for part in parts_of))
+    reading = [Term("arrays", max(of_module.values()), ADAPTER_BYTES_PER_NUMBER)]
+    return entry("adapter", "adapter", terms, phases=("load", *RUNNING)) + entry(
+        "adapter reader", "workspace", reading, phases=("load",)
+    )
+
+
 def _logits(spec: ModelSpec, config: EngineConfig) -> list[Term]:
     n = config.n_logit_rows * spec.vocab_size
     return [Term("logits", n, 4), _padding([n * 4])]
@@ -304,6 +325,7 @@ def _rope(spec: ModelSpec, config: EngineConfig) -> list[Term]:
 
 def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -> int:
     """The most that one op of a pass needs; ops run one after the other and share it."""
+    added = config.adapter.parts if config.adapter is not None else ()
     looks_up = any(r.layout == "lut" for r in placement.resident)
     inputs = (spec.d_model, spec.n_heads * spec.head_dim, spec.d_ff)
     heads, threads = (spec.n_heads, spec.n_kv_heads, spec.head_dim), config.n_threads
@@ -314,9 +336,9 @@ def scratch_bytes(spec: ModelSpec, config: EngineConfig, placement: Placement) -
             for cols in inputs
         ),
         *(
-            parts.lookup(part.kind).scratch_bytes(n, weight.rows, weight.cols, threads)
+            parts.lookup(part.kind).scratch_bytes(n, weight.rows, weight.cols, part.n_bytes, threads)
             for weight in spec.weights
-            for part in weight.parts
+            for part in (*weight.parts, *(part for name, part in added if name == weight.name))
             if part.kind != signs.KIND.name
             for n in (1, config.n_rows)
         ),

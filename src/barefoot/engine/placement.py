@@ -110,6 +110,10 @@ def _check(spec: ModelSpec, config: EngineConfig) -> None:
             f"{spec.name} keeps its weights in another program's layout, which can't be used from disk as it is",
             cure="write it anew: barefoot export MODEL --to barefoot -o FOLDER",
         )
+    names = {weight.name for weight in spec.weights if weight.layer is not None}
+    odd = [name for name, _ in config.adapter.parts if name not in names] if config.adapter is not None else []
+    if odd:
+        raise Incompatible(f"the adapter is of another model: {spec.name} has no {odd[0]} in its layers")
     if config.n_sequences < 1:
         raise InvalidInput(f"n_sequences must be at least 1, got {config.n_sequences}")
     for name, got, low, high in (

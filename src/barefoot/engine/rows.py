@@ -71,6 +71,15 @@ class Rearranged:
         return order if here.interleaved else np.argsort(order)
 
 
+def halves_order_of(spec: ModelSpec, weight: WeightSpec) -> npt.NDArray[np.int64] | None:
+    """For each row of a weight as Hugging Face has it, its row in the model's file; None where they are the same."""
+    role = weight.name.rsplit(".", 1)[-1].removesuffix("_bias")
+    if role not in ("q", "k") or weight.layer is None or not spec.layers[weight.layer].rope.interleaved:
+        return None
+    n_heads = spec.n_heads if role == "q" else spec.n_kv_heads
+    return halves_order(n_heads, spec.head_dim, spec.layers[weight.layer].rope.dim)
+
+
 def halves_order(n_heads: int, head_dim: int, rot_dim: int) -> npt.NDArray[np.int64]:
     """For each row of a layout that rotates channels i and i + dim / 2, its row in one that rotates 2i and 2i + 1."""
     half = rot_dim // 2

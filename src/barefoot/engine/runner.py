@@ -18,6 +18,7 @@ from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.measure import release_free_memory
 from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.engine import beside
 from barefoot.engine.arena import Arena
 from barefoot.engine.buffers import Buffers, Views
 from barefoot.engine.by_layer import ByLayer
@@ -74,6 +75,7 @@ class Engine:
                 spec, self._placement, self._tensors, checkpoint.linears, self._files, self.arena, progress
             )
             self.arena.release("staging")
+            self._beside = {} if config.adapter is None else beside.load(spec, config.adapter, self.arena)
             release_free_memory()  # what converting took must not stay beside keys and values
             self.stacks = self._stack()
             self._allocate()
@@ -140,7 +142,7 @@ class Engine:
             specs = self._placement.streamed[index - first_streamed]
             matrices = {w.name: Sum.of(w, w.format, "rows") for w in specs}
             streamed = {w.name: (w, matrices[w.name]) for w in specs}
-        matrix = {name: matrices[prefix + name] for name in _MATRICES}
+        matrix = {name: matrices[prefix + name].plus(self._beside.get(prefix + name)) for name in _MATRICES}
         keys, values = self.kv.arrays.get(index, (None, None))
         return Layer(
             spec=spec.layers[index],
@@ -281,7 +283,8 @@ class Engine:
         from barefoot.engine.snapshots import Snapshots, identity  # most runs save nothing
 
         caches = [] if self._by_layer is None else self._by_layer.caches
-        same = identity(self.spec, self.config, self._vectors)
+        factors = {name: part.buffer for name, part in self._beside.items() if part.buffer is not None}
+        same = identity(self.spec, self.config, self._vectors, factors)
         return Snapshots(same, self.config.context, self._sequences, self.kv, caches)
 
     def prefill(

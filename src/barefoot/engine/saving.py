@@ -19,7 +19,7 @@ import numpy.typing as npt
 from barefoot.core.errors import Incompatible
 from barefoot.core.model import ModelSpec, WeightSpec
 from barefoot.engine.decoder import OWN_METHOD
-from barefoot.engine.rows import halves_order
+from barefoot.engine.rows import halves_order_of
 from barefoot.engine.specs import architectures, spec_from_config
 from barefoot.io.files import BinaryFile, atomic_writer
 from barefoot.io.inventory import Checkpoint
@@ -167,20 +167,18 @@ class ModelFolder:
 
     def row_order(self, name: str) -> npt.NDArray[np.int64] | None:
         """For each row of a weight as Hugging Face has it, its row in the source; None where they are the same."""
-        spec, layer = self._spec, self._targets[name].layer
-        role = name.rsplit(".", 1)[-1].removesuffix("_bias")
-        if role not in ("q", "k") or layer is None or not spec.layers[layer].rope.interleaved:
-            return None
-        n_heads = spec.n_heads if role == "q" else spec.n_kv_heads
-        return halves_order(n_heads, spec.head_dim, spec.layers[layer].rope.dim)
+        return halves_order_of(self._spec, self._targets[name])
 
-    def finish(self, record: Mapping[str, Any]) -> None:
-        """Write the tokenizer, the record of the fit (``barefoot.json``), the index and, last, config.json."""
+    def finish(self, record: Mapping[str, Any], *, packed: bool = True) -> None:
+        """Write the tokenizer, the record of the fit (``barefoot.json``), the index and, last, config.json.
+
+        A folder that is not ``packed`` says nothing of quantization, and any program reads it.
+        """
         self.write_tokenizer()
         write_json(self.path / "barefoot.json", {"version": VERSION, **record})
         self.write_index({w.source: self.shard(self.shard_of(w)).name for w in self._targets.values()} | self._parts())
-        quantization = {"quant_method": OWN_METHOD, "version": VERSION}
-        write_json(self.path / "config.json", self._config | {"quantization_config": quantization})
+        quantization = {"quantization_config": {"quant_method": OWN_METHOD, "version": VERSION}}
+        write_json(self.path / "config.json", self._config | (quantization if packed else {}))
 
     def write_index(self, files: Mapping[str, str]) -> None:
         """Say which file holds each tensor."""

@@ -38,11 +38,11 @@ _TYPES = {"uint8": "u8", "uint16": "u16", "int32": "i32", "float32": "f32", "flo
 Array = npt.NDArray[Any]
 
 
-def identity(spec: ModelSpec, config: EngineConfig, vectors: Mapping[str, Array]) -> dict[str, Any]:
-    """What sequences of two engines have in common: store, chunk, the model's shapes, and its norms by their digest."""
-    digest = hashlib.sha256()
-    for name in sorted(vectors):
-        digest.update(name.encode() + vectors[name].tobytes())
+def identity(
+    spec: ModelSpec, config: EngineConfig, vectors: Mapping[str, Array], factors: Mapping[str, Array]
+) -> dict[str, Any]:
+    """What sequences of two engines have in common: store, chunk, the model's shapes, and its norms by their digest, as
+    the ``factors`` of an adapter."""
     shapes = [spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.d_model, spec.vocab_size]
     return {
         "version": VERSION,
@@ -50,8 +50,17 @@ def identity(spec: ModelSpec, config: EngineConfig, vectors: Mapping[str, Array]
         "chunk": config.chunk,  # by which rings of window layers are sized
         "model": spec.arch,
         "shapes": shapes,
-        "norms": digest.hexdigest(),
+        "norms": _digest(vectors),
+        **({"adapter": _digest(factors)} if factors else {}),
     }
+
+
+def _digest(arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 class Snapshot(NamedTuple):
@@ -131,10 +140,12 @@ class Snapshots:
         taken_of = header.get("identity")
         if taken_of != self._same:
             names = taken_of if isinstance(taken_of, dict) else {}
-            differs = [each for each in self._same if names.get(each) != self._same[each]]
+            differs = [
+                each for each in dict.fromkeys((*self._same, "adapter")) if names.get(each) != self._same.get(each)
+            ]
             raise Incompatible(
                 f"{name} was taken of another {' and '.join(differs)}",
-                cure="load it with the model, the --kv and the chunk that it was saved with",
+                cure="load it with the model, the adapter, the --kv and the chunk that it was saved with",
             )
         return header
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,10 @@ class Sum:
         others = tuple(Part(p.kind, *shape) for p in weight.parts if p.kind != signs.KIND.name)
         stack = SignStack(*shape, ranks.pop()) if ranks else None
         return cls(PackedWeight(format_id, *shape, layout=layout), others, stack)
+
+    def plus(self, part: Part | None) -> Sum:
+        """The sum with one addend more, which is bound already; its other ones are bound together with this sum's."""
+        return self if part is None else replace(self, parts=(*self.parts, part))
 
     def bind(self, data: U8, parts: Sequence[PartSpec], part_data: Sequence[U8]) -> None:
         """Let products read the blocks and ``parts`` from these arrays.

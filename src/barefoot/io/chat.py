@@ -76,7 +76,9 @@ class ChatTemplate:
         parts: list[str] = []
         left = limit
         try:
-            for part in _environment(limit).from_string(self.source).generate(**names):
+            environment = _environment(limit)
+            template = environment.template_class.from_code(environment, _compiled(self.source), environment.globals)
+            for part in template.generate(**names):
                 parts.append(part)
                 left -= len(part)
                 if left < 0:
@@ -146,6 +148,12 @@ def _segments(rendered: str) -> list[Segment]:
         done = match.end()
     segments += [(part, True) for part in _MARKS.split(rendered[done:])]
     return [segment for segment in segments if segment[0]]
+
+
+@functools.lru_cache(maxsize=1)  # a conversation is rendered at every turn, and many that are trained on
+def _compiled(source: str) -> Any:
+    """The code of a template; it looks filters up, and with them their limit, when it runs."""
+    return _environment(MAX_TEMPLATE_CHARS).compile(source)
 
 
 def _environment(limit: int) -> Any:

@@ -12,8 +12,9 @@ import codecs
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -107,17 +108,33 @@ class Tokenizer:
     def encode_segments(self, segments: Sequence[Segment], *, add_bos: bool | None = None) -> list[int]:
         """Ids of the joined texts. Control tokens count only inside one segment that says so; otherwise the bounds
         between segments leave no trace."""
+        return self.encode_marked([(segments, ())], add_bos=add_bos)[0][0]
+
+    def encode_marked(
+        self, texts: Sequence[tuple[Sequence[Segment], Sequence[int]]], *, add_bos: bool | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Of each text, given as segments and marks, the ids, and of each mark how many ids lie before it.
+
+        A mark is a number of characters, and none in the middle of an added token. Before it lie the first ids that are
+        also those of the text up to there: all of these, but for the last ones where characters on both sides become
+        one token. Many texts at once take less time than one by one, and the memory of all of them.
+        """
         use_bos = self.add_bos if add_bos is None else add_bos
         if use_bos and self.bos_id is None:
             raise InvalidInput("this tokenizer has no token that begins a text", cure="leave add_bos out")
-        ids = [self.bos_id] if use_bos and self.bos_id is not None else []
-        text = "".join(part for part, _ in segments).encode("utf-8", "replace").decode()  # lone surrogates become "?"
-        pieces = list(self._cut(text, segments))
-        stretches = [(piece, position) for piece, position in pieces if isinstance(piece, str)]
-        encoded = iter(self._encode_stretches(stretches))
-        for piece, _ in pieces:
-            ids.extend(next(encoded) if isinstance(piece, str) else [piece])
-        return ids
+        begin = [self.bos_id] if use_bos and self.bos_id is not None else []
+        cut = [self._pieces(segments) for segments, _ in texts]
+        stretches = [(piece.what, piece.begin) for pieces in cut for piece in pieces if isinstance(piece.what, str)]
+        halves = [half for pieces, (_, marks) in zip(cut, texts, strict=True) for half in _halves(pieces, marks)]
+        encoded = iter(list(self._encode_stretches([*stretches, *halves])))
+        ids = [[next(encoded) if isinstance(p.what, str) else [p.what] for p in pieces] for pieces in cut]
+        return [
+            (
+                [*begin, *(token for piece in found for token in piece)],
+                [len(begin) + _n_before(pieces, found, mark, encoded) for mark in marks],
+            )
+            for pieces, found, (_, marks) in zip(cut, ids, texts, strict=True)
+        ]
 
     def control_starts(self, text: str) -> list[int]:
         """Every position in ``text`` at which a control token's text begins, overlapping ones too."""
@@ -127,13 +144,30 @@ class Tokenizer:
 
     def control_edges(self, text: str) -> tuple[bool, bool]:
         """Whether ``text`` begins with the end of a control token's text, and whether it ends with the beginning."""
-        texts = [self._vocabulary.text(i) for i in self._vocabulary.of_kind(CONTROL, UNKNOWN).tolist()] if text else []
-        begins = any(text.startswith(t[k:]) for t in texts for k in range(1, len(t)) if t[k] == text[0])
-        ends = any(text.endswith(t[:k]) for t in texts for k in range(1, len(t)) if t[k - 1] == text[-1])
+        tails, heads, longest = self._control_texts
+        lengths = range(1, min(longest, len(text) + 1))
+        begins = any(f"{text[:n]}\0" in tails for n in lengths)
+        ends = any(f"\0{text[-n:]}" in heads for n in lengths)
         return begins, ends
+
+    @cached_property
+    def _control_texts(self) -> tuple[str, str, int]:
+        """All control tokens' texts without their first character, all without their last one, each between NULs, and
+        the length of the longest: searched in, they need no object of each."""
+        texts = [self._vocabulary.text(i) for i in self._vocabulary.of_kind(CONTROL, UNKNOWN).tolist()]
+        tails, heads = ("\0".join(["", *parts, ""]) for parts in ((t[1:] for t in texts), (t[:-1] for t in texts)))
+        return tails, heads, max(map(len, texts), default=0)
 
     def _is_control(self, entry: int) -> bool:
         return self._vocabulary.kinds[entry] in (CONTROL, UNKNOWN)
+
+    def _pieces(self, segments: Sequence[Segment]) -> list[_Piece]:
+        # Lone surrogates become "?".
+        text = "".join(part for part, _ in segments).encode("utf-8", "replace").decode()
+        return [
+            _Piece(what, begin, begin + len(what if isinstance(what, str) else self._vocabulary.text(what)))
+            for what, begin in self._cut(text, segments)
+        ]
 
     def _cut(self, text: str, segments: Sequence[Segment]) -> Iterator[tuple[str | int, int]]:
         """The text as stretches and added tokens' ids, each with its position: leftmost first, then longest."""
@@ -176,11 +210,14 @@ class Tokenizer:
     def _encode_stretches(self, stretches: Sequence[tuple[str, int]]) -> Iterator[list[int]]:
         if not stretches:
             return
-        sections = [_pipeline(self._parts, position == 0) for _, position in stretches]
+        at = [position == 0 for _, position in stretches]
+        kinds = {first: _pipeline(self._parts, first) for first in set(at)}
+        sections = [kinds[first] for first in at]
         seen = "".join(_as_seen(s, text) for s, (text, _) in zip(sections, stretches, strict=True))
         model, ids = self._restricted(self._without_dropped(seen).encode())
-        for pipeline, (text, _) in zip(sections, stretches, strict=True):
+        for pipeline in kinds.values():
             pipeline.model = model
+        for pipeline, (text, _) in zip(sections, stretches, strict=True):
             yield [ids[i] for i in pipeline.encode(text, add_special_tokens=False).ids]
 
     def _without_dropped(self, seen: str) -> str:
@@ -268,6 +305,33 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
+
+
+class _Piece(NamedTuple):
+    """A stretch of a text, or an added token's id, and the characters that it takes there."""
+
+    what: str | int
+    begin: int
+    end: int
+
+
+def _halves(pieces: Sequence[_Piece], marks: Iterable[int]) -> Iterator[tuple[str, int]]:
+    """What of stretches lies before the marks in their middle, with its position."""
+    for mark in marks:
+        for what, begin, end in pieces:
+            if isinstance(what, str) and begin < mark < end:
+                yield what[: mark - begin], begin
+
+
+def _n_before(pieces: Sequence[_Piece], ids: Sequence[list[int]], mark: int, halves: Iterator[list[int]]) -> int:
+    """How many ids lie before a mark; ``halves`` are those of what :func:`_halves` gave."""
+    n = 0
+    for (what, begin, end), own in zip(pieces, ids, strict=True):
+        if end <= mark:
+            n += len(own)
+        elif isinstance(what, str) and begin < mark:
+            n += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, next(halves), strict=False)))
+    return n
 
 
 def _pipeline(parts: TokenizerParts, first: bool) -> LibraryTokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,14 +18,15 @@ def attend(
     q: F32,
     out: F32,
     *,
-    observe: bool,
+    observed: F32 | None = None,
     n_before: int = -1,
     even: F32 | None = None,
-) -> Iterator[tuple[int, F32]]:
+) -> None:
     """Attend to all parts, to the last one causally from ``n_before`` on: q, out float32 (n, n_heads × head_dim).
 
-    Gives what is observed of each part that a policy chooses among: how many entries, and rows (n_observed, entries)
-    that are valid until the next. ``even`` : float32 (n,), shares below which an entry has a strike; None for mass.
+    ``observed`` : float32 (rows, entries of the parts that a policy chooses among), gets added what is observed of each
+    by the query heads that share a row: mass; or strikes, where ``even``, float32 (n,), are the shares below which an
+    entry has one.
     """
     n = len(q)
     sums, tops, totals = work.sums[:n], work.tops[:n], work.totals[:n]
@@ -34,10 +35,10 @@ def attend(
     used = 0
     for i, part in enumerate(parts):
         scores = None
-        if observe and part.chosen:
-            shape = (heads.n_heads, n, part.segment.stride)
-            size = int(np.prod(shape))
-            scores = work.scores[used : used + size].reshape(shape)
+        if observed is not None and part.chosen:
+            stride = part.segment.stride
+            size = heads.n_heads * n * stride
+            scores = work.scores[used : used + size].reshape(heads.n_heads, n, stride)
             used += size
             kept.append((part, scores))
         ops.attend_segment(
@@ -46,14 +47,11 @@ def attend(
             scale=heads.scale, softcap=heads.softcap, scores=scores, scratch=work.scratch,
         )  # fmt: skip
     np.divide(sums, totals[..., None], out=out.reshape(sums.shape))
-    return _observations(work, kept, tops, totals, even)
-
-
-def _observations(
-    work: Workspace, kept: Sequence[tuple[Part, F32]], tops: F32, totals: F32, even: F32 | None
-) -> Iterator[tuple[int, F32]]:
+    at = 0
     for part, scores in kept:
-        seen, count = work.now(scores.shape[2]), int(part.counts[0])
-        counts = np.full(len(seen), count, np.int32)
-        ops.attention_mass(scores, tops, totals, counts, seen, thresholds=even)
-        yield count, seen[:, :count]
+        assert observed is not None
+        counts = part.counts
+        if len(observed) != len(counts):
+            counts = np.repeat(counts, len(observed) // len(counts))
+        ops.attention_mass(scores, tops, totals, counts, observed[:, at:], thresholds=even)
+        at += int(counts[0])

@@ -265,15 +265,14 @@ class Cache:
             )  # fmt: skip
             return
         parts = [*self._parts_of(layer, self.n_tokens - self.storage.n(layer)), staging.part]
-        at, even = 0, None
+        observed, even, old = work.observed if observe else None, None, self.storage.n(layer)
         if self.layout.n_parts:
             behind = sum(int(part.counts[0]) for part in parts[:-1])
             even = (1 / (behind + n_before + 1 + np.arange(n))).astype(np.float32)
-        for count, seen in attend(work, h, parts, q, out, observe=observe, n_before=n_before, even=even):
-            if even is not None and at == self.storage.n(layer):  # no strikes before an entry is there
-                seen -= np.clip(np.arange(count, dtype=np.float32) - n_before, 0, n)
-            work.observed[:, at : at + count] += seen
-            at += count
+            if observed is not None:  # no strikes before an entry is there
+                new = np.arange(int(staging.part.counts[0]) - n_before, dtype=np.float32)
+                observed[:, old + n_before : old + n_before + len(new)] -= np.minimum(new, n)
+        attend(work, h, parts, q, out, observed=observed, n_before=n_before, even=even)
 
     def _parts_of(self, layer: int, n_gone: int) -> list[Part]:
         """The storage's parts; queries meet the anchored ones as if those that have gone had not been."""
@@ -412,14 +411,10 @@ class Cache:
         mass, strikes = storage.mass(layer), storage.strikes(layer)
         parts = self._parts_of(layer, self.n_tokens + 1 - storage.n(layer))
         even = None if strikes is None else np.array([1 / sum(int(part.counts[0]) for part in parts)], np.float32)
-        observe = mass is not None or strikes is not None
-        at = 0
-        for count, seen in attend(self._work, self.layout.heads, parts, q, out, observe=observe, even=even):
-            if mass is not None:
-                mass[:, at : at + count] += seen
-            if strikes is not None:
-                strikes[self._course.part, :, at : at + count] += seen.astype(np.uint16)
-            at += count
+        observed = mass if strikes is None else self._work.no_strikes(strikes.shape[2])
+        attend(self._work, self.layout.heads, parts, q, out, observed=observed, even=even)
+        if strikes is not None and observed is not None:
+            strikes[self._course.part] += observed.astype(np.uint16)
 
     def _begin_part(self) -> None:
         """Count strikes apart from now on, in the place of the eldest part."""

@@ -37,13 +37,10 @@ class Region:
         self.bias = None if entries.all_biases is None else entries.all_biases[self.own].reshape(n, n_slots)
         strikes = entries.all_strikes
         self.strikes = None if strikes is None else strikes[:, self.own].reshape(len(strikes), n, n_slots)
-
-    @property
-    def observed(self) -> dict[str, Any]:
-        """What is kept of each entry that it doesn't come with, (n_kv_heads, slots), by name."""
         kept = {name: array for name, array in (("mass", self.mass), ("bias", self.bias)) if array is not None}
         parts = () if self.strikes is None else self.strikes
-        return {**kept, **{f"strikes{i}": part for i, part in enumerate(parts)}}
+        #: What is kept of each entry that it doesn't come with, (n_kv_heads, slots), by name.
+        self.observed: dict[str, Any] = {**kept, **{f"strikes{i}": part for i, part in enumerate(parts)}}
 
     @property
     def by_entry(self) -> dict[str, Any]:
@@ -127,10 +124,11 @@ class Entries(Storage):
 
     def append(self, layer: int, k: F32, v: F32, position: int) -> None:
         slots = self._next(layer)
-        region, heads = self.regions[layer], np.arange(len(slots))
-        region.position[heads, slots] = position
-        for kept_of in region.observed.values():
-            kept_of[heads, slots] = 0
+        region = self.regions[layer]
+        for head, slot in enumerate(slots.tolist()):
+            region.position[head, slot] = position
+            for kept_of in region.observed.values():
+                kept_of[head, slot] = 0
         self._write_key(layer, k, slots)
         ops.kv_write(v, region.values, self.row_format, slots[:, None])
 

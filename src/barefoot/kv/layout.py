@@ -101,7 +101,7 @@ class Layout:
             Array("kv observed", self.n_observed * self.context, 4),
             Array("kv state", self.chunk * h.n_heads * (h.head_dim + 2), 4),
             Array("kv scores", n_scores, 4),
-            Array("kv observed now", self.n_observed * widest, 4),
+            Array("kv strikes now", self.n_observed * widest if self.observes == "strikes" else 0, 4),
             Array("kv scratch", self._scratch_bytes(n_threads), 1),
         )
 
@@ -132,7 +132,7 @@ class Workspace:
     """The arrays that all layers, and all sequences, use in turn."""
 
     def __init__(self, layout: Layout, take: Take, n_threads: int) -> None:
-        keys, values, observed, state, scores, now, scratch = layout.shared(n_threads)
+        keys, values, observed, state, scores, strikes, scratch = layout.shared(n_threads)
         h, n = layout.heads, layout.chunk
         rows = (-1, layout.context, keys.n_bytes)  # of all key heads of a layer, and of those that choose with it
         self.keys, self.values = zeros(take, keys, rows), zeros(take, values, rows)
@@ -143,12 +143,12 @@ class Workspace:
         self.tops = floats[ends[0] : ends[1]].reshape(n, h.n_heads)
         self.totals = floats[ends[1] :].reshape(n, h.n_heads)
         self.scores = zeros(take, scores, (scores.count,), np.float32)
-        self._now: F32 = zeros(take, now, (now.count,), np.float32)
+        self._strikes: F32 = zeros(take, strikes, (strikes.count,), np.float32)
         self.scratch = zeros(take, scratch, (scratch.count,))
 
-    def now(self, stride: int) -> F32:
-        """Zeros for what some tokens observe of ``stride`` entries, (n_observed, stride)."""
-        n = len(self.observed)
-        rows = self._now[: n * stride].reshape(n, stride)
-        rows[...] = 0
-        return rows
+    def no_strikes(self, n: int) -> F32:
+        """Zeros for the strikes that one token gives ``n`` entries, (n_observed, n)."""
+        rows = len(self.observed)
+        found = self._strikes[: rows * n].reshape(rows, n)
+        found[...] = 0
+        return found

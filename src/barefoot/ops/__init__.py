@@ -22,9 +22,16 @@ import numpy.typing as npt
 from barefoot.core.errors import BackendMissing, unknown_name
 from barefoot.ops import blocks, kvblocks, lut, panels, parts, planes, reference, rounding
 from barefoot.ops import csr as _csr  # noqa: F401  a kind of parts
+from barefoot.ops import lowrank as _lowrank  # noqa: F401  kinds of parts
 from barefoot.ops.grids import LANES, Grid, Levels
 from barefoot.ops.kvrows import row_bytes as kv_row_bytes
-from barefoot.ops.scratch import attention_scratch_bytes, matmul_scratch_bytes, plane_scratch_bytes, sign_scratch_bytes
+from barefoot.ops.scratch import (
+    attention_scratch_bytes,
+    flash_scratch_bytes,
+    matmul_scratch_bytes,
+    plane_scratch_bytes,
+    sign_scratch_bytes,
+)
 from barefoot.ops.threads import get as n_threads
 from barefoot.ops.threads import on_change, set_threads
 
@@ -52,6 +59,9 @@ __all__ = [
     "encode",
     "feedback_round",
     "fit_groups",
+    "flash_backward",
+    "flash_forward",
+    "flash_scratch_bytes",
     "glu",
     "group_errors",
     "head_rmsnorm",
@@ -61,6 +71,7 @@ __all__ = [
     "kv_row_bytes",
     "kv_write",
     "kvblocks",
+    "lowest_before",
     "lut",
     "matmul",
     "matmul_scratch_bytes",
@@ -171,7 +182,7 @@ def part_matmul(x: F32, part: Part, out: F32, *, add: bool = False, scratch: U8)
     Parameters
     ----------
     x : float32 [n_tokens, cols]; out : float32 [n_tokens, rows]
-    scratch : uint8, at least ``parts.lookup(kind).scratch_bytes(n_tokens, rows, cols, n_threads)``
+    scratch : uint8, at least ``parts.lookup(kind).scratch_bytes(n_tokens, rows, cols, n_bytes, n_threads)``
     """
     _impl.part_matmul(x, part, out, add=add, scratch=scratch)
 
@@ -420,7 +431,9 @@ def attention_mass(
     *,
     thresholds: F32 | None = None,
 ) -> None:
-    """Add to ``mass``, float32 [n_kv_heads, stride], how much each entry of a segment was attended to.
+    """Add to ``mass``, float32 [n_kv_heads, counts or more], how much each entry of a segment was attended to.
+
+    Rows of ``mass`` may lie anywhere, their numbers side by side.
 
     The attention probability exp(score - top) / total, summed over tokens and the query heads that share the key head;
     or, with ``thresholds``, float32 [n_tokens], the number of tokens for which it is below the token's threshold in all
@@ -430,6 +443,74 @@ def attention_mass(
     counts : int32 [n_kv_heads], entries of the segment
     """
     _impl.attention_mass(scores, tops, totals, counts, mass, thresholds=thresholds)
+
+
+def flash_forward(
+    q: F32,
+    k: F32,
+    v: F32,
+    lengths: npt.NDArray[np.int64],
+    out: F32,
+    lse: F32,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    scratch: U8,
+) -> None:
+    """Causal attention within documents that lie one behind the other, and what its gradients need besides (L).
+
+    ``barefoot.ops.flash`` has the equations. The result does not depend on the number of threads.
+
+    q, out : float32 [n, n_heads, head_dim]; k, v : float32 [n, n_kv_heads, head_dim]; lse : float32 [n_heads, n]
+    lengths : int64, tokens of each document, at most n in all; rows behind them get 0, and -infinity in ``lse``
+    window : how many tokens a query sees, its own included; 0 = all
+    scale : factor of the scores; softcap : c > 0 puts them through c * tanh(score / c) before the softmax
+    scratch : uint8, at least ``flash_scratch_bytes(lengths, n_heads, n_kv_heads, head_dim)``
+    """
+    _impl.flash_forward(q, k, v, lengths, out, lse, scale=scale, window=window, softcap=softcap, scratch=scratch)
+
+
+def flash_backward(
+    d_out: F32,
+    q: F32,
+    k: F32,
+    v: F32,
+    out: F32,
+    lse: F32,
+    lengths: npt.NDArray[np.int64],
+    dq: F32,
+    dk: F32,
+    dv: F32,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    scratch: U8,
+) -> None:
+    """The gradients of ``flash_forward``'s inputs, from the gradient of ``out`` and what it wrote.
+
+    The result does not depend on the number of threads.
+
+    d_out, dq : shaped as q; dk, dv : as k; all filled; the rest as in ``flash_forward``
+    scratch : uint8, at least ``flash_scratch_bytes([n], n_heads, n_kv_heads, head_dim, backward=True)``
+    """
+    _impl.flash_backward(
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lengths,
+        dq,
+        dk,
+        dv,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        scratch=scratch,
+    )
 
 
 def kv_append_each(
@@ -490,6 +571,17 @@ def attention_each(
 def argmax(logits: F32) -> int:
     """The index of the largest of float32 [n]; the first one on a tie, and the first NaN if there is any."""
     return int(_impl.argmax(logits))
+
+
+def lowest_before(scores: F32, position: npt.NDArray[np.int32], end: int, out: npt.NDArray[np.int32]) -> None:
+    """The column of least score in each row, of those whose position is below ``end``; 0 where there is none.
+
+    Of equal ones the first; scores are in IEEE 754's total order, so NaN without a sign follow all numbers.
+
+    scores, position : float32, int32 [rows, n], each row's numbers side by side
+    out : int32 [rows]
+    """
+    _impl.lowest_before(scores, position, end, out)
 
 
 def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:

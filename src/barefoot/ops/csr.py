@@ -97,7 +97,7 @@ def _taken_apart(n_rows: int, data: U8) -> tuple[npt.NDArray[np.int64], npt.NDAr
     return offsets.astype(np.int64), (entries & np.uint32(0xFFFF)).astype(np.int64), values
 
 
-def _scratch_bytes(n_tokens: int, n_rows: int, n_cols: int, n_threads: int) -> int:
+def _scratch_bytes(n_tokens: int, n_rows: int, n_cols: int, size: int, n_threads: int) -> int:
     return 0 if n_tokens < TOKENS else ALIGN + n_threads * TOKENS * n_cols * 4
 
 

@@ -28,13 +28,13 @@ class PartKind:
     decode : (rows, cols, data uint8) → the matrix, float32 (rows, cols).
     flaw : (rows, cols, data) → what is wrong with data, or None: a product reads whatever the data point at, so they
         are looked at before.
-    scratch_bytes : (n_tokens, rows, cols, n_threads) → bytes that a product needs.
+    scratch_bytes : (n_tokens, rows, cols, bytes of the data, n_threads) → bytes that a product needs.
     """
 
     name: str
     decode: Callable[[int, int, U8], F32]
     flaw: Callable[[int, int, U8], str | None]
-    scratch_bytes: Callable[[int, int, int, int], int]
+    scratch_bytes: Callable[[int, int, int, int, int], int]
 
 
 _KINDS: dict[str, PartKind] = {}

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot.ops import blocks, kvrows, lut, panels, parts, planes, signs
+from barefoot.ops.flash import flash_backward, flash_forward  # noqa: F401  ops of this module
 from barefoot.ops.scratch import BFLOAT16_TOKENS, SIGN_TOKENS
 from barefoot.ops.segments import Segment, attend_segment, attention_mass, kv_write  # noqa: F401  ops of this module
 from barefoot.ops.signs import SignStack
@@ -418,6 +419,12 @@ class Program:
 
 def argmax(logits: F32) -> int:
     return int(np.argmax(logits))
+
+
+def lowest_before(scores: F32, position: npt.NDArray[np.int32], end: int, out: npt.NDArray[np.int32]) -> None:
+    bits = np.ascontiguousarray(scores).view(np.int32)
+    ordinal = np.where(bits < 0, bits ^ np.iinfo(np.int32).max, bits).astype(np.int64)
+    out[...] = np.where(position < end, ordinal, np.iinfo(np.int64).max).argmin(axis=1)
 
 
 def top_k(logits: F32, values: F32, ids: npt.NDArray[np.int32]) -> None:

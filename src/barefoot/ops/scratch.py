@@ -5,6 +5,8 @@ The kernels lay out exactly these regions and refuse a shorter array; the numpy 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from barefoot.core.units import round_up
 from barefoot.ops import threads
 
@@ -125,3 +127,34 @@ def attention_scratch_bytes(
         thread_bytes = max(thread_bytes, round_up(queries + tile, ALIGN))
     partial = round_up(4 * n_tokens * MAX_SPLITS * n_heads * (width + 2), ALIGN) if together == 1 else 0
     return ALIGN + n_threads * thread_bytes + partial
+
+
+def flash_scratch_bytes(
+    lengths: Iterable[int],
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    *,
+    backward: bool = False,
+    n_threads: int | None = None,
+) -> int:
+    """Bytes that ``flash_forward``, or ``flash_backward``, needs for documents of ``lengths`` tokens, none behind them.
+
+    Forward: 40 for each tile of up to 96 queries (tokens × heads that share a key head), and for each thread, float32:
+    queries and outputs of a tile, 64 keys or values twice, scores, maxima and totals. Backward: 40 for each tile of 64
+    keys, 4 for each query and head and for each tile of queries and key head, and for each thread queries, gradients of
+    outputs and of queries, 64 keys, twice, values, their two gradients, scores and theirs.
+    """
+    n_threads = threads.get() if n_threads is None else n_threads
+    sharing = n_heads // n_kv_heads
+    tokens = max(1, QUERY_TILE // sharing)
+    lengths = tuple(lengths)
+    n_query_tiles, n_key_tiles = (sum(-(-n // size) for n in lengths) for size in (tokens, KEY_TILE))
+    queries, width = tokens * sharing, round_up(head_dim, 16)
+    if not backward:
+        floats = (2 * queries + 2 * KEY_TILE) * width + queries * KEY_TILE + 2 * queries
+        return ALIGN + round_up(40 * n_query_tiles, ALIGN) + n_threads * round_up(4 * floats, ALIGN)
+    floats = (3 * queries + 5 * KEY_TILE) * width + 2 * queries * KEY_TILE + 2 * queries
+    shared = round_up(40 * n_key_tiles, ALIGN) + round_up(4 * n_heads * sum(lengths), ALIGN)
+    shared += round_up(4 * n_query_tiles * n_kv_heads, ALIGN)
+    return ALIGN + shared + n_threads * round_up(4 * floats, ALIGN)

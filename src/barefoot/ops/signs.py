@@ -163,7 +163,7 @@ def _flaw(rows: int, cols: int, block: U8) -> str | None:
     return None
 
 
-def _scratch_bytes(n_tokens: int, rows: int, cols: int, n_threads: int) -> int:
+def _scratch_bytes(n_tokens: int, rows: int, cols: int, size: int, n_threads: int) -> int:
     """Of the largest rank: a part's own stands in its bytes."""
     return sign_scratch_bytes(n_tokens, cols, MAX_RANK, 1, "float32", n_threads=n_threads)
 

@@ -137,6 +137,7 @@ class Problem:
             n_threads=self.n_threads,
             n_stacked=self.n_stacked if self.spec.stack else None,
             layouts=self.layouts,
+            adapter=self.job.adapter,
         )
 
     def frames(self) -> list[Frame]:

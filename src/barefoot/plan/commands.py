@@ -20,6 +20,7 @@ def command(model: str, device: str, job: RunJob, budget_bytes: int, stated: Sta
     words += ["--memory", exact_bytes(budget_bytes) if exact else flag_bytes(budget_bytes)]
     words += ["--context", str(job.context), "--max-tokens", str(job.max_tokens)]
     words += ["--batch", str(job.batch)] if job.batch > 1 else []
+    words += ["--adapter", job.adapter.path] if job.adapter is not None else []
     words += ["--weights", format_weights(stated.weights)] if stated.weights else []
     words += ["--kv", str(stated.kv)] if stated.kv else []
     words += ["--chunk", str(stated.chunk)] if stated.chunk is not None else []

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from barefoot.adapters import Adapter
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
@@ -101,7 +102,7 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
 
     Parameters
     ----------
-    technique : a weight format, a KV store, or a policy (over half precision), see :func:`find`.
+    technique : a weight format, a KV store, a policy (over half precision), or an adapter, see :func:`find`.
     spec : the model.
     job : gives the KV store's context.
     chunk : tokens of prefill at once, which window layers keep beyond their window.
@@ -119,8 +120,10 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
             slots = sum(spec.kv_positions(i, job.context, chunk) for i in range(spec.n_layers))
             terms = kv.terms(spec, job.context, chunk)
             lines = (Line("kv", terms, loss.kl, loss.source, slots * reference),)
+        elif isinstance(technique, Adapter):
+            lines = _factors(technique, spec)
         else:
-            raise InvalidInput(f"{technique.name} is neither a weight format nor of the KV cache")
+            raise InvalidInput(f"{technique.name} is neither a weight format nor of the KV cache nor an adapter")
     except Incompatible as error:
         lines, refused = (), str(error)
     return Explanation(
@@ -133,6 +136,25 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
         lines=lines,
         refused=refused,
     )
+
+
+def _factors(technique: Adapter, spec: ModelSpec) -> tuple[Line, ...]:
+    """An adapter's arrays in float32, by the group of the matrices that they belong to."""
+    from barefoot.ops import blocks
+
+    lines = []
+    for group in ("attn", "ffn"):
+        matrices = {w.name: w for w in spec.weights if w.group == group and w.rows > 1}
+        counts: dict[str, int] = {}
+        for factor in technique.factors(spec):
+            name, _, letter = factor.name.rpartition(".")
+            if name in matrices:
+                counts[letter] = counts.get(letter, 0) + factor.n_elements
+        stored = sum(w.rows * blocks.row_bytes(w.format, w.cols) for w in matrices.values())
+        if counts:
+            terms = tuple(Term(letter, n, 4) for letter, n in counts.items())
+            lines.append(Line(group, terms, 0.0, "beside the stored values, before it is trained", stored))
+    return tuple(lines)
 
 
 def _weights(technique: WeightFormat, spec: ModelSpec) -> tuple[Line, ...]:

@@ -13,7 +13,7 @@ from barefoot.core.model import MATRIX_GROUPS, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.spec import format_technique, parse_composition
 from barefoot.core.technique import Technique
-from barefoot.engine.config import Activations
+from barefoot.engine.config import Activations, AdapterParts
 from barefoot.kv import ruled
 from barefoot.kv.stores import KVStore
 from barefoot.ops.dispatch import Layout
@@ -24,12 +24,13 @@ from barefoot.weights.formats import WeightFormat
 class RunJob:
     """Answer prompts: ``context`` positions for prompt and answer together, of which ``max_tokens`` are generated.
 
-    ``batch`` sequences of that size share the weights; each has its own keys and values.
+    ``batch`` sequences of that size share the weights and an ``adapter``; each has its own keys and values.
     """
 
     context: int
     max_tokens: int
     batch: int = 1
+    adapter: AdapterParts | None = None
 
     def __post_init__(self) -> None:
         for name, got in (("context", self.context), ("max_tokens", self.max_tokens), ("batch", self.batch)):

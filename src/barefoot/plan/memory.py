@@ -49,6 +49,12 @@ def accelerator_footprint(
         total += entry("model", "weights", terms, phases=RUN_PHASES, place=at)
         if kv[at]:
             total += entry(str(config.kv), "kv", [Term("keys and values", kv[at], 1)], phases=RUN_PHASES, place=at)
+    added: Counter[Place] = Counter()
+    layer_of = {w.name: w.layer for w in spec.weights if w.layer is not None}
+    for name, part in config.adapter.parts if config.adapter is not None else ():
+        added[layer_place(spec, layer_of[name], config, site)] += part.n_bytes
+    for at, n_bytes in added.items():
+        total += entry("adapter", "adapter", [Term("factors", n_bytes, 1)], phases=RUN_PHASES, place=at)
     n = device.n_accelerators
     heads, ffn = (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, 2 * spec.d_ff
     widest = 2 * spec.d_model + max(heads, ffn)  # residual and normed input, beside the wider half of a layer

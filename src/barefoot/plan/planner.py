@@ -263,6 +263,9 @@ class _Case:
         if device.n_accelerators > 1:
             how = "share each matrix" if device.peer_gb_s else "take layers in turn"
             notes.append(f"the {device.n_accelerators} accelerators {how}")
+        if self.job.adapter is not None:
+            beside = len(self.job.adapter.parts)
+            notes.append(f"an adapter stands beside {beside} matrices; times and quality are those without it")
         if compositions.drops(solution.config.kv):
             notes.append(compositions.what_goes(solution.config.kv, self.job.context))
         if self.spec.stack:

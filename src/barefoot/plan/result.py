@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 
 from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Entry, Footprint, Phase, Place, Term
-from barefoot.engine.config import Activations, EngineConfig
+from barefoot.core.model import PartSpec
+from barefoot.engine.config import Activations, AdapterParts, EngineConfig
 from barefoot.plan.commands import command
 from barefoot.plan.job import RunJob, Stated, format_weights, parse_kv, parse_weights
 
@@ -114,7 +115,7 @@ class Plan:
         return {
             "model": self.model,
             "device": self.device,
-            "job": {"context": self.job.context, "max_tokens": self.job.max_tokens, "batch": self.job.batch},
+            "job": _job_json(self.job),
             "config": {
                 "context": config.context,
                 "kv": str(config.kv),
@@ -152,6 +153,22 @@ class Plan:
         return text
 
 
+def _job_json(job: RunJob) -> dict[str, Any]:
+    data: dict[str, Any] = {"context": job.context, "max_tokens": job.max_tokens, "batch": job.batch}
+    if job.adapter is not None:
+        parts = {name: [part.label, part.kind, part.n_bytes, part.source] for name, part in job.adapter.parts}
+        data["adapter"] = {"path": job.adapter.path, "parts": parts}
+    return data
+
+
+def _job_from_json(data: Mapping[str, Any]) -> RunJob:
+    adapter = data.get("adapter")
+    if adapter is not None:
+        parts = tuple((name, PartSpec(*part)) for name, part in adapter["parts"].items())
+        adapter = AdapterParts(adapter["path"], parts)
+    return RunJob(**{**data, "adapter": adapter})
+
+
 def _time_json(time: PhaseTime) -> dict[str, Any]:
     return {
         "seconds": time.seconds,
@@ -179,10 +196,11 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
             for e in data["terms"]
         )
         quality = data["quality"]
+        job = _job_from_json(data["job"])
         return Plan(
             model=data["model"],
             device=data["device"],
-            job=RunJob(**data["job"]),
+            job=job,
             config=EngineConfig(
                 context=config["context"],
                 kv=parse_kv(config["kv"]),
@@ -191,10 +209,11 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
                 activations=cast(Activations, config["activations"]),
                 n_streamed_layers=config["n_streamed_layers"],
                 stream_head=config["stream_head"],
-                n_sequences=data["job"]["batch"],
+                n_sequences=job.batch,
                 n_threads=config["n_threads"],
                 n_stacked=config.get("n_stacked"),
                 layouts=dict(config["layouts"]),
+                adapter=job.adapter,
             ),
             footprint=Footprint(entries),
             budget=dict(data["budget_bytes"]),

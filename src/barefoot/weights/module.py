@@ -103,6 +103,12 @@ class _Packed(nn.Module):
             rows += torch.from_numpy(part[start:stop]).to(data.device)
         return rows
 
+    def at(self, ids: Tensor) -> Tensor:
+        """Rows by their numbers, int64 (n,), as they are stored, float32 (n, cols), on the module's device."""
+        if self.kinds:
+            return self.dense()[ids]
+        return decode(self.format, self.stored_rows()[ids], self.cols)
+
     def tiles(self) -> Iterator[tuple[int, int]]:
         """First row and end of each tile."""
         step = self.rows if self.kinds else max(1, TILE_BYTES // (4 * self.cols))
@@ -171,6 +177,14 @@ class PackedLinear(_Packed):
             y[..., start:stop] = x @ self.dense(start, stop).to(x.dtype).T
         return y
 
+    def product_back(self, grad: Tensor) -> Tensor:
+        """grad W, of the gradient of a product that of its input."""
+        into = grad.new_zeros(*grad.shape[:-1], self.cols)
+        flat, rows = into.view(-1, self.cols), grad.reshape(-1, self.rows)
+        for start, stop in self.tiles():
+            flat.addmm_(rows[:, start:stop], self.dense(start, stop).to(grad.dtype))
+        return into
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.stored_rows()
@@ -205,8 +219,7 @@ class PackedEmbedding(_Packed):
         self.scale, self.dtype = scale, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = decode(self.format, self.weight[ids.reshape(-1)], self.cols)
-        return (rows * self.scale).to(self.dtype).reshape(*ids.shape, self.cols)
+        return (self.at(ids.reshape(-1)) * self.scale).to(self.dtype).reshape(*ids.shape, self.cols)
 
     def extra_repr(self) -> str:
         return (
@@ -228,10 +241,7 @@ class _Product(torch.autograd.Function):
         (grad,) = grads
         if not ctx.needs_input_grad[0]:
             return None, None
-        into = grad.new_zeros(*grad.shape[:-1], ctx.module.cols)
-        for start, stop in ctx.module.tiles():
-            into += grad[..., start:stop] @ ctx.module.dense(start, stop).to(grad.dtype)
-        return into.to(ctx.kind), None
+        return ctx.module.product_back(grad).to(ctx.kind), None
 
 
 def _gpu_products() -> Any:

@@ -68,6 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", type=parse_bytes, help="bytes that may be used; engine only")
     parser.add_argument("--weights", metavar="SPEC", help="convert the model at loading, as in run; engine only")
     parser.add_argument("--kv", metavar="SPEC", help="the model's KV store; default f16; engine only")
+    arguments.add_adapter(parser)
     parser.add_argument("--threads", metavar="N", type=int, help="compute threads; default all")
     parser.add_argument(
         "--activations",
@@ -137,7 +138,7 @@ def _check_options(args: argparse.Namespace) -> None:
     """Refuse what only the engine can do."""
     from barefoot.core.errors import InvalidInput
 
-    for option in ("memory", "weights", "kv", "activations"):
+    for option in ("memory", "weights", "kv", "activations", "adapter"):
         if getattr(args, option) is not None:
             raise InvalidInput(
                 f"--{option} says how the engine computes, and --driver is {args.driver}", cure=f"leave --{option} out"
@@ -156,6 +157,7 @@ def _config(args: argparse.Namespace, spec: ModelSpec, *, is_reference: bool) ->
         weights={} if is_reference or args.weights is None else parse_weights(args.weights),
         chunk=min(CHUNK, args.window),
         activations="float32" if is_reference else args.activations or "float32",
+        adapter=None if is_reference else arguments.adapter(args, spec),
         n_logits=n_logits,
         n_threads=args.threads or n_threads(),
     )

@@ -41,6 +41,7 @@ EXAMPLES = (
     "barefoot run smollm2 --memory 128MiB --context 1024 --max-tokens 64 --json result.json",
     "barefoot run smollm2 --prompts questions.txt --batch 8 --memory 256MiB --context 512",
     "barefoot run smollm2 --plan plan.toml",
+    'barefoot run smollm2 "What is the capital of France?" --adapter tuned/',
 )
 JSON_KEYS = {
     "text": "the answer (of a chat: the last one; of many prompts: null, see answers)",
@@ -223,6 +224,7 @@ def _take_saved_plan(args: argparse.Namespace) -> None:
         "context": plan.job.context,
         "max_tokens": plan.job.max_tokens,
         "batch": plan.job.batch,
+        "adapter": plan.job.adapter.path if plan.job.adapter is not None else None,
         "weights": format_weights(config.weights),
         "kv": str(config.kv),
         "chunk": config.chunk,

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.core.technique import Technique
 from barefoot.kv import budgets
@@ -182,6 +183,13 @@ def top(scores: F32, n: int) -> I32:
 def lowest(scores: F32 | I32) -> I32:
     """The slot (..., 1) of least score along the last axis."""
     return np.asarray(scores.argmin(axis=-1, keepdims=True), np.int32)
+
+
+def lowest_before(scores: F32, position: I32, n_tokens: int, n: int) -> I32:
+    """The slot (rows, 1) of least score in each row, of those that are not among the last ``n`` positions."""
+    found = np.empty(len(scores), np.int32)
+    ops.lowest_before(scores, position, n_tokens - n, found)
+    return found[:, None]
 
 
 def protect_recent(scores: F32, position: I32, n_tokens: int, n: int) -> F32:

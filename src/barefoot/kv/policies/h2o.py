@@ -19,7 +19,18 @@ from typing import ClassVar
 
 from barefoot.core.errors import InvalidInput
 from barefoot.kv.budgets import LAYERS, Layers
-from barefoot.kv.policies import I32, SINGLY, Observation, Policy, Seen, at_least, lowest, one_of, protect_recent, top
+from barefoot.kv.policies import (
+    I32,
+    SINGLY,
+    Observation,
+    Policy,
+    Seen,
+    at_least,
+    lowest_before,
+    one_of,
+    protect_recent,
+    top,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
 
     def evict(self, seen: Seen) -> I32:
         assert seen.observed is not None
-        return lowest(protect_recent(seen.observed, seen.position, seen.n_tokens, self.n_recent))
+        return lowest_before(seen.observed, seen.position, seen.n_tokens, self.n_recent)
 
     def with_keep(self, keep: int) -> H2O:
         recent = None if self.recent is None else min(keep - 1, self.recent * keep // self.keep)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from barefoot.kv.policies import I32, SINGLY, Policy, Seen, at_least, lowest, protect_recent, top
+from barefoot.kv.policies import I32, SINGLY, Policy, Seen, at_least, lowest_before, protect_recent, top
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class Random(Policy, name="random", status="stable", conflicts=SINGLY):
     def evict(self, seen: Seen) -> I32:
         rng = np.random.default_rng((self.seed, seen.layer, seen.n_tokens))
         lots = rng.random(seen.position.shape, np.float32)
-        return lowest(protect_recent(lots, seen.position, seen.n_tokens, self.recent))
+        return lowest_before(lots, seen.position, seen.n_tokens, self.recent)

@@ -78,6 +78,7 @@ struct Product {
   float* out;
   int64_t out_stride;
   bool add;
+  int64_t weights_step = 1;  // from weights[i][j] to weights[i][j + 1]
 };
 
 template <int Queries, int Vectors>
@@ -85,18 +86,21 @@ inline void product_block(const Product& p, int64_t i0, int64_t c0) {
   F sum[Queries][Vectors];
   float* const out = p.out + i0 * p.out_stride + c0;
   for (int i = 0; i < Queries; ++i)
-    for (int v = 0; v < Vectors; ++v) sum[i][v] = p.add ? load(out + i * p.out_stride + v * kLanes) : set1(0.0f);
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = set1(0.0f);  // and not what is there: sums of sums err less
   const float *weights = p.weights + i0 * p.weights_stride, *row = p.rows + c0;
-  for (int64_t j = 0; j < p.n; ++j, row += p.rows_stride) {
+  for (int64_t j = 0; j < p.n; ++j, row += p.rows_stride, weights += p.weights_step) {
     F part[Vectors];
     for (int v = 0; v < Vectors; ++v) part[v] = load(row + v * kLanes);
     for (int i = 0; i < Queries; ++i) {
-      const F weight = set1(weights[i * p.weights_stride + j]);
+      const F weight = set1(weights[i * p.weights_stride]);
       for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(weight, part[v], sum[i][v]);
     }
   }
   for (int i = 0; i < Queries; ++i)
-    for (int v = 0; v < Vectors; ++v) store(out + i * p.out_stride + v * kLanes, sum[i][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* const to = out + i * p.out_stride + v * kLanes;
+      store(to, p.add ? load(to) + sum[i][v] : sum[i][v]);
+    }
 }
 
 template <int Queries>

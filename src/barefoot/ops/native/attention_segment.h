@@ -214,15 +214,17 @@ inline void attend_segment(const SegmentArgs& a) {
   });
 }
 
+constexpr int64_t kMassTile = 512;  // entries of a task: their shares stay in the first cache
+
 inline void attention_mass(const MassArgs& a) {
-  const int64_t sharing = a.n_heads / a.n_kv_heads, n_tiles = (a.stride + kKeyTile - 1) / kKeyTile;
+  const int64_t sharing = a.n_heads / a.n_kv_heads, n_tiles = (a.stride + kMassTile - 1) / kMassTile;
   const int threads = a.n_tokens * a.n_heads * a.stride < kParallel ? 1 : a.n_threads;
   parallel_for(a.n_kv_heads * n_tiles, threads, [&](int64_t task, int) {
-    const int64_t head = task / n_tiles, first = task % n_tiles * kKeyTile, rest = a.counts[head] - first;
-    const int64_t n = rest < kKeyTile ? rest : kKeyTile;
+    const int64_t head = task / n_tiles, first = task % n_tiles * kMassTile, rest = a.counts[head] - first;
+    const int64_t n = rest < kMassTile ? rest : kMassTile;
     if (n <= 0) return;
-    float* const mass = a.mass + head * a.stride + first;
-    float share[kKeyTile], highest[kKeyTile];
+    float* const mass = a.mass + head * a.mass_stride + first;
+    float share[kMassTile], highest[kMassTile];
     for (int64_t token = 0; token < a.n_tokens; ++token) {
       for (int64_t j = 0; j < n; ++j) highest[j] = 0.0f;
       for (int64_t h = head * sharing; h < (head + 1) * sharing; ++h) {

@@ -17,15 +17,20 @@ inline F exp(F x) {
 
 // e^x for x <= 0, within 2^-21 of it where that is above 2^-24, and 0 from about 2^-126 down; NaN stays.
 inline F exp_falling(F x) {
-  const F t = max(set1(-200.0f), x * set1(1.44269504f));
-  const F n = round_nearest(t), part = t - n;
+  const F scale = set1(1.44269504f), least = max(set1(-138.0f), x);
+  const F n = round_nearest(least * scale), part = fma(least, scale, set1(0.0f) - n);
   F p = set1(1.5403530e-4f);  // (ln 2)^k / k!: 2^part to its sixth power, 1.2e-7 of it
   for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
     p = fma(p, part, set1(c));
   return scale_down(p, n);
 }
 
-inline F tanh(F x) { return set1(1.0f) - set1(2.0f) / (exp(x + x) + set1(1.0f)); }
+inline F tanh(F x) {
+  const F square = x * x, ratio = set1(1.0f) - set1(2.0f) / (exp(x + x) + set1(1.0f));
+  F series = set1(-1382.0f / 155925);  // where the ratio would be the difference of neighbours
+  for (const float c : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f}) series = fma(series, square, set1(c));
+  return where_less(square, set1(0.16f), x * series, ratio);
+}
 
 // Apply to[i] = op(a[i], b[i]), the tail through padded copies.
 template <class Op>

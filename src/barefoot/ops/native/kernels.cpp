@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -61,6 +62,8 @@ struct Constant {
 //
 #include "csr.h"
 //
+#include "lowrank.h"
+//
 #include "signs.h"
 //
 #include "fused.h"
@@ -84,9 +87,15 @@ struct Constant {
 #include "attention_blocks.h"
 //
 #include "attention_segment.h"
+//
+#include "flash.h"
 
-// The kinds of parts, in the order of parts.names().
-constexpr std::array kParts{kCsr, PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul}};
+// The kinds of parts.
+constexpr std::array kParts{kCsr,
+                            PartKernel{"signs", &sign_part_flaw, &sign_part_scratch, &sign_part_matmul},
+                            thin_kernel<F32>("lowrank_f32"),
+                            thin_kernel<F16>("lowrank_f16"),
+                            thin_kernel<BF16>("lowrank_bf16")};
 
 }  // namespace
 
@@ -94,10 +103,11 @@ extern const Kernels kernels;
 const Kernels kernels = {
     All::info, Formats::size, &matmul, &matmul_scratch, &embed,     &pack_panels,       &pack_lut,
     &rmsnorm,
-    &rope,     &glu,          &add,    &argmax,         &kv_append, &attention,         &attention_scratch,
+    &rope,     &glu,          &add,    &argmax,         &lowest_before, &kv_append, &attention,         &attention_scratch,
     &attend_segment, &segment_scratch, &attention_mass, &kv_write,
     &plane_matmul, &plane_scratch, &plane_bytes, &top_k, &sign_matmul, &sign_scratch, &sign_bytes,
     &fit_groups, &group_errors, &round_groups, &encode_groups, &feedback_round,
+    &flash_forward, &flash_backward, &flash_scratch,
     kParts.data(), kParts.size(),
 };
 

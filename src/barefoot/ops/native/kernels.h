@@ -197,8 +197,24 @@ struct MassArgs {
   int64_t n_tokens, n_heads, n_kv_heads, stride;
   const int32_t* counts;    // [n_kv_heads]
   const float* thresholds;  // [n_tokens], or null
-  float* mass;              // [n_kv_heads, stride], added to
+  float* mass;              // [n_kv_heads, at least as many as counts], added to
+  int64_t mass_stride;      // between its rows
   int n_threads;
+};
+
+// Attention within documents of `lengths` tokens, one behind the other; rows behind the last one see nothing.
+struct FlashArgs {
+  const float *q, *k, *v;  // [n, n_heads, head_dim], and [n, n_kv_heads, head_dim] twice
+  const int64_t* lengths;
+  int64_t n_documents, n, n_heads, n_kv_heads, head_dim;
+  int64_t window;  // 0: all
+  float scale, softcap;
+  uint8_t* scratch;
+  int n_threads;
+};
+struct FlashGradients {
+  const float *out, *lse, *d_out;  // [n, n_heads, head_dim], [n_heads, n], [n, n_heads, head_dim]
+  float *dq, *dk, *dv;             // of the shapes of q, k, v
 };
 
 enum class RangeRule { range, two_means, ternary };
@@ -256,6 +272,7 @@ struct Kernels {
   void (*glu)(const float* gate, const float* up, float* out, int64_t n, Activation activation);
   void (*add)(float* x, const float* y, int64_t n);
   int64_t (*argmax)(const float* x, int64_t n);
+  int32_t (*lowest_before)(const float* score, const int32_t* position, int64_t n, int32_t end);
   void (*kv_append)(const float* rows, int64_t n_tokens, const KvShape& kv, int64_t start, uint8_t* buffer);
   void (*attention)(const AttentionArgs&);
   int64_t (*attention_scratch)(const AttentionArgs&);
@@ -277,6 +294,9 @@ struct Kernels {
   void (*round_groups)(const RoundingArgs&, const float* params, uint8_t* codes);
   bool (*encode_groups)(const RoundingArgs&, int bits, bool is_signed, uint8_t* out);
   void (*feedback_round)(const FeedbackArgs&);
+  void (*flash_forward)(const FlashArgs&, float* out, float* lse);
+  void (*flash_backward)(const FlashArgs&, const FlashGradients&);
+  int64_t (*flash_scratch)(const FlashArgs&, bool backward);
   const PartKernel* parts;
   int n_parts;
 };

@@ -45,6 +45,7 @@ using Array = nb::ndarray<T, Shape..., nb::c_contig, nb::device::cpu>;
 using Vector = Array<const float, nb::ndim<1>>;
 using Matrix = Array<const float, nb::ndim<2>>;
 using MatrixOut = Array<float, nb::ndim<2>>;
+using RowsOut = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;  // with any distance between them
 using Bytes = Array<const uint8_t>;
 using BytesOut = Array<uint8_t>;
 using KvBytes = Array<const uint8_t, nb::ndim<3>>;
@@ -432,6 +433,20 @@ int64_t argmax(Vector logits) {
   if (logits.size() == 0) refuse("argmax of an empty array");
   nb::gil_scoped_release release;
   return kernels().argmax(logits.data(), dim(logits, 0));
+}
+
+void lowest_before(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> scores,
+                   nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu> position, int32_t end,
+                   Array<int32_t, nb::ndim<1>> out) {
+  expect_size("rows of positions", dim(scores, 0), dim(position, 0));
+  expect_size("columns of positions", dim(scores, 1), dim(position, 1));
+  expect_size("rows of out", dim(scores, 0), dim(out, 0));
+  expect(scores.stride(1) == 1 && position.stride(1) == 1, "distance of a row's numbers", 1, scores.stride(1));
+  if (dim(scores, 1) > INT32_MAX) refuse("rows have at most 2147483647 columns");
+  nb::gil_scoped_release release;
+  for (int64_t row = 0; row < dim(scores, 0); ++row)
+    out.data()[row] = kernels().lowest_before(scores.data() + row * scores.stride(0),
+                                              position.data() + row * position.stride(0), dim(scores, 1), end);
 }
 
 void top_k(Vector logits, Array<float, nb::ndim<1>> values, Array<int32_t, nb::ndim<1>> ids) {
@@ -835,19 +850,20 @@ void attend_segment(Matrix q, const Segment& segment, Array<float, nb::ndim<3>> 
   kernels().attend_segment(a);
 }
 
-void attention_mass(Array<const float, nb::ndim<3>> scores, Matrix tops, Matrix totals, Counts counts, MatrixOut mass,
+void attention_mass(Array<const float, nb::ndim<3>> scores, Matrix tops, Matrix totals, Counts counts, RowsOut mass,
                     std::optional<Vector> thresholds) {
   MassArgs a{scores.data(), tops.data(), totals.data(), dim(scores, 1), dim(scores, 0), dim(mass, 0), dim(scores, 2),
-             counts.data(), thresholds ? thresholds->data() : nullptr, mass.data(), n_threads()};
+             counts.data(), thresholds ? thresholds->data() : nullptr, mass.data(), mass.stride(0), n_threads()};
   expect(a.n_kv_heads > 0 && a.n_heads % a.n_kv_heads == 0, "query heads, a multiple of", a.n_kv_heads, a.n_heads);
   for (const Matrix* each : {&tops, &totals}) {
     expect_size("tokens of tops and totals", a.n_tokens, dim(*each, 0));
     expect_size("heads of tops and totals", a.n_heads, dim(*each, 1));
   }
-  expect_size("entries of mass", a.stride, dim(mass, 1));
+  expect(mass.stride(1) == 1, "distance of a row's numbers in mass", 1, mass.stride(1));
   expect_size("counts", a.n_kv_heads, dim(counts, 0));
+  const int64_t most = a.stride < dim(mass, 1) ? a.stride : dim(mass, 1);
   for (int64_t h = 0; h < a.n_kv_heads; ++h)
-    expect(counts.data()[h] >= 0 && counts.data()[h] <= a.stride, "count, at most", a.stride, counts.data()[h]);
+    expect(counts.data()[h] >= 0 && counts.data()[h] <= most, "count, at most", most, counts.data()[h]);
   if (thresholds) expect_size("thresholds", a.n_tokens, dim(*thresholds, 0));
   nb::gil_scoped_release release;
   kernels().attention_mass(a);
@@ -866,6 +882,62 @@ void kv_write(Matrix rows, KvBytesOut buffer, const std::string& fmt, Array<cons
       refuse("slots must be 0 to " + text(kv.capacity - 1) + ", got " + text(slots.data()[i]));
   nb::gil_scoped_release release;
   kernels().kv_write(rows.data(), dim(rows, 0), kv, slots.data(), buffer.data());
+}
+
+// --- attention of packed documents ---
+
+using Heads = Array<const float, nb::ndim<3>>;  // [n, heads, head_dim]
+using HeadsOut = Array<float, nb::ndim<3>>;
+using Lengths = Array<const int64_t, nb::ndim<1>>;
+
+void expect_scratch(const FlashArgs& args, bool backward, const BytesOut& scratch) {
+  const int64_t needed = kernels().flash_scratch(args, backward);
+  expect(static_cast<int64_t>(scratch.size()) >= needed, "bytes of scratch", needed, scratch.size());
+}
+
+FlashArgs flash_args(const Heads& q, const Heads& k, const Heads& v, const Lengths& lengths, float scale,
+                     int64_t window, float softcap, BytesOut& scratch) {
+  expect_same_shape("k and v", k, v);
+  expect_size("tokens of k", dim(q, 0), dim(k, 0));
+  expect_size("head_dim of k", dim(q, 2), dim(k, 2));
+  expect(dim(k, 1) > 0 && dim(q, 1) > 0 && dim(q, 1) % dim(k, 1) == 0, "query heads, a multiple of", dim(k, 1), dim(q, 1));
+  if (dim(q, 2) < 1) refuse("head_dim must be positive");
+  if (window < 0) refuse("window must be 0 or more, got " + text(window));
+  int64_t left = dim(q, 0);
+  for (int64_t i = 0; i < dim(lengths, 0); ++i) {
+    const int64_t length = lengths.data()[i];
+    if (length < 0 || length > left) refuse("lengths must not be negative, nor more than " + text(dim(q, 0)) + " in all");
+    left -= length;
+  }
+  if (window >= dim(q, 0)) window = 0;
+  return {q.data(), k.data(), v.data(), lengths.data(), dim(lengths, 0), dim(q, 0), dim(q, 1), dim(k, 1), dim(q, 2),
+          window,   scale,    softcap,  scratch.data(), n_threads()};
+}
+
+void flash_forward(Heads q, Heads k, Heads v, Lengths lengths, HeadsOut out, MatrixOut lse, float scale, int64_t window,
+                   float softcap, BytesOut scratch) {
+  const FlashArgs args = flash_args(q, k, v, lengths, scale, window, softcap, scratch);
+  expect_same_shape("q and out", q, out);
+  expect_size("heads of lse", dim(q, 1), dim(lse, 0));
+  expect_size("tokens of lse", dim(q, 0), dim(lse, 1));
+  expect_scratch(args, false, scratch);
+  nb::gil_scoped_release release;
+  kernels().flash_forward(args, out.data(), lse.data());
+}
+
+void flash_backward(Heads d_out, Heads q, Heads k, Heads v, Heads out, Matrix lse, Lengths lengths, HeadsOut dq,
+                    HeadsOut dk, HeadsOut dv, float scale, int64_t window, float softcap, BytesOut scratch) {
+  const FlashArgs args = flash_args(q, k, v, lengths, scale, window, softcap, scratch);
+  expect_same_shape("q and d_out", q, d_out);
+  expect_same_shape("q and out", q, out);
+  expect_same_shape("q and dq", q, dq);
+  expect_same_shape("k and dk", k, dk);
+  expect_same_shape("v and dv", v, dv);
+  expect_size("heads of lse", dim(q, 1), dim(lse, 0));
+  expect_size("tokens of lse", dim(q, 0), dim(lse, 1));
+  expect_scratch(args, true, scratch);
+  nb::gil_scoped_release release;
+  kernels().flash_backward(args, {out.data(), lse.data(), d_out.data(), dq.data(), dk.data(), dv.data()});
 }
 
 // --- programs ---
@@ -1089,6 +1161,8 @@ NB_MODULE(_native, m) {
         "activation"_a = "silu");
   m.def("add_", &barefoot::add_, "x"_a.noconvert(), "y"_a.noconvert());
   m.def("argmax", &barefoot::argmax, "logits"_a.noconvert());
+  m.def("lowest_before", &barefoot::lowest_before, "scores"_a.noconvert(), "position"_a.noconvert(), "end"_a,
+        "out"_a.noconvert());
   m.def("top_k", &barefoot::top_k, "logits"_a.noconvert(), "values"_a.noconvert(), "ids"_a.noconvert());
   m.def("fit_groups", &barefoot::fit_groups, "x"_a.noconvert(), "grid"_a, "importance"_a.noconvert().none(),
         "shrinks"_a.noconvert(), "steps"_a.noconvert(), "n_refits"_a, "params"_a.noconvert());
@@ -1126,6 +1200,13 @@ NB_MODULE(_native, m) {
   m.def("attention_mass", &barefoot::attention_mass, "scores"_a.noconvert(), "tops"_a.noconvert(),
         "totals"_a.noconvert(), "counts"_a.noconvert(), "mass"_a.noconvert(), nb::kw_only(),
         "thresholds"_a.noconvert() = nb::none());
+  m.def("flash_forward", &barefoot::flash_forward, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
+        "lengths"_a.noconvert(), "out"_a.noconvert(), "lse"_a.noconvert(), nb::kw_only(), "scale"_a, "window"_a = 0,
+        "softcap"_a = 0.0f, "scratch"_a.noconvert());
+  m.def("flash_backward", &barefoot::flash_backward, "d_out"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(),
+        "v"_a.noconvert(), "out"_a.noconvert(), "lse"_a.noconvert(), "lengths"_a.noconvert(), "dq"_a.noconvert(),
+        "dk"_a.noconvert(), "dv"_a.noconvert(), nb::kw_only(), "scale"_a, "window"_a = 0, "softcap"_a = 0.0f,
+        "scratch"_a.noconvert());
   m.def("kv_write", &barefoot::kv_write, "rows"_a.noconvert(), "buffer"_a.noconvert(), "fmt"_a, "slots"_a.noconvert());
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())

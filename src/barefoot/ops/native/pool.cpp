@@ -156,4 +156,13 @@ void run_tasks(int64_t n_tasks, int max_threads, void (*body)(void*, int64_t, in
   pool().run(n_tasks, n, max_threads, body, context);
 }
 
+void Turn::wait(int32_t turn) const {
+  for (int32_t now; (now = turn_.load(std::memory_order_acquire)) != turn;) wait_while(turn_, now);
+}
+
+void Turn::pass() {
+  turn_.fetch_add(1, std::memory_order_release);
+  turn_.notify_all();
+}
+
 }  // namespace barefoot

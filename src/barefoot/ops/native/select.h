@@ -36,6 +36,39 @@ inline int64_t argmax(const float* x, int64_t n) {
   return best;
 }
 
+// IEEE 754's total order of floats, as integers.
+inline int32_t ordinal(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+// The first entry of least score among those whose position is below `end`; 0 where none is. Integers, so that compilers
+// find the minimum of a run in vectors; only the run that holds it is searched.
+inline int32_t lowest_before(const float* score, const int32_t* position, int64_t n, int32_t end) {
+  constexpr int64_t kRun = 256;
+  const auto at = [&](int64_t i) {  // no branch, which would keep the loop from becoming vectors
+    const int32_t young = -static_cast<int32_t>(position[i] >= end);
+    return (ordinal(score[i]) & ~young) | (INT32_MAX & young);
+  };
+  int32_t least = INT32_MAX;
+  int64_t run = 0;
+  for (int64_t first = 0; first < n; first += kRun) {
+    const int64_t last = first + kRun < n ? first + kRun : n;
+    int32_t own = INT32_MAX;
+    for (int64_t i = first; i < last; ++i) {
+      const int32_t x = at(i);
+      own = x < own ? x : own;
+    }
+    if (own < least) {
+      least = own;
+      run = first;
+    }
+  }
+  while (run + 1 < n && at(run) != least) ++run;
+  return least == INT32_MAX ? 0 : static_cast<int32_t>(run);
+}
+
 // A heap of the first k in order so far, the last of them on top: children 2i + 1 and 2i + 2 precede their parent.
 struct Best {
   float* value;

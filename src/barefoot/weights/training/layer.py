@@ -92,19 +92,28 @@ class LayerFunction:
         if "q_norm" in weights:
             q, k = self._norm(weights["q_norm"], q), self._norm(weights["k_norm"], k)
         q, k = self._turn(q), self._turn(k)
-        q, k, v = (self._seen(place, x).transpose(1, 2) for place, x in (("q", q), ("k", k), ("v", v)))
+        q, k, v = (self._seen(place, x) for place, x in (("q", q), ("k", k), ("v", v)))
+        return self._mix(q, k, v).reshape(batch, n, -1).float()
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention: q (batch, n, heads, head_dim), the last of as many as k and v are, which have fewer heads →
+        the shape of q."""
+        spec, n, n_keys = self.spec, q.shape[1], k.shape[1]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=1) for x in (k, v))
         window = self.spec.layers[self.layer].window
-        if not spec.attn_softcap and (window is None or window >= n):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.attn_scale)
+        if not spec.attn_softcap and (window is None or window >= n_keys) and n in (1, n_keys):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, scale=spec.attn_scale)
+            return out.transpose(1, 2)
+        first = n_keys - n
+        seen = torch.ones(n, n_keys, dtype=torch.bool).tril_(first).triu_(first + 1 - (window or n_keys)).to(q.device)
+        if not spec.attn_softcap:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=spec.attn_scale)
         else:
-            ahead = torch.arange(n)[:, None] - torch.arange(n)  # how far back each key lies
-            seen = ((ahead >= 0) & (ahead < (window or n))).to(q.device)
             scores = (q @ k.transpose(-1, -2)).float() * spec.attn_scale
-            if spec.attn_softcap:
-                scores = spec.attn_softcap * torch.tanh(scores / spec.attn_softcap)
+            scores = spec.attn_softcap * torch.tanh(scores / spec.attn_softcap)
             out = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(self.compute) @ v
-        return out.transpose(1, 2).reshape(batch, n, -1).float()
+        return out.transpose(1, 2)
 
     def _turn(self, x: Tensor) -> Tensor:
         """Pairs of channels of x (batch, n, heads, head_dim) turned by their positions' angles."""

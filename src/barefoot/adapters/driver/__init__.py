@@ -1,0 +1,1 @@
+"""Adapters as PyTorch modules. Its modules import torch; this one doesn't."""

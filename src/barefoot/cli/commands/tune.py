@@ -1,0 +1,396 @@
+"""``barefoot tune``: adapters for a model, trained inside a budget."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from barefoot.cli import arguments, console, models
+from barefoot.core.units import format_bytes, parse_bytes, parse_count
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from barefoot.adapters import Adapter
+    from barefoot.core.model import ModelSpec
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.plan.tuning import TunePlan, TuneStated
+    from barefoot.train import MicroBatch
+    from barefoot.train.driver.loop import Step
+
+LENGTH, BATCH, EPOCHS, RATE, WARM_UP = 512, 8, 1.0, 2e-4, 0.03
+HELD_OUT, HELD_OUT_TOKENS = 0.05, 16_384  # share of the records, and the most tokens that are gone through
+AT_ONCE = 128 << 10  # arrays of so many bytes go back to the system as soon as they are freed
+SLACK_BYTES = 48 << 20  # page tables, and what is free between small arrays
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
+BAR = 20
+
+HELP = "fine-tune a model that would not fit: adapters over the base as it is stored"
+EXAMPLES = (
+    "barefoot tune smollm2 chats.jsonl --memory 700MiB -o tuned",
+    'barefoot tune smollm2 book.txt --adapter "lora(rank=8)" --length 256 --steps 200 -o tuned',
+    "barefoot tune smollm2 chats.jsonl --memory 1GiB -o tuned --plan",
+    "barefoot run smollm2 --adapter tuned",
+)
+JSON_KEYS = {
+    "model": "what was tuned",
+    "output": "the folder of the adapter",
+    "plan": "base, adapter, loss, activations, micro_batch_tokens, needed_bytes, by_phase, seconds_per_step, footprint",
+    "alternatives": "the same of the other combinations, without their footprints",
+    "budget_bytes": "what was allowed",
+    "steps": "of the optimizer",
+    "loss": "nats a predicted token, of the last step; null for a plan alone",
+    "held_out": "nats a predicted token of what wasn't trained on, at the end; null without any",
+    "best": "the lowest held-out loss, whose adapter is in the folder",
+    "tokens_per_s": "trained tokens a second",
+    "predicted_peak_bytes": "of the process",
+    "measured_peak_bytes": "its high-water mark",
+    "seconds": "of this process's training",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    arguments.add_model(parser)
+    parser.add_argument("data", metavar="DATA", help="JSONL of chats, completions or texts; or a plain text file")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="the adapter's folder; one that was begun goes on"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", type=parse_bytes, help="bytes that may be used; default what is available"
+    )
+    parser.add_argument("--plan", action="store_true", help="only say what it would take, and what else it could be")
+    job = parser.add_argument_group("the job")
+    job.add_argument(
+        "--length",
+        metavar="N",
+        type=parse_count,
+        default=LENGTH,
+        help=f"tokens of a document, at most; default {LENGTH}",
+    )
+    job.add_argument(
+        "--batch", metavar="N", type=int, default=BATCH, help=f"documents of that length in a step; default {BATCH}"
+    )
+    size = job.add_mutually_exclusive_group()
+    size.add_argument("--steps", metavar="N", type=parse_count, help="of the optimizer")
+    size.add_argument(
+        "--epochs", metavar="X", type=float, default=EPOCHS, help=f"times through the data; default {EPOCHS:g}"
+    )
+    job.add_argument("--held-out", metavar="FILE", help="data to evaluate on; default a twentieth of DATA")
+    job.add_argument("--train-on", choices=("answers", "all"), default="answers", help="which tokens are predicted")
+    job.add_argument("--rate", metavar="X", type=float, default=RATE, help=f"learning rate; default {RATE:g}")
+    job.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine")
+    job.add_argument(
+        "--clip", metavar="X", type=float, default=1.0, help="largest norm of the gradients; 0 for any; default 1"
+    )
+    job.add_argument("--seed", metavar="N", type=int, default=0)
+    job.add_argument("--evaluate-every", metavar="N", type=int, help="steps; default a tenth of all")
+    job.add_argument("--save-every", metavar="N", type=int, default=50, help="steps between states on disk; default 50")
+    stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
+    stated.add_argument("--adapter", metavar="SPEC", default="lora", help='as in "lora(rank=8)"; default lora')
+    stated.add_argument("--weights", metavar="SPEC", help="format of the base, as in nf4; default as it is stored")
+    stated.add_argument("--loss", metavar="SPEC", help='"plain" or "cce"')
+    stated.add_argument("--activations", choices=("keep", "recompute"), help="what a pass keeps for its backward")
+    stated.add_argument("--micro-batch", metavar="N", type=parse_count, help="tokens that pass at once")
+    stated.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="type of products")
+    stated.add_argument("--threads", metavar="N", type=int, help="compute threads; default all")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from barefoot.core.device import this_machine
+    from barefoot.core.measure import return_freed_memory
+    from barefoot.engine.specs import model_spec
+    from barefoot.io.inventory import Checkpoint
+    from barefoot.plan.tuning import RESERVED_BYTES, Question, TuneJob
+
+    return_freed_memory(AT_ONCE)
+    output = Path(args.output)
+    with Checkpoint(models.fetch(args.model)) as checkpoint:
+        spec = model_spec(checkpoint)
+        length = min(args.length, spec.context_length)
+        job = TuneJob(length, args.batch * length)
+        device = this_machine()
+        question = Question(spec, job, _adapter(args.adapter), _stated(args), device, RESERVED_BYTES)
+        budget, source = arguments.budget(args, device)
+        allowed = budget.bytes["host"]
+        if args.plan:
+            return _finish(args, _record(args, *question.choose(allowed), allowed))
+        data = _Data(args, checkpoint, length)  # before PyTorch, while this process is small
+        plan, others = replace(question, reserved_bytes=_reserved(args.threads)).choose(allowed)
+        console.print_note(_summary(plan, allowed, source, data))
+        result = _train(args, checkpoint, spec, plan, data, output)
+        return _finish(args, {**_record(args, plan, others, allowed), **result})
+
+
+def _adapter(text: str) -> Adapter:
+    from barefoot.core.registry import techniques
+    from barefoot.core.spec import parse_composition
+
+    (found,) = cast("list[Adapter]", parse_composition(text, techniques("adapters"), "adapters"))
+    return found
+
+
+def _stated(args: argparse.Namespace) -> TuneStated:
+    from barefoot.core.registry import techniques
+    from barefoot.core.spec import parse_composition
+    from barefoot.plan.job import parse_weights
+    from barefoot.plan.tuning import TuneStated
+    from barefoot.train.losses import Loss
+
+    loss = None
+    if args.loss is not None:
+        (loss,) = cast("list[Loss]", parse_composition(args.loss, techniques("train.losses"), "train.losses"))
+    formats = None if args.weights is None else parse_weights(args.weights)
+    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute)
+
+
+class _Data:
+    """What is trained on, and what is held out; micro-batches as the loop asks for them."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint, length: int) -> None:
+        from barefoot.cli import progress
+        from barefoot.io.chat import find_chat_template
+        from barefoot.io.tokenizer import load_tokenizer
+        from barefoot.train.data import all_of, hold_out
+        from barefoot.train.documents import Documents
+        from barefoot.train.encoding import Encoder
+
+        encoder = Encoder(load_tokenizer(checkpoint), find_chat_template(checkpoint), length, args.train_on)
+        with progress.line() as report:
+
+            def read(path: str) -> Documents:
+                return Documents(
+                    [Path(path)], encoder, progress=lambda done, total: report(done, total, f"reading {path}")
+                )
+
+            self.documents, self.seed = read(args.data), args.seed
+            if args.held_out is not None:
+                self.judged = read(args.held_out)
+                self.numbers, self.held = all_of(self.documents), all_of(self.judged)
+            else:
+                self.judged = self.documents
+                share = HELD_OUT if len(self.documents) >= 1 / HELD_OUT else 0.0
+                self.numbers, self.held = hold_out(self.documents, share, args.seed)
+
+    def begin(self, n_tokens: int, per_step: int) -> None:
+        """Have micro-batches of so many tokens, so many of them in a step."""
+        from barefoot.train.data import Batches
+
+        self._batches, self._per_step = Batches(self.documents, self.numbers, n_tokens, self.seed), per_step
+
+    def n_steps(self, epochs: float) -> int:
+        return max(1, round(epochs * self._batches.n_batches(0) / self._per_step))
+
+    def go_on(self, place: dict[str, int] | None) -> None:
+        from barefoot.train.data import START, Position
+
+        self._at = START if place is None else Position(place["epoch"], place["n_done"])
+        self._coming = self._batches.endless(self._at)
+
+    def step(self) -> Sequence[MicroBatch]:
+        found = []
+        for _ in range(self._per_step):
+            batch, self._at = next(self._coming)
+            found.append(batch)
+        return found
+
+    @property
+    def place(self) -> dict[str, int]:
+        return self._at._asdict()
+
+    def held_out(self, n_tokens: int) -> Iterator[MicroBatch]:
+        """The first ``HELD_OUT_TOKENS`` of what isn't trained on."""
+        from barefoot.train.data import Batches
+
+        left = HELD_OUT_TOKENS
+        if len(self.held):
+            for batch in Batches(self.judged, self.held, n_tokens, None).epoch():
+                yield batch
+                left -= len(batch.ids)
+                if left <= 0:
+                    return
+
+
+def _reserved(threads: int | None) -> int:
+    """Bytes of this process when PyTorch has done once what a step does, on little."""
+    from barefoot import ops
+    from barefoot.core.measure import release_free_memory
+    from barefoot.plan.reserved import reserved_now
+    from barefoot.plan.tuning import RESERVED_BYTES
+    from barefoot.train.driver.warm_up import warm_up
+    from barefoot.weights.training import require_torch
+
+    require_torch("a model")
+    n_threads = threads or ops.n_threads()
+    ops.set_threads(n_threads)
+    warm_up(n_threads)
+    release_free_memory()
+    now = reserved_now()
+    return (RESERVED_BYTES if now is None else now.bytes) + SLACK_BYTES
+
+
+def _train(
+    args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, plan: TunePlan, data: _Data, output: Path
+) -> dict[str, Any]:
+    import hashlib
+
+    from barefoot.core.measure import peak_resident
+    from barefoot.engine.source import source_key
+    from barefoot.train.driver.learner import learner
+    from barefoot.train.driver.loop import Settings, Trainer
+    from barefoot.train.metrics import Metrics, read
+    from barefoot.train.schedule import Schedule
+
+    tuning = plan.tuning
+    per_step = max(1, round(args.batch * tuning.length / tuning.n_tokens))
+    data.begin(tuning.n_tokens, per_step)
+    steps = args.steps or data.n_steps(args.epochs)
+    schedule = Schedule(args.schedule, WARM_UP)
+    facts = (
+        source_key(checkpoint), data.documents.fingerprint(), str(tuning.adapter), plan.base, tuning.compute,
+        tuning.length, tuning.n_tokens, per_step, steps, args.rate, str(schedule), args.clip, args.seed, args.held_out,
+    )  # fmt: skip
+    identity = hashlib.sha256(repr(facts).encode()).hexdigest()
+    settings = Settings(
+        steps,
+        lambda step: args.rate * schedule.share(step, steps),
+        clip=args.clip,
+        evaluate_every=args.evaluate_every or max(1, steps // 10),
+        save_every=args.save_every,
+        seed=args.seed,
+    )
+    decoder = learner(checkpoint, spec, tuning, args.seed)
+
+    def write() -> None:
+        decoder.write(output, args.model)
+
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(decoder, tuning.loss, settings, identity, output, keep_best=write)
+    held_out = list(data.held_out(tuning.n_tokens))
+    data.go_on(cast("dict[str, int] | None", trainer.progress.data))
+    if trainer.progress.step:
+        console.print_note(f"going on behind step {trainer.progress.step} of {steps}")
+    started, n_tokens, last = time.perf_counter(), 0, None
+    with Metrics(output / METRICS, trainer.progress.step) as metrics, _shown(steps, plan) as show:
+        for step in trainer.run(data, held_out):
+            last, n_tokens = step, n_tokens + step.n_tokens
+            held = {} if step.held_out is None else {"held_out_loss": step.held_out}
+            metrics.write(
+                step.step, loss=step.loss, rate=step.rate, norm=step.norm, tokens=step.n_tokens,
+                seconds=step.seconds, **held,
+            )  # fmt: skip
+            show(step)
+            if settings.save_every and step.step % settings.save_every == 0:
+                metrics.sync()
+    seconds = time.perf_counter() - started
+    if not held_out:
+        write()
+    _draw(output, read(output / METRICS))
+    progress = trainer.progress
+    return {
+        "steps": progress.step,
+        "loss": None if last is None else last.loss,
+        "held_out": None if last is None else last.held_out,
+        "best": progress.best,
+        "tokens_per_s": n_tokens / seconds if n_tokens else None,
+        "measured_peak_bytes": peak_resident(),
+        "seconds": seconds,
+    }
+
+
+@contextlib.contextmanager
+def _shown(steps: int, plan: TunePlan) -> Iterator[Callable[[Step], None]]:
+    """A line of how far it is, how well, how fast, and in how much of the predicted memory."""
+    from barefoot.cli import progress
+    from barefoot.core.measure import resident
+
+    with progress.line() as report:
+
+        def show(step: Step) -> None:
+            now = resident()
+            full = 0 if now is None else min(BAR, round(BAR * now.total / plan.needed))
+            memory = f"[{'#' * full}{'.' * (BAR - full)}] {format_bytes(now.total if now else 0)}"
+            speed = step.n_tokens / step.seconds
+            report(step.step, steps, f"step {step.step}/{steps}  loss {step.loss:.4f}  {speed:.0f} tokens/s  {memory} ")
+
+        yield show
+
+
+def _draw(output: Path, lines: Iterator[dict[str, Any]]) -> None:
+    """A picture of the losses where matplotlib is installed; drawn last, in the memory that training has left."""
+    from barefoot.cli.picture import over_steps
+    from barefoot.core.errors import BackendMissing
+
+    with contextlib.suppress(BackendMissing):
+        over_steps(str(output / PICTURE), output.name, lines)
+
+
+def _record(args: argparse.Namespace, plan: TunePlan, others: list[TunePlan], budget: int) -> dict[str, Any]:
+    brief = [{k: v for k, v in each.to_json().items() if k != "footprint"} for each in others]
+    return {
+        "model": args.model,
+        "output": args.output,
+        "plan": plan.to_json(),
+        "alternatives": brief,
+        "budget_bytes": budget,
+        "predicted_peak_bytes": plan.needed,
+    }
+
+
+def _summary(plan: TunePlan, budget: int, source: str, data: _Data) -> str:
+    tuning, seen = plan.tuning, data.documents.statistics
+    return (
+        f"{seen.n_documents:,} documents, {seen.n_tokens:,} tokens, {seen.n_learned / seen.n_tokens:.0%} of them "
+        f"learned; {seen.n_cut:,} cut, {seen.n_dropped:,} dropped\n"
+        f"{tuning.adapter} over {plan.base}, {tuning.loss}, activations {tuning.activations}, "
+        f"{tuning.n_tokens:,} tokens at once\n"
+        f"{format_bytes(plan.needed)} of {format_bytes(budget)} ({source}), most of it in the {plan.phase} pass"
+    )
+
+
+def _finish(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    ordered = {key: result.get(key) for key in JSON_KEYS}
+    if args.json:
+        console.write_json(ordered, args.json)
+    if args.json != console.STDOUT:
+        _show(args, ordered)
+    return 0
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    plans = [result["plan"], *result["alternatives"]]
+    if args.plan:
+        listed = [
+            (
+                "→" if each is result["plan"] else "",
+                each["base"],
+                each["activations"],
+                each["loss"],
+                f"{each['micro_batch_tokens']:,}",
+                format_bytes(each["needed_bytes"]),
+                f"{each['seconds_per_step']:.1f} s",
+            )
+            for each in plans
+        ]
+        header = ("", "base", "activations", "loss", "tokens at once", "needs", "a step")
+        print(console.table(listed, header=header, right=(4, 5, 6)))
+        return
+    from barefoot.adapters import Beside
+
+    measured = result["measured_peak_bytes"]
+    rows = [("steps", f"{result['steps']:,}")]
+    if result["loss"] is not None:
+        rows.append(("loss", f"{result['loss']:.4f} nats a predicted token"))
+    if result["best"] is not None:
+        rows.append(("held out", f"{result['best']:.4f} at best"))
+    if result["tokens_per_s"]:
+        rows.append(("speed", f"{result['tokens_per_s']:.0f} tokens/s"))
+    if measured:
+        predicted = result["predicted_peak_bytes"]
+        rows.append(("memory", f"{format_bytes(measured)} of {format_bytes(predicted)} predicted"))
+    print(console.table(rows))
+    if isinstance(_adapter(args.adapter), Beside):  # what the engine runs
+        print(f"\nbarefoot run {args.model} --adapter {args.output}")

@@ -1,0 +1,220 @@
+"""Planning a tuning: which combinations there are, what each takes and how long, and the one to use.
+
+Combinations of base format, activation policy, loss and micro-batch are all counted. Of those that fit, the ones that
+keep the base as it is stored come first, and among them the fastest: a micro-batch of fewer tokens decodes the base
+more often, and a layer that is passed again costs its products once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from barefoot.adapters import Adapter, Aside
+from barefoot.core.device import Device
+from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
+from barefoot.core.ledger import Footprint, Phase, entry
+from barefoot.core.ledger import Term as LedgerTerm
+from barefoot.core.model import ModelSpec, WeightGroup
+from barefoot.core.registry import techniques
+from barefoot.core.units import MIB, format_bytes
+from barefoot.plan.job import format_weights
+from barefoot.train.footprint import ACTIVATIONS, Activations, Compute, Tuning, footprint
+from barefoot.train.losses import Loss
+from barefoot.weights.formats import WeightFormat
+
+# Resident when PyTorch is imported and has multiplied once, where nobody has measured it yet.
+RESERVED_BYTES = 270 * MIB
+LEAST_TOKENS = 32
+#: Formats that the base is rounded to where it doesn't fit as it is stored, in the order of what they cost.
+SMALLER = ("int(bits=8)", "nf4", "int(bits=3)")
+_PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step", "save")
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """``step_tokens`` tokens make a step, of documents of at most ``length`` tokens."""
+
+    length: int
+    step_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise InvalidInput(f"length must be at least 2 tokens, got {self.length}")
+        if self.step_tokens < self.length:
+            raise InvalidInput(
+                f"a step of {self.step_tokens} tokens holds no document of {self.length}",
+                cure=f"use --length {self.step_tokens} or less, or a larger --batch",
+            )
+
+
+@dataclass(frozen=True)
+class TuneStated:
+    """What the user has decided; None is the planner's to choose."""
+
+    formats: Mapping[WeightGroup, WeightFormat] | None = None
+    activations: Activations | None = None
+    loss: Loss | None = None
+    n_tokens: int | None = None
+    compute: Compute = "float32"
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """A combination, what it takes by phase, and the seconds of a step that are expected."""
+
+    tuning: Tuning
+    footprint: Footprint
+    seconds: float
+
+    @property
+    def needed(self) -> int:
+        return self.footprint.peak()[1]
+
+    @property
+    def phase(self) -> str:
+        return str(self.footprint.peak()[0])
+
+    @property
+    def base(self) -> str:
+        return format_weights(self.tuning.formats) or "stored"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "adapter": str(self.tuning.adapter),
+            "loss": str(self.tuning.loss),
+            "activations": self.tuning.activations,
+            "compute": self.tuning.compute,
+            "micro_batch_tokens": self.tuning.n_tokens,
+            "needed_bytes": self.needed,
+            "peak_phase": self.phase,
+            "seconds_per_step": self.seconds,
+            "by_phase": {str(p): self.footprint.select(phase=p).bytes for p in self.footprint.phases},
+            "footprint": self.footprint.to_json(),
+        }
+
+
+def combinations(job: TuneJob, adapter: Adapter, stated: TuneStated) -> Iterator[Tuning]:
+    """All that the planner may use, the base as it is stored first."""
+    losses = [stated.loss] if stated.loss else [cls() for cls in techniques("train.losses").values()]
+    for formats in _formats(stated):
+        for activations in _activations(adapter, stated):
+            for loss in losses:
+                for n_tokens in _micro_batches(job, stated):
+                    assert isinstance(loss, Loss)
+                    several = n_tokens < job.step_tokens
+                    yield Tuning(
+                        adapter, loss, n_tokens, job.length, formats, activations, stated.compute, accumulates=several
+                    )
+
+
+def _activations(adapter: Adapter, stated: TuneStated) -> tuple[Activations, ...]:
+    if not isinstance(adapter, Aside):
+        return ACTIVATIONS if stated.activations is None else (stated.activations,)
+    if stated.activations == "recompute":
+        raise Incompatible(
+            f"{adapter} keeps nothing of the base's layers, so there is none to pass again", cure="--activations keep"
+        )
+    return ("keep",)
+
+
+def _formats(stated: TuneStated) -> Iterator[Mapping[WeightGroup, WeightFormat]]:
+    if stated.formats is not None:
+        yield stated.formats
+        return
+    yield {}
+    from barefoot.plan.job import parse_weights
+
+    for text in SMALLER:
+        found = parse_weights(text)
+        yield {group: found[group] for group in ("attn", "ffn")}
+
+
+def _micro_batches(job: TuneJob, stated: TuneStated) -> Iterator[int]:
+    if stated.n_tokens is not None:
+        yield stated.n_tokens
+        return
+    n = job.step_tokens
+    while n > job.length:
+        yield n
+        n = -(-n // 2)
+    yield job.length
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned: ``reserved_bytes`` are the process's own."""
+
+    spec: ModelSpec
+    job: TuneJob
+    adapter: Adapter
+    stated: TuneStated
+    device: Device
+    reserved_bytes: int
+
+    def plans(self) -> list[TunePlan]:
+        """Every combination with its bytes and time, in the order of preference."""
+        libraries = LedgerTerm("interpreter and libraries", 1, self.reserved_bytes)
+        process = entry("process", "reserved", [libraries], phases=_PHASES)
+        found = [
+            TunePlan(tuning, process + footprint(self.spec, tuning), seconds(self.spec, self.job, tuning, self.device))
+            for tuning in combinations(self.job, self.adapter, self.stated)
+        ]
+        order = {plan.base: i for i, plan in reversed(list(enumerate(found)))}
+        return sorted(found, key=lambda plan: (order[plan.base], plan.seconds, plan.needed))
+
+    def choose(self, budget: int) -> tuple[TunePlan, list[TunePlan]]:
+        """The first one that fits, and all others.
+
+        Raises
+        ------
+        OverBudget : none does.
+        """
+        every = self.plans()
+        for plan in every:
+            if plan.needed <= budget:
+                return plan, [other for other in every if other is not plan]
+        least = min(every, key=lambda plan: plan.needed)
+        kinds = least.footprint.by_kind()
+        largest = max(kinds, key=lambda kind: kinds[kind])
+        length = self.largest_length(budget)
+        shorter = f"--length {length}, " if length else ""
+        raise OverBudget(
+            f"tuning takes at least {format_bytes(least.needed)}; available are {format_bytes(budget)}. The largest "
+            f"part is {largest}, {format_bytes(kinds[largest])}",
+            needed=least.needed,
+            available=budget,
+            cure=f"use {shorter}a smaller model, or --memory {-(-least.needed // MIB)}MiB",
+        )
+
+    def largest_length(self, budget: int) -> int:
+        """The longest documents that fit with all else as it is; 0 for none of ``LEAST_TOKENS``."""
+        low, high = 0, self.job.length
+        while low < high:
+            middle = (low + high + 1) // 2
+            job = replace(self.job, length=middle, step_tokens=max(middle, self.job.step_tokens))
+            if middle >= LEAST_TOKENS and any(p.needed <= budget for p in replace(self, job=job).plans()):
+                low = middle
+            elif middle < LEAST_TOKENS:
+                low = middle  # too short to be of use, and no reason to look further down
+            else:
+                high = middle - 1
+        return low if low >= LEAST_TOKENS else 0
+
+
+def seconds(spec: ModelSpec, job: TuneJob, tuning: Tuning, device: Device) -> float:
+    """Of a step: products at the machine's peak, and the base decoded in each pass of each micro-batch."""
+    matrices = [w for w in spec.weights if w.layer is not None and w.group != "norm"]
+    n_weights = sum(w.n_elements for w in matrices)
+    aside = isinstance(tuning.adapter, Aside)
+    passes = 1 if aside else 3 if tuning.activations == "recompute" else 2
+    heads = spec.n_heads * spec.head_dim * spec.n_layers
+    times = passes + (0 if aside else 1.5)  # two products, of half of the pairs, twice and a half back
+    attention = 2 * 2 * job.length * heads * times
+    logits = 2 * 2 * spec.vocab_size * spec.d_model
+    flops = job.step_tokens * (2 * passes * n_weights + attention + logits)
+    n_passes = -(-job.step_tokens // tuning.n_tokens)
+    decoded = n_passes * (passes * n_weights + spec.vocab_size * spec.d_model) * 4
+    return flops / device.peaks["f32"] + decoded / (device.read_gb_s["host"] * 1e9 / 4)

@@ -1,0 +1,1 @@
+"""What trains in PyTorch. Its modules import torch; this one doesn't."""

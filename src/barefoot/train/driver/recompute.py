@@ -1,0 +1,45 @@
+"""A function of which only the input is kept: it is passed again in the backward pass.
+
+As ``torch.utils.checkpoint``, which brings 75 MiB of PyTorch's compiler into memory with its first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def recompute(function: Callable[[Tensor], Tensor], x: Tensor, learned: Sequence[Tensor], *, draws: bool) -> Tensor:
+    """``function(x)``, whose gradients reach x and ``learned``, all other tensors that learn in it.
+
+    draws : whether it draws random numbers, which must be the same again.
+    """
+    y: Tensor = _Again.apply(function, draws, x, *learned)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], draws: bool, x: Tensor, *learned: Tensor) -> Tensor:
+        ctx.function, ctx.random = function, torch.get_rng_state() if draws else None
+        ctx.save_for_backward(x, *learned)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *learned = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2]
+        x = x.detach().requires_grad_(wanted)
+        after = None
+        if ctx.random is not None:
+            after = torch.get_rng_state()
+            torch.set_rng_state(ctx.random)
+        with torch.enable_grad():
+            y = ctx.function(x)
+        if after is not None:
+            torch.set_rng_state(after)
+        found = torch.autograd.grad(y, [x, *learned] if wanted else learned, grads[0])
+        return None, None, *(found if wanted else (None, *found))

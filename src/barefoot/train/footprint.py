@@ -1,0 +1,209 @@
+"""What tuning takes, before anything is allocated: a frozen base in blocks, adapters, and what a pass keeps.
+
+N tokens pass at a time. Of a layer with d hidden channels, Q channels of queries in H heads, K of keys, f of its
+feed-forward, and m adapters of rank r, a pass keeps for its backward, in numbers of the products' type,
+
+    N × (2 d [normed inputs of products] + 4 Q [queries, keys and values for each head, outputs] + f + m r)
+
+once more Q where that type is not float32 (an adapter that needs no inputs keeps none of 2 d, f and this), and in
+float32 N × (d [between the halves] + 3 f [gate, its activation, up] + H + 2 [log-sum-exp, norms' factors]). With
+``activations="keep"`` all layers have it at once; with ``"recompute"`` one has, while it is passed again, and of each
+there is its input, N × d. An adapter that stands aside states what its passes keep itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from barefoot.adapters import Adapter, Aside, Beside, Passing
+from barefoot.core.ledger import Footprint, Phase, Term, entry
+from barefoot.core.model import ModelSpec, WeightGroup, WeightSpec
+from barefoot.ops import blocks
+from barefoot.train.losses import Loss, LossShape
+from barefoot.weights.formats import WeightFormat
+
+Activations = Literal["keep", "recompute"]
+Compute = Literal["float32", "bfloat16"]
+ACTIVATIONS: tuple[Activations, ...] = ("keep", "recompute")
+COMPUTE_BYTES: Mapping[Compute, int] = {"float32": 4, "bfloat16": 2}
+TILE_BYTES = 4 << 20  # of decoded weights, float32
+PIECE_BYTES = 4 << 20  # of a weight while it is loaded
+
+_TRAINING: tuple[Phase, ...] = ("forward", "backward", "step", "save")
+_ALL: tuple[Phase, ...] = ("load", *_TRAINING)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is tuned.
+
+    Attributes
+    ----------
+    n_tokens : of a micro-batch, at most.
+    length : of a document, at most.
+    formats : of the base's matrices by group; others stay as they are stored.
+    accumulates : whether a step has several micro-batches, so that there are gradients before the last one's.
+    step, steps : how far it is, of how many; what learns may become less.
+    """
+
+    adapter: Adapter
+    loss: Loss
+    n_tokens: int
+    length: int
+    formats: Mapping[WeightGroup, WeightFormat]
+    activations: Activations = "recompute"
+    compute: Compute = "float32"
+    accumulates: bool = False
+    step: int = 0
+    steps: int = 1
+
+    def layout(self, weight: WeightSpec) -> str:
+        """The blocks in which the base has a matrix."""
+        stated = self.formats.get(weight.group)
+        return weight.format if stated is None else stated.layout(weight.format)
+
+
+def footprint(spec: ModelSpec, tuning: Tuning) -> Footprint:
+    """All of it, besides the process itself."""
+    passes = _passes_aside if isinstance(tuning.adapter, Aside) else _passes
+    return _base(spec, tuning) + _adapter(spec, tuning) + passes(spec, tuning)
+
+
+def _base(spec: ModelSpec, tuning: Tuning) -> Footprint:
+    terms = []
+    for weight in spec.weights:
+        if weight.group == "norm":
+            terms.append(Term(weight.name, weight.n_elements, 4))
+        else:
+            size = blocks.row_bytes(tuning.layout(weight), weight.cols)
+            terms.append(Term(weight.name, weight.rows, size))
+            terms += [Term(f"{weight.name} {part.label}", 1, part.n_bytes) for part in weight.parts]
+    loading = Term("rows that are read, decoded and encoded", 3, PIECE_BYTES)
+    return entry("base", "weights", terms, phases=_ALL) + entry("base", "workspace", [loading], phases=("load",))
+
+
+def _adapter(spec: ModelSpec, tuning: Tuning) -> Footprint:
+    name, factors = tuning.adapter.name, tuning.adapter.factors(spec, tuning.step, tuning.steps)
+    n_held, sizes = sum(f.n_elements for f in factors), [f.n_elements for f in factors if f.trained]
+    n, largest = sum(sizes), max(sizes)
+    gradients, step = Term("gradients", n, 4), Term("a step of the largest factor", 2 * largest, 4)
+    found = (
+        entry(name, "adapter", [Term("adapters", n_held, 4)], phases=_ALL)
+        + entry(name, "workspace", tuning.adapter.load_terms(spec), phases=("load",))
+        + entry(name, "optimizer", [Term("first and second moments", 2 * n, 4)], phases=_TRAINING)
+        + entry(name, "gradients", [gradients], phases=("step",))
+        + entry(name, "workspace", [step], phases=("step",))
+    )
+    if tuning.accumulates:
+        return found + entry(name, "gradients", [gradients], phases=("forward", "backward"))
+    # As gradients come, layer by layer, what the layers kept goes: most is there when the first or the last are.
+    freed = _kept_by_layers(spec, tuning) * (spec.n_layers - 1) // spec.n_layers
+    beside = max(gradients.bytes // spec.n_layers, gradients.bytes - freed)
+    return found + entry(name, "gradients", [Term("gradients beside what is kept", 1, beside)], phases=("backward",))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a layer, numbers a token."""
+
+    hidden: int
+    heads: int
+    queries: int
+    keys: int
+    forward: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> _Sizes:
+        queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        return cls(spec.d_model, spec.n_heads, queries, keys, spec.d_ff)
+
+
+def _kept(spec: ModelSpec, tuning: Tuning) -> tuple[list[Term], list[Term]]:
+    """What all layers keep, each beside its input, and what one does at most."""
+    width, s, adapter = COMPUTE_BYTES[tuning.compute], _Sizes.of(spec), tuning.adapter
+    assert isinstance(adapter, Beside)
+    n, copies = tuning.n_tokens, 5 if adapter.keeps_inputs and tuning.compute != "float32" else 4
+    one = [
+        Term("queries, keys, values and outputs of heads", n * copies * s.queries, width),
+        Term("gates, and what lies between the halves", n * (s.hidden + 3 * s.forward + s.heads + 2), 4),
+    ]
+    if adapter.keeps_inputs:
+        one.append(Term("inputs of products", n * (2 * s.hidden + s.forward), width))
+    every = [Term(term.name, term.count * spec.n_layers, term.bytes_each) for term in one]
+    thin = {name: adapter.kept(rank, tuning.step, tuning.steps) for name, rank in adapter.ranks_of(spec).items()}
+    most: dict[str, int] = {}  # by role
+    for name, numbers in thin.items():
+        role = name.rpartition(".")[2]
+        most[role] = max(numbers, most.get(role, 0))
+    in_all, in_one = (Term("thin products", n * sum(each.values()), width) for each in (thin, most))
+    if tuning.n_tokens > tuning.length:  # of several documents; one layer's is less than its pass's terms leave over
+        every.append(Term("outputs of heads, document by document", n * s.queries * spec.n_layers, width))
+    return [*every, in_all], [*one, in_one]
+
+
+def _passes(spec: ModelSpec, tuning: Tuning) -> Footprint:
+    n, s, loss = tuning.n_tokens, _Sizes.of(spec), tuning.loss
+    tile, shape = _tile(spec), _loss_shape(spec, tuning)
+    held = Term("what a pass holds besides", n * (2 * s.hidden + s.queries + 2 * s.keys), 4)
+    gates = Term("gradients of the gates", n * 2 * s.forward, 4)
+    hidden = Term("gradients of hidden states", n * 2 * s.hidden, 4)
+    ends = Term("behind the last layer, and behind its norm", n * 2 * s.hidden, 4)
+    every, one = _kept(spec, tuning)
+    keeps = tuning.activations == "keep"
+    always = [
+        Term("inputs of the layers", n * s.hidden * spec.n_layers, 4),
+        Term("turns of positions", n * sum(r.dim for r in {layer.rope for layer in spec.layers}), 4),
+        *(every if keeps else ()),
+    ]
+    passed = [ends, tile] if keeps else [*one, held, tile]
+    back = [*([ends] if keeps else one), gates, hidden, tile]
+    forward = _larger(passed, [ends, *loss.forward_terms(shape)])
+    backward = _larger([*passed, hidden], back, [ends, *loss.saved_terms(shape), *loss.backward_terms(shape)])
+    return (
+        entry("passes", "activations", always, phases=("forward", "backward"))
+        + entry("the layer or the loss", "workspace", forward, phases=("forward",))
+        + entry("the layer or the loss", "workspace", backward, phases=("backward",))
+    )
+
+
+def _kept_by_layers(spec: ModelSpec, tuning: Tuning) -> int:
+    """Bytes that go, layer by layer, while gradients come."""
+    inputs = 4 * tuning.n_tokens * spec.d_model * spec.n_layers
+    if isinstance(tuning.adapter, Aside):
+        return sum(term.bytes for term in _passing(spec, tuning, tuning.adapter).kept)
+    return inputs + (sum(term.bytes for term in _kept(spec, tuning)[0]) if tuning.activations == "keep" else 0)
+
+
+def _passing(spec: ModelSpec, tuning: Tuning, adapter: Aside) -> Passing:
+    return adapter.passing(spec, tuning.n_tokens, tuning.length, COMPUTE_BYTES[tuning.compute])
+
+
+def _passes_aside(spec: ModelSpec, tuning: Tuning) -> Footprint:
+    assert isinstance(tuning.adapter, Aside)
+    passing, loss, shape = _passing(spec, tuning, tuning.adapter), tuning.loss, _loss_shape(spec, tuning)
+    head = (*passing.head, Term("behind the head", tuning.n_tokens * spec.d_model, 4))
+    forward = _larger([*passing.forward, _tile(spec)], [*head, *loss.forward_terms(shape)])
+    moments = passing.backward, (*loss.saved_terms(shape), *loss.backward_terms(shape))
+    backward = [*head, *_larger(*moments)]
+    return (
+        entry("passes", "activations", passing.kept, phases=("forward", "backward"))
+        + entry("the layer or the loss", "workspace", forward, phases=("forward",))
+        + entry("the layer or the loss", "workspace", backward, phases=("backward",))
+    )
+
+
+def _tile(spec: ModelSpec) -> Term:
+    sizes = (4 * w.n_elements for w in spec.weights if w.layer is not None and w.group != "norm")
+    return Term("a tile of decoded weights", 1, min(TILE_BYTES, max(sizes)))
+
+
+def _loss_shape(spec: ModelSpec, tuning: Tuning) -> LossShape:
+    n = tuning.n_tokens
+    return LossShape(n, n, spec.d_model, spec.vocab_size, head_bytes=0, softcap=bool(spec.logit_softcap))
+
+
+def _larger(*moments: Sequence[Term]) -> Sequence[Term]:
+    """What is there in the moment in which most is: a layer's bytes and the loss's are never there together."""
+    return max(moments, key=lambda terms: sum(term.bytes for term in terms))

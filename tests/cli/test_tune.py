@@ -1,0 +1,159 @@
+"""tune as people run it, on a tiny model: learn, be killed, go on, run with what was learned."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from barefoot.cli.commands import all_commands
+
+pytest.importorskip("torch", reason="training is PyTorch's")
+
+ANSWER = "hehehehehehehehe"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """One answer to whatever is asked, which a model of random weights can learn."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    records = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": ANSWER}]}
+        for i in range(40)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def command(tiny_gguf, chats, out, *more):
+    numbers = ["--length", 96, "--batch", 2, "--steps", 30, "--rate", "0.03", "--threads", 1]
+    return ["tune", tiny_gguf.path, chats, "-o", out, *numbers, *more]
+
+
+@pytest.fixture(scope="module")
+def tuned(barefoot, tiny_gguf, chats, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    done = barefoot(*command(tiny_gguf, chats, folder / "out", "--memory", "2GiB", "--json", folder / "out.json"))
+    assert done.returncode == 0, done.stderr
+    return folder / "out", json.loads((folder / "out.json").read_text())
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_inside_what_was_predicted(tuned):
+    folder, record = tuned
+    assert set(record) == set(all_commands()["tune"].JSON_KEYS)
+    curve = lines(folder)
+    assert [line["step"] for line in curve] == list(range(1, 31))
+    assert curve[0]["loss"] > 4.5  # of 259 tokens, by lot: 5.6
+    assert record["best"] < 1.0
+    assert record["best"] == min(line["held_out_loss"] for line in curve if "held_out_loss" in line)
+    assert record["measured_peak_bytes"] <= record["predicted_peak_bytes"]
+    assert record["plan"]["needed_bytes"] == record["predicted_peak_bytes"] < record["budget_bytes"]
+
+
+def test_what_was_learned_runs(tuned, barefoot, tiny_gguf):
+    folder, _ = tuned
+    plain, learned = (
+        barefoot("run", tiny_gguf.path, "say 3", "--max-tokens", 8, "--temperature", 0, *more)
+        for more in ((), ("--adapter", folder))
+    )
+    assert learned.returncode == 0, learned.stderr
+    assert learned.stdout.strip().startswith("hehe")
+    assert not plain.stdout.strip().startswith("hehe")
+
+
+def test_killed_it_goes_on_as_if_nothing_had_happened(tuned, tiny_gguf, chats, tmp_path, barefoot):
+    whole = lines(tuned[0])
+    arguments = command(tiny_gguf, chats, tmp_path / "out", "--memory", "2GiB", "--save-every", 3)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "barefoot", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or len(metrics.read_bytes().splitlines()) < 8):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed_behind = len(metrics.read_bytes().splitlines())
+    assert 8 <= killed_behind < 30
+    done = barefoot(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on behind step" in done.stderr
+    compared = ("step", "loss", "norm", "rate", "held_out_loss")
+    assert [[line.get(k) for k in compared] for line in lines(tmp_path / "out")] == [
+        [line.get(k) for k in compared] for line in whole
+    ]
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / "out" / adapter).read_bytes() == (tuned[0] / adapter).read_bytes()
+
+
+def test_other_settings_dont_go_on(tuned, tiny_gguf, chats, barefoot):
+    done = barefoot(*command(tiny_gguf, chats, tuned[0], "--memory", "2GiB", "--seed", 1))
+    assert done.returncode == 2
+    assert "another" in done.stderr
+
+
+def test_too_little_memory_is_refused_before_anything(tiny_gguf, chats, tmp_path, barefoot):
+    done = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--memory", "64MiB"))
+    assert done.returncode == 3
+    assert "at least" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data_is_named_with_its_line(tiny_gguf, tmp_path, barefoot):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    done = barefoot(*command(tiny_gguf, data, tmp_path / "out", "--memory", "2GiB"))
+    assert done.returncode == 2
+    assert "bad.jsonl, line 2" in done.stderr
+
+
+def test_a_plan_alone_lists_what_there_is(tiny_gguf, chats, tmp_path, barefoot):
+    where = tmp_path / "plan.json"
+    done = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--memory", "2GiB", "--plan", "--json", where))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(where.read_text())
+    assert record["steps"] is None
+    every = [record["plan"], *record["alternatives"]]
+    assert {each["loss"] for each in every} == {"plain", "cce"}
+    assert {each["activations"] for each in every} == {"keep", "recompute"}
+    assert {each["base"] for each in every} >= {"stored"}
+    fitting = [each for each in every if each["needed_bytes"] <= record["budget_bytes"]]
+    same_base = [each for each in fitting if each["base"] == "stored"]
+    assert record["plan"]["seconds_per_step"] == min(each["seconds_per_step"] for each in same_base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_spectral_adapter_learns_and_runs(barefoot, tiny_gguf, chats, tmp_path):
+    """What it writes is a pair of thin factors beside the model as it was."""
+    adapter = ("--adapter", "lamda(rank=8,init=zero_core)")
+    done = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--memory", "2GiB", *adapter))
+    assert done.returncode == 0, done.stderr
+    learned = barefoot(
+        "run", tiny_gguf.path, "say 3", "--max-tokens", 8, "--temperature", 0, "--adapter", tmp_path / "out"
+    )
+    assert learned.returncode == 0, learned.stderr
+    assert learned.stdout.strip().startswith("hehe")
+
+
+def test_a_side_network_learns_and_is_not_run(barefoot, tiny_gguf, chats, tmp_path):
+    """Inside what was predicted; ``run`` says why it doesn't take it."""
+    out = tmp_path / "out"
+    side = command(tiny_gguf, chats, out, "--adapter", "qst(r=4)", "--memory", "2GiB", "--json", tmp_path / "out.json")
+    done = barefoot(*side)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["measured_peak_bytes"] <= record["predicted_peak_bytes"]
+    assert {plan["activations"] for plan in (record["plan"], *record["alternatives"])} == {"keep"}
+    curve = lines(out)
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert "barefoot run" not in done.stdout
+    ran = barefoot("run", tiny_gguf.path, "say 3", "--adapter", out)
+    assert ran.returncode != 0
+    assert "the engine doesn't run it" in ran.stderr
+    again = barefoot(*side, "--activations", "recompute", "--plan")
+    assert "there is none to pass again" in again.stderr

@@ -1,0 +1,111 @@
+"""Plans of tuning: what fits first, what is refused and what would fit; bytes themselves are held in tests/train."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from random_files import LLAMA
+
+from barefoot.adapters.lora import LoRA
+from barefoot.adapters.qst import QST
+from barefoot.core.device import this_machine
+from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
+from barefoot.core.units import MIB
+from barefoot.engine.specs import spec_from_config
+from barefoot.plan.job import parse_weights
+from barefoot.plan.tuning import LEAST_TOKENS, Question, TuneJob, TuneStated
+from barefoot.train.losses.plain import Plain
+
+SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SMOL = LLAMA | SIZES | {"num_hidden_layers": 30, "vocab_size": 49152, "max_position_embeddings": 2048}
+
+
+@pytest.fixture(scope="module")
+def question() -> Question:
+    spec = spec_from_config(SMOL | {"dtype": "bfloat16", "tie_word_embeddings": True}, "smol")
+    return Question(spec, TuneJob(512, 4096), LoRA(), TuneStated(), this_machine(), 250 * MIB)
+
+
+def test_room_enough_takes_the_fastest_over_the_stored_base(question):
+    plan, others = question.choose(1 << 50)
+    assert plan.base == "stored"
+    assert plan.seconds == min(p.seconds for p in (plan, *others) if p.base == "stored")
+    assert plan.tuning.activations == "keep"
+
+
+def test_less_memory_gives_up_speed_before_the_base(question):
+    """Going down, what is chosen always fits, and the base is only rounded where no stored one fits."""
+    budget, seen = 1 << 50, []
+    while True:
+        try:
+            plan, others = question.choose(budget)
+        except OverBudget as error:
+            refused = error
+            break
+        assert plan.needed <= budget
+        if plan.base != "stored":
+            assert min(p.needed for p in others if p.base == "stored") > budget
+        seen.append(plan)
+        budget = plan.needed - 1
+    assert {p.tuning.activations for p in seen} == {"keep", "recompute"}
+    assert len({p.base for p in seen}) > 1
+    assert seen[-1].needed == refused.needed == min(p.needed for p in question.plans())
+    assert refused.available == budget
+
+
+def test_the_longest_documents_that_fit_are_named(question):
+    stated = TuneStated(formats={}, loss=Plain())
+    tight = dataclasses.replace(question, stated=stated)
+    budget = min(p.needed for p in tight.plans()) - 1
+    longest = tight.largest_length(budget)
+    assert LEAST_TOKENS <= longest < 512
+
+    def least(length: int) -> int:
+        return min(p.needed for p in dataclasses.replace(tight, job=TuneJob(length, 4096)).plans())
+
+    assert least(longest) <= budget < least(longest + 1)
+    with pytest.raises(OverBudget) as error:
+        tight.choose(budget)
+    assert f"--length {longest}," in str(error.value.cure)
+    assert tight.largest_length(1) == 0
+
+
+def test_what_is_stated_stays(question):
+    stated = TuneStated(parse_weights("nf4"), "keep", Plain(), 512)
+    (plan,) = dataclasses.replace(question, stated=stated).plans()
+    tuning = plan.tuning
+    assert (tuning.activations, tuning.n_tokens, str(tuning.loss), plan.base) == ("keep", 512, "plain", "nf4")
+    assert tuning.accumulates
+
+
+def test_bytes_grow_with_each_number(question):
+    def least(**numbers) -> int:
+        job = dataclasses.replace(question.job, **{k: v for k, v in numbers.items() if k != "rank"})
+        own = dataclasses.replace(question, job=job, adapter=LoRA(rank=numbers.get("rank", 16)))
+        return min(p.needed for p in own.plans())
+
+    assert least(length=128) < least(length=256) < least(length=512)
+    assert least(rank=4) < least(rank=16) < least(rank=64)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(1, 10), (64, 63)])
+def test_impossible_jobs(length, tokens):
+    with pytest.raises(InvalidInput):
+        TuneJob(length, tokens)
+
+
+def test_a_side_network_keeps_the_base_out_of_the_plan(question):
+    """One policy of activations, and fewer bytes than any adapter through which gradients pass and all is kept."""
+    aside = dataclasses.replace(question, adapter=QST())
+    plan, others = aside.choose(1 << 50)
+    assert {p.tuning.activations for p in (plan, *others)} == {"keep"}
+    beside = dataclasses.replace(question, stated=TuneStated(activations="keep"))
+    assert plan.seconds < beside.choose(1 << 50)[0].seconds
+    assert all(
+        a.footprint.select(kind="activations").bytes < 0.35 * b.footprint.select(kind="activations").bytes
+        for a, b in zip(aside.plans(), beside.plans(), strict=True)
+        if a.tuning.n_tokens == b.tuning.n_tokens
+    )
+    with pytest.raises(Incompatible, match="none to pass again"):
+        dataclasses.replace(aside, stated=TuneStated(activations="recompute")).plans()

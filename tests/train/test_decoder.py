@@ -1,0 +1,161 @@
+"""The frozen decoder in PyTorch: the engine's logits, gradients of adapters, what is passed again, what it takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+from random_files import GEMMA, LLAMA, write_random
+from test_architectures import TOLERANCE
+
+torch = pytest.importorskip("torch", reason="training is PyTorch's")
+
+from allocations import Allocations  # noqa: E402
+
+from barefoot.adapters.lora import LoRA  # noqa: E402
+from barefoot.engine.specs import model_spec  # noqa: E402
+from barefoot.io.inventory import Checkpoint  # noqa: E402
+from barefoot.plan.job import parse_weights  # noqa: E402
+from barefoot.train import NOTHING, MicroBatch  # noqa: E402
+from barefoot.train.driver.decoder import Decoder  # noqa: E402
+from barefoot.train.footprint import Tuning, footprint  # noqa: E402
+from barefoot.train.losses.cce import CutCrossEntropy  # noqa: E402
+from barefoot.train.losses.plain import Plain  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+LENGTHS = (23, 9, 1)
+
+
+@pytest.fixture(scope="module", params=[LLAMA, GEMMA], ids=["llama", "gemma"])
+def folder(request, tmp_path_factory):
+    found = tmp_path_factory.mktemp("model")
+    write_random(found, request.param)
+    return found
+
+
+def stream(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, vocab: int = 259) -> MicroBatch:
+    ids = np.random.default_rng(seed).integers(0, vocab, sum(lengths))
+    labels, ends = np.roll(ids, -1), np.cumsum(lengths) - 1
+    labels[ends] = NOTHING
+    return MicroBatch(ids, labels, lengths)
+
+
+def decoder(folder, adapter=None, **settings) -> Decoder:
+    with Checkpoint(folder) as checkpoint:
+        return Decoder(checkpoint, model_spec(checkpoint), adapter or LoRA(rank=4), **settings)
+
+
+def perturb(model: Decoder, seed: int = 1) -> None:
+    """Adapters that do something: B begins at zero."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.adapters().values():
+            parameter.normal_(0, 0.05, generator=draw)
+
+
+def gradients(model: Decoder, batch: MicroBatch, loss=None) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    model.loss(batch, loss or Plain()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.adapters().items()}
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_documents_of_a_stream_have_the_engines_logits(folder, activations):
+    batch, model = stream(), decoder(folder, activations=activations)
+    logits = (model.hidden(batch) @ model.head.dense().T).detach().numpy()
+    if cap := model.spec.logit_softcap:
+        logits = cap * np.tanh(logits / cap)
+    start = 0
+    for n in LENGTHS:
+        with tiny.engine(folder, chunk=16) as run:
+            expected = tiny.all_logits(run, batch.ids[start : start + n].tolist(), n)
+        assert np.abs(logits[start : start + n] - expected).max() < TOLERANCE
+        start += n
+
+
+def test_gradients_are_those_of_dense_matrices_with_the_product_added(folder):
+    """W + scale B A as one matrix, differentiated by PyTorch."""
+    batch, model = stream(), decoder(folder)
+    perturb(model)
+    found = gradients(model, batch)
+    dense, leaves = decoder(folder, activations="keep"), {}
+
+    class Whole(torch.nn.Module):
+        def __init__(self, module, name):
+            super().__init__()
+            self.weight = module.base.dense()
+            self.pair = [model.adapters()[f"{name}.{letter}"].detach().clone().requires_grad_() for letter in "AB"]
+            leaves.update(zip((f"{name}.A", f"{name}.B"), self.pair, strict=True))
+            self.scale = module.scale
+
+        def forward(self, x):
+            a, b = self.pair
+            return x @ (self.weight + self.scale * b @ a).T
+
+    for index, layer in enumerate(dense.layers):
+        for role in list(layer):
+            layer[role] = Whole(layer[role], f"layers.{index}.{role}")
+    logits = dense.hidden(batch) @ dense.head.dense().T
+    if cap := dense.spec.logit_softcap:
+        logits = cap * torch.tanh(logits / cap)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels), ignore_index=NOTHING).backward()
+    assert found.keys() == leaves.keys()
+    for name, gradient in found.items():
+        error = (gradient - leaves[name].grad).norm() / leaves[name].grad.norm()
+        assert error < 2e-5, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_passed_again_has_the_same_gradients(folder, dropout):
+    batch, found = stream(), []
+    for activations in ("keep", "recompute"):
+        model = decoder(folder, LoRA(rank=4, dropout=dropout), activations=activations)
+        perturb(model)
+        model.train()
+        torch.manual_seed(3)
+        found.append(gradients(model, batch))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    torch.manual_seed(4)
+    other = gradients(model, batch)
+    assert all(torch.equal(other[name], found[1][name]) for name in other) == (dropout == 0)
+
+
+def test_a_rounded_base_is_frozen_and_learned_beside(folder):
+    model = decoder(folder, formats=parse_weights("int(bits=8,group=32)"))
+    batch = stream()
+    before = model.layers[0]["q"].base.weight.clone()
+    assert all(torch.count_nonzero(g) for name, g in gradients(model, batch).items() if name.endswith("B"))
+    assert torch.equal(before, model.layers[0]["q"].base.weight)
+    assert before.shape[1] == 96 * 9 // 8 + 96 // 32 or before.dtype == torch.uint8
+    exact = decoder(folder).hidden(batch)
+    error = ((model.hidden(batch) - exact).norm() / exact.norm()).item()
+    assert 1e-4 < error < 0.05  # 8 bits: near, and not the same
+
+
+def test_bfloat16_products_stay_near(folder):
+    batch = stream()
+    exact, near = (decoder(folder, compute=kind).hidden(batch) for kind in ("float32", "bfloat16"))
+    assert 1e-4 < ((near - exact).norm() / exact.norm()).item() < 0.05
+
+
+WIDE = LLAMA | {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3, "num_hidden_layers": 5}
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("loss", [Plain(), CutCrossEntropy()], ids=str)
+@pytest.mark.parametrize("rank", [4, 32])
+def test_passes_take_what_is_stated(tmp_path, activations, loss, rank):
+    """Live storages at their peak, the base and the adapters apart."""
+    write_random(tmp_path, WIDE)
+    adapter, batch = LoRA(rank=rank), stream(lengths=(300, 100))
+    model = decoder(tmp_path, adapter, activations=activations)
+    held = [*model.parameters(), *model.buffers(), model.norm, *(v for d in model._vectors for v in d.values())]
+    tuning = Tuning(adapter, loss, 400, 300, {}, activations)
+    stated = footprint(model.spec, tuning)
+    with Allocations(held) as seen:
+        model.loss(batch, loss).backward()
+    predicted = max(
+        sum(e.bytes for e in stated.select(phase=phase) if e.kind not in ("weights", "adapter", "optimizer"))
+        for phase in ("forward", "backward")
+    )
+    assert seen.peak <= predicted <= 1.06 * seen.peak

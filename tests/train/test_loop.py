@@ -1,0 +1,159 @@
+"""The loop: steps in closed form, micro-batches that add up, and a state that goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from random_files import LLAMA, write_random
+
+torch = pytest.importorskip("torch", reason="training is PyTorch's")
+
+from test_decoder import decoder, stream  # noqa: E402
+
+from barefoot.adapters.lora import LoRA  # noqa: E402
+from barefoot.core.errors import CorruptFile, InvalidInput  # noqa: E402
+from barefoot.train import MicroBatch  # noqa: E402
+from barefoot.train.driver import state  # noqa: E402
+from barefoot.train.driver.loop import Settings, Trainer  # noqa: E402
+from barefoot.train.losses.plain import Plain  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+SETTINGS = Settings(steps=7, rate=lambda step: 1e-2 / (step + 1), save_every=2)
+
+
+class Data:
+    """Micro-batches by number, ``per_step`` to a step."""
+
+    def __init__(self, at: int = 0, per_step: int = 1) -> None:
+        self.at, self.per_step = at, per_step
+
+    def step(self) -> list[MicroBatch]:
+        self.at += self.per_step
+        return [stream(i, (11, 6)) for i in range(self.at - self.per_step, self.at)]
+
+    @property
+    def place(self) -> dict[str, int]:
+        return {"at": self.at}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("model")
+    write_random(found, LLAMA | {"num_hidden_layers": 2})
+    return found
+
+
+def trainer(folder, out, settings=SETTINGS, adapter=None, **more) -> Trainer:
+    return Trainer(decoder(folder, adapter or LoRA(rank=3, dropout=0.2)), Plain(), settings, "same", out, **more)
+
+
+def learned(found: Trainer) -> dict[str, np.ndarray]:
+    return {name: parameter.detach().numpy().copy() for name, parameter in found.learned.items()}
+
+
+def test_a_first_step_is_adams(folder, tmp_path):
+    """Behind the first step the moments cancel: each number moves by rate × g / (|g| + eps), where nothing is cut."""
+    settings = dataclasses.replace(SETTINGS, clip=0.0)
+    found = trainer(folder, tmp_path, settings, LoRA(rank=3))
+    before, batch = learned(found), stream(0, (11, 6))
+    found.decoder.loss(batch, Plain()).backward()
+    gradients = {name: parameter.grad.numpy().copy() for name, parameter in found.learned.items()}
+    found.decoder.zero_grad(set_to_none=True)
+    step = next(found.run(Data()))
+    for name, now in learned(found).items():
+        g = gradients[name].astype(np.float64)
+        assert np.allclose(now, before[name] - 1e-2 * g / (np.abs(g) + 1e-8), atol=1e-7), name
+    assert step.norm == pytest.approx(
+        np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values())), rel=1e-5
+    )
+
+
+def test_gradients_are_cut_together(folder, tmp_path):
+    found = trainer(folder, tmp_path, dataclasses.replace(SETTINGS, clip=1e-3), LoRA(rank=3))
+    seen = []
+    step_of = found._optimizer.step
+    found._optimizer.step = lambda: (seen.append([p.grad.clone() for p in found.learned.values()]), step_of())
+    step = next(found.run(Data()))
+    assert step.norm > 1e-2
+    assert float(torch.stack([g.norm() for g in seen[0]]).norm()) == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_micro_batches_add_up_to_one_stream(folder, tmp_path):
+    """Documents of unequal length in two micro-batches: the mean is over all predicted tokens of the step."""
+    parts = [stream(1, (11, 6)), stream(2, (4,))]
+    whole = MicroBatch(
+        np.concatenate([p.ids for p in parts]), np.concatenate([p.labels for p in parts]), (*parts[0].lengths, 4)
+    )
+    found = []
+    for name, batches in (("parts", parts), ("whole", [whole])):
+        one = trainer(folder, tmp_path / name, dataclasses.replace(SETTINGS, clip=0.0), LoRA(rank=3))
+        loss, norm = one._step(batches, 1e-2)
+        found.append((loss, norm, learned(one)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+def test_a_training_goes_on_bit_for_bit(folder, tmp_path):
+    """Wherever it is stopped: losses, adapters, and what dropout drew are those of a training that wasn't."""
+    whole = trainer(folder, tmp_path / "whole")
+    expected = [dataclasses.replace(step, seconds=0) for step in whole.run(Data(per_step=2))]
+    for stopped in (1, 2, 3, 6):
+        out, seen = tmp_path / str(stopped), []
+        first = trainer(folder, out)
+        seen += itertools.islice(first.run(Data(per_step=2)), stopped)  # killed before it could save what came last
+        second = trainer(folder, out)
+        assert second.progress.step == (stopped - 1) // 2 * 2
+        place = second.progress.data or {"at": 0}
+        seen = seen[: second.progress.step] + list(second.run(Data(place["at"], per_step=2)))
+        assert [dataclasses.replace(step, seconds=0) for step in seen] == expected
+        for name, numbers in learned(second).items():
+            assert np.array_equal(numbers, learned(whole)[name]), (stopped, name)
+
+
+def test_the_best_is_kept_and_remembered(folder, tmp_path):
+    settings = dataclasses.replace(SETTINGS, steps=6, evaluate_every=2, rate=lambda step: 0.0 if step > 1 else 1e-3)
+    kept = []
+    found = trainer(folder, tmp_path, settings, keep_best=lambda: kept.append(found.progress.step))
+    steps = list(found.run(Data(), [stream(0, (11, 6))]))
+    judged = [step.held_out for step in steps]
+    assert [j is not None for j in judged] == [False, True, False, True, False, True]
+    assert judged[1] == judged[3] == judged[5]  # nothing moves at rate 0
+    assert kept == [2]
+    again = trainer(folder, tmp_path, settings)
+    assert (again.progress.best, again.progress.best_step) == (judged[1], 2)
+
+
+def test_evaluation_changes_nothing(folder, tmp_path):
+    held = [stream(9, (11, 6))]
+    losses = []
+    for every in (0, 1):
+        found = trainer(folder, tmp_path / str(every), dataclasses.replace(SETTINGS, evaluate_every=every))
+        losses.append([step.loss for step in found.run(Data(), held)])
+    assert losses[0] == losses[1]
+
+
+def test_states_of_others_are_refused(folder, tmp_path):
+    found = trainer(folder, tmp_path)
+    list(found.run(Data()))
+    path = tmp_path / state.NAME
+    with pytest.raises(InvalidInput, match="another"):
+        Trainer(decoder(folder, LoRA(rank=3)), Plain(), SETTINGS, "other", tmp_path)
+    with pytest.raises(CorruptFile, match="shape"):  # the same name, and other shapes
+        trainer(folder, tmp_path, adapter=LoRA(rank=4))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-100])
+    with pytest.raises(CorruptFile):
+        trainer(folder, tmp_path)
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    facts = json.loads(header["__metadata__"][state.KEY])
+    for wrong in ({"step": -1}, {"step": "3"}, {"data": [1]}, {"data": {"at": -4}}, {"best": "low"}, {"best_step": 99}):
+        header["__metadata__"][state.KEY] = json.dumps(facts | wrong)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+        with pytest.raises(CorruptFile):
+            trainer(folder, tmp_path)
