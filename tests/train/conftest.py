@@ -56,3 +56,11 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def no_scratch(monkeypatch):
+    """Tiles of weights are decoded into scratch of their own size, not that of an earlier, larger model."""
+    from barefoot.weights import module
+
+    monkeypatch.setattr(module, "_shared", module._Scratch())

@@ -138,19 +138,23 @@ def test_bfloat16_products_stay_near(folder):
     assert 1e-4 < ((near - exact).norm() / exact.norm()).item() < 0.05
 
 
-WIDE = LLAMA | {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3, "num_hidden_layers": 5}
+SIZES = {"hidden_size": 192, "intermediate_size": 512}
+WIDE = LLAMA | SIZES | {"num_attention_heads": 3, "num_hidden_layers": 5}
 
 
+@pytest.mark.usefixtures("no_scratch")
+@pytest.mark.parametrize("shape", [WIDE, GEMMA | SIZES], ids=["llama", "gemma"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 @pytest.mark.parametrize("loss", [Plain(), CutCrossEntropy()], ids=str)
 @pytest.mark.parametrize("rank", [4, 32])
-def test_passes_take_what_is_stated(tmp_path, activations, loss, rank):
+def test_passes_take_what_is_stated(tmp_path, shape, compute, activations, loss, rank):
     """Live storages at their peak, the base and the adapters apart."""
-    write_random(tmp_path, WIDE)
+    write_random(tmp_path, shape)
     adapter, batch = LoRA(rank=rank), stream(lengths=(300, 100))
-    model = decoder(tmp_path, adapter, activations=activations)
+    model = decoder(tmp_path, adapter, activations=activations, compute=compute)
     held = [*model.parameters(), *model.buffers(), model.norm, *(v for d in model._vectors for v in d.values())]
-    tuning = Tuning(adapter, loss, 400, 300, {}, activations)
+    tuning = Tuning(adapter, loss, 400, 300, {}, activations, compute)
     stated = footprint(model.spec, tuning)
     with Allocations(held) as seen:
         model.loss(batch, loss).backward()
@@ -158,4 +162,4 @@ def test_passes_take_what_is_stated(tmp_path, activations, loss, rank):
         sum(e.bytes for e in stated.select(phase=phase) if e.kind not in ("weights", "adapter", "optimizer"))
         for phase in ("forward", "backward")
     )
-    assert seen.peak <= predicted <= 1.06 * seen.peak
+    assert seen.peak <= predicted <= (1.06 if shape is WIDE and compute == "float32" else 1.1) * seen.peak

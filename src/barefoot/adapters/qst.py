@@ -36,6 +36,7 @@ from barefoot.adapters import Aside, Factor, Passing
 from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.ledger import Term
 from barefoot.core.model import LayerSpec, ModelSpec, Rope
+from barefoot.ops.scratch import flash_scratch_bytes
 
 Downsample = Literal["adapter", "lora", "linear", "max", "average"]
 POOLED: tuple[Downsample, ...] = ("max", "average")
@@ -123,39 +124,41 @@ class QST(Aside, name="qst", papers=(8,)):
     def _kept(self, spec: ModelSpec) -> tuple[int, int]:
         """Numbers a token that stay of what narrows hidden states, and of a layer of the side network."""
         side = self.side(spec)
-        s, f, heads = side.d_model, side.d_ff, spec.n_heads * side.head_dim
+        s, f, heads = side.d_model, side.d_ff, (spec.n_heads + spec.n_kv_heads) * side.head_dim
         thin = {"adapter": 2 * self.rank, "lora": self.rank}.get(self.downsample, 0)
-        layer = 8 * s + 5 * heads + spec.n_heads + 4 * f + 2
+        layer = 6 * s + 2 * heads + spec.n_heads + 3 * f + 2
         roles = {w.name.rpartition(".")[2] for w in side.weights}
         if "q_norm" in roles:
-            layer += (spec.n_heads + spec.n_kv_heads) * (2 * side.head_dim + 1)
-        layer += (2 * s + 1) * len(roles & {"post_attn_norm", "post_ffn_norm"})
+            layer += heads + spec.n_heads + spec.n_kv_heads
+        layer += (s + 1) * len(roles & {"post_attn_norm", "post_ffn_norm"})
         return 0 if self.downsample in POOLED else thin + s + 2, layer
 
     def passing(self, spec: ModelSpec, n_tokens: int, length: int, width: int) -> Passing:
         n, side, d, layers = n_tokens, self.side(spec), spec.d_model, spec.n_layers
         narrowed, layer = self._kept(spec)
         read = 0 if self.downsample in POOLED else d
-        masked = sum(each.window is not None and each.window < length for each in spec.layers)
         turned, thin_turned = (sum(rope.dim for rope in {each.rope for each in of.layers}) for of in (spec, side))
         kept = (
             Term("hidden states that are read", (layers + 1) * n * read, width),
             Term("narrowed hidden states", (layers + 1) * n * narrowed, 4),
             Term("the side network", layers * n * layer, 4),
             Term("gates", layers, 4),
-            Term("masks of windows", masked * n * length, 4),
             Term("its turns of positions", n * thin_turned, 4),
         )
-        head = Term("what meets the head", n * (2 * d + 3 * side.d_model + 1), 4)
+        head = Term("what meets the head", n * (2 * d + 2 * side.d_model + 1), 4)
         # Before the last product of a layer all that it has computed is still there; beside the last one, of the side
         # network, nothing is yet but its input.
-        heads = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
-        passed = 7 * d + heads + 4 * spec.d_ff + turned - (read + narrowed + layer - side.d_model)
+        queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        copied = 0 if width == 4 else queries + 2 * keys + (queries + 2 * keys) // 2  # attention computes in float32
+        attending, gating = 4 * d + 3 * (queries + keys) + copied, 7 * d + queries + 2 * keys + 3 * spec.d_ff
+        passed = max(attending, gating) + turned - (read + narrowed + layer - side.d_model)
         base = Term("the last layer of the base", n * max(passed, 0), 4)
-        mask = Term("a mask that is made", length * length if masked else 0, 5)
+        lengths = (*(length,) * (n // length), n % length)
+        shape = spec.n_heads, spec.n_kv_heads, spec.head_dim
+        scratch = Term("scratch of attention", flash_scratch_bytes(lengths, *shape), 1)
         hidden = Term("gradients of hidden states", n * 3 * d, 4)
         back = Term("a layer of the side network, back", n * (4 * side.d_model + 4 * side.d_ff), 4)
-        return Passing(kept, (head,), (base, mask), (hidden, back))
+        return Passing(kept, (head,), (base, scratch), (hidden, back))
 
     def cache_terms(self, spec: ModelSpec, n_positions: int) -> tuple[Term, Term]:
         """Keys and values while it generates, float32: the base's, and the side network's."""

@@ -3,12 +3,13 @@
 N tokens pass at a time. Of a layer with d hidden channels, Q channels of queries in H heads, K of keys, f of its
 feed-forward, and m adapters of rank r, a pass keeps for its backward, in numbers of the products' type,
 
-    N × (2 d [normed inputs of products] + 4 Q [queries, keys and values for each head, outputs] + f + m r)
+    N × (2 d [normed inputs of products] + 2 Q + 2 K [queries, keys, values, outputs] + f + m r)
 
 once more Q where that type is not float32 (an adapter that needs no inputs keeps none of 2 d, f and this), and in
-float32 N × (d [between the halves] + 3 f [gate, its activation, up] + H + 2 [log-sum-exp, norms' factors]). With
-``activations="keep"`` all layers have it at once; with ``"recompute"`` one has, while it is passed again, and of each
-there is its input, N × d. An adapter that stands aside states what its passes keep itself.
+float32 N × (d [between the halves] + 2 f [gate and up] + H + 2 [log-sum-exp, norms' factors]), with norms over heads
+Q + K and a number for each head more, with norms behind the halves d + 1 each. With ``activations="keep"`` all layers
+have it at once; with ``"recompute"`` one has, while it is passed again, and of each there is its input, N × d. An
+adapter that stands aside states what its passes keep itself.
 """
 
 from __future__ import annotations
@@ -81,7 +82,11 @@ def _base(spec: ModelSpec, tuning: Tuning) -> Footprint:
             terms.append(Term(weight.name, weight.rows, size))
             terms += [Term(f"{weight.name} {part.label}", 1, part.n_bytes) for part in weight.parts]
     loading = Term("rows that are read, decoded and encoded", 3, PIECE_BYTES)
-    return entry("base", "weights", terms, phases=_ALL) + entry("base", "workspace", [loading], phases=("load",))
+    return (
+        entry("base", "weights", terms, phases=_ALL)
+        + entry("base", "workspace", [loading], phases=("load",))
+        + entry("base", "workspace", [_tile(spec)], phases=_TRAINING)  # stays, once it is there
+    )
 
 
 def _adapter(spec: ModelSpec, tuning: Tuning) -> Footprint:
@@ -110,6 +115,7 @@ class _Sizes:
 
     hidden: int
     heads: int
+    key_heads: int
     queries: int
     keys: int
     forward: int
@@ -117,18 +123,23 @@ class _Sizes:
     @classmethod
     def of(cls, spec: ModelSpec) -> _Sizes:
         queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        return cls(spec.d_model, spec.n_heads, queries, keys, spec.d_ff)
+        return cls(spec.d_model, spec.n_heads, spec.n_kv_heads, queries, keys, spec.d_ff)
 
 
 def _kept(spec: ModelSpec, tuning: Tuning) -> tuple[list[Term], list[Term]]:
     """What all layers keep, each beside its input, and what one does at most."""
     width, s, adapter = COMPUTE_BYTES[tuning.compute], _Sizes.of(spec), tuning.adapter
     assert isinstance(adapter, Beside)
-    n, copies = tuning.n_tokens, 5 if adapter.keeps_inputs and tuning.compute != "float32" else 4
+    n, copied = tuning.n_tokens, s.queries if adapter.keeps_inputs and tuning.compute != "float32" else 0
+    roles = {w.name.rpartition(".")[2] for w in spec.weights if w.layer is not None}
     one = [
-        Term("queries, keys, values and outputs of heads", n * copies * s.queries, width),
-        Term("gates, and what lies between the halves", n * (s.hidden + 3 * s.forward + s.heads + 2), 4),
+        Term("queries, keys, values and outputs of heads", n * (2 * s.queries + 2 * s.keys + copied), width),
+        Term("gates, and what lies between the halves", n * (s.hidden + 2 * s.forward + s.heads + 2), 4),
     ]
+    if "q_norm" in roles:
+        one.append(Term("queries and keys before their norms", n * (s.queries + s.keys + s.heads + s.key_heads), 4))
+    if behind := len(roles & {"post_attn_norm", "post_ffn_norm"}):
+        one.append(Term("what is normed behind the halves", n * behind * (s.hidden + 1), 4))
     if adapter.keeps_inputs:
         one.append(Term("inputs of products", n * (2 * s.hidden + s.forward), width))
     every = [Term(term.name, term.count * spec.n_layers, term.bytes_each) for term in one]
@@ -138,14 +149,12 @@ def _kept(spec: ModelSpec, tuning: Tuning) -> tuple[list[Term], list[Term]]:
         role = name.rpartition(".")[2]
         most[role] = max(numbers, most.get(role, 0))
     in_all, in_one = (Term("thin products", n * sum(each.values()), width) for each in (thin, most))
-    if tuning.n_tokens > tuning.length:  # of several documents; one layer's is less than its pass's terms leave over
-        every.append(Term("outputs of heads, document by document", n * s.queries * spec.n_layers, width))
     return [*every, in_all], [*one, in_one]
 
 
 def _passes(spec: ModelSpec, tuning: Tuning) -> Footprint:
     n, s, loss = tuning.n_tokens, _Sizes.of(spec), tuning.loss
-    tile, shape = _tile(spec), _loss_shape(spec, tuning)
+    shape, width = _loss_shape(spec, tuning), COMPUTE_BYTES[tuning.compute]
     held = Term("what a pass holds besides", n * (2 * s.hidden + s.queries + 2 * s.keys), 4)
     gates = Term("gradients of the gates", n * 2 * s.forward, 4)
     hidden = Term("gradients of hidden states", n * 2 * s.hidden, 4)
@@ -157,8 +166,11 @@ def _passes(spec: ModelSpec, tuning: Tuning) -> Footprint:
         Term("turns of positions", n * sum(r.dim for r in {layer.rope for layer in spec.layers}), 4),
         *(every if keeps else ()),
     ]
-    passed = [ends, tile] if keeps else [*one, held, tile]
-    back = [*([ends] if keeps else one), gates, hidden, tile]
+    passed = [ends] if keeps else [*one, held]
+    back = [*([] if keeps else one), gates, hidden]
+    if width != 4:  # products take them so
+        back += [Term("a tile in the products' type", _tile(spec).bytes // 4, width)]
+        back += [Term("a gradient in the products' type", n * s.forward, width)]
     forward = _larger(passed, [ends, *loss.forward_terms(shape)])
     backward = _larger([*passed, hidden], back, [ends, *loss.saved_terms(shape), *loss.backward_terms(shape)])
     return (
@@ -184,7 +196,7 @@ def _passes_aside(spec: ModelSpec, tuning: Tuning) -> Footprint:
     assert isinstance(tuning.adapter, Aside)
     passing, loss, shape = _passing(spec, tuning, tuning.adapter), tuning.loss, _loss_shape(spec, tuning)
     head = (*passing.head, Term("behind the head", tuning.n_tokens * spec.d_model, 4))
-    forward = _larger([*passing.forward, _tile(spec)], [*head, *loss.forward_terms(shape)])
+    forward = _larger(passing.forward, [*head, *loss.forward_terms(shape)])
     moments = passing.backward, (*loss.saved_terms(shape), *loss.backward_terms(shape))
     backward = [*head, *_larger(*moments)]
     return (

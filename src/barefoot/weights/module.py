@@ -4,7 +4,8 @@
 ``weight`` is a buffer, uint8 (rows, bytes of a row), under the name that the dense weight had, so state dicts are the
 tensors of a barefoot folder. Rows are decoded a tile at a time, in the forward pass and again in the backward one,
 which reaches the inputs but never the weights: beside the stored bytes, one tile of at most ``TILE_BYTES`` is in
-memory. Of a matrix that is a sum, each part is a buffer of its own, ``weight+label``, and a tile is the whole matrix.
+memory, on the host in one place that all modules of a thread share. Of a matrix that is
+a sum, each part is a buffer of its own, ``weight+label``, and a tile is the whole matrix.
 
 On a CUDA device with Triton, products of integer groups read the stored bytes themselves (``barefoot.ops.triton``). For
 that ``PackedLinear`` rearranges its bytes as panels at the first product there, in place; state dicts keep the rows.
@@ -12,6 +13,7 @@ that ``PackedLinear`` rearranges its bytes as panels at the first product there,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -103,6 +105,13 @@ class _Packed(nn.Module):
             rows += torch.from_numpy(part[start:stop]).to(data.device)
         return rows
 
+    def tile(self, start: int, stop: int) -> Tensor:
+        """As :meth:`dense`, on the host in this thread's scratch: gone with the next tile of any module."""
+        if self.weight.is_cuda or self.kinds:
+            return self.dense(start, stop)
+        n = stop - start
+        return decode(self.format, self.stored_rows(start, stop), self.cols, out=_scratch(n * self.cols).view(n, -1))
+
     def at(self, ids: Tensor) -> Tensor:
         """Rows by their numbers, int64 (n,), as they are stored, float32 (n, cols), on the module's device."""
         if self.kinds:
@@ -173,8 +182,9 @@ class PackedLinear(_Packed):
             y = gpu.panel_matmul(x.reshape(-1, self.cols).contiguous(), weight)
             return y.view(*x.shape[:-1], self.rows)
         y = x.new_empty(*x.shape[:-1], self.rows)
+        flat, into = x.reshape(-1, self.cols), y.view(-1, self.rows)
         for start, stop in self.tiles():
-            y[..., start:stop] = x @ self.dense(start, stop).to(x.dtype).T
+            torch.mm(flat, self.tile(start, stop).to(x.dtype).T, out=into[:, start:stop])
         return y
 
     def product_back(self, grad: Tensor) -> Tensor:
@@ -182,7 +192,7 @@ class PackedLinear(_Packed):
         into = grad.new_zeros(*grad.shape[:-1], self.cols)
         flat, rows = into.view(-1, self.cols), grad.reshape(-1, self.rows)
         for start, stop in self.tiles():
-            flat.addmm_(rows[:, start:stop], self.dense(start, stop).to(grad.dtype))
+            flat.addmm_(rows[:, start:stop], self.tile(start, stop).to(grad.dtype))
         return into
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -253,9 +263,27 @@ def _gpu_products() -> Any:
     return panel_matmul
 
 
-def decode(format: str, rows: Tensor, cols: int) -> Tensor:
-    """Stored rows, uint8 (n, bytes of a row), as float32 (n, cols) on their device; the kernels run on the host."""
+class _Scratch(threading.local):
+    floats: Tensor | None = None
+
+
+_shared = _Scratch()
+
+
+def _scratch(n: int) -> Tensor:
+    """So many numbers of the calling thread's scratch, which grows to the largest tile that was asked for."""
+    if _shared.floats is None or len(_shared.floats) < n:
+        _shared.floats = None  # goes before the larger one comes
+        _shared.floats = torch.empty(n)
+    return _shared.floats[:n]
+
+
+def decode(format: str, rows: Tensor, cols: int, out: Tensor | None = None) -> Tensor:
+    """Stored rows, uint8 (n, bytes of a row), as float32 (n, cols) on their device, or in ``out`` on the host.
+
+    The kernels run on the host.
+    """
     stored = rows.cpu().contiguous().numpy().reshape(-1)
-    out = np.empty((len(rows), cols), np.float32)
-    ops.embed(np.arange(len(rows), dtype=np.int32), PackedWeight(format, len(rows), cols, stored), out)
-    return torch.from_numpy(out).to(rows.device)
+    into = torch.empty(len(rows), cols) if out is None else out
+    ops.embed(np.arange(len(rows), dtype=np.int32), PackedWeight(format, len(rows), cols, stored), into.numpy())
+    return into.to(rows.device)

@@ -4,7 +4,7 @@ Saved for the backward pass are q, k, v, the outputs and the logarithms of sums,
 themselves take is in :class:`barefoot.train.attention.AttentionShape`. Float32 on the CPU goes to the compiled kernels,
 tensors on a CUDA device to Triton's. What neither computes (kernels that were not built, other types on the CPU) goes,
 document by document, to PyTorch's own attention, or is written out where a window or a soft cap asks for it; then those
-bytes don't hold.
+bytes don't hold. Bfloat16 on the CPU is kept as it is, and computed in float32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def attend(
 
 def computed_by(q: Tensor) -> Literal["native", "triton", "torch"]:
     """Whose attention a tensor of this type on this device goes to."""
-    if q.device.type == "cpu" and q.dtype == torch.float32 and ops.isa() != "numpy":
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and ops.isa() != "numpy":
         return "native"
     return "triton" if q.is_cuda and q.dtype != torch.float64 and _has_triton() else "torch"
 
@@ -83,24 +83,24 @@ class _Attention(torch.autograd.Function):
 
 
 def _native_forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
+    out, lse = torch.empty(q.shape), torch.empty(q.shape[1], len(q))
     given: Any = [*map(_array, (q, k, v)), np.array(options.lengths, np.int64), *map(_array, (out, lse))]
     ops.flash_forward(*given, **_cut(options), scratch=_scratch(q, k, options, backward=False))
-    return out, lse
+    return out.to(q.dtype), lse
 
 
 def _native_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    by_q, by_k, by_v = gradients = tuple(torch.empty(x.shape) for x in (q, k, v))
     known = map(_array, (d_out, q, k, v, out, lse))
     given: Any = [*known, np.array(options.lengths, np.int64), *map(_array, gradients)]
     ops.flash_backward(*given, **_cut(options), scratch=_scratch(q, k, options, backward=True))
-    return gradients
+    return by_q.to(q.dtype), by_k.to(q.dtype), by_v.to(q.dtype)
 
 
 def _array(x: Tensor) -> Any:
-    return x.detach().numpy()
+    return x.detach().float().numpy()
 
 
 def _cut(options: _Options) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.ops import blocks
 from barefoot.train import MicroBatch
 from barefoot.train.driver.cross_entropy import cross_entropy
+from barefoot.train.driver.elementwise import rms_norm
 from barefoot.train.driver.layer import Product, StreamLayer
 from barefoot.train.driver.recompute import recompute
 from barefoot.train.footprint import Activations, Compute
@@ -142,7 +143,7 @@ class Frozen(nn.Module):
 
     def normed(self, x: Tensor) -> Tensor:
         """Behind the last norm, float32 (N, d_model)."""
-        return torch.nn.functional.rms_norm(x[0], (self.spec.d_model,), self.norm, self.spec.norm_eps)
+        return rms_norm(x.flatten(0, 1), self.norm, self.spec.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of what is behind the last norm, float32 (N, vocabulary), by tiles of the head."""

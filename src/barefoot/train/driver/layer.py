@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from barefoot.train.driver.attention import attend
+from barefoot.train.driver.elementwise import gated, rms_norm, turned
 from barefoot.weights.training.layer import LayerFunction
 
 Product = Callable[[Tensor], Tensor]
@@ -30,8 +31,18 @@ class StreamLayer(LayerFunction):
         y = self.products[role](x).float()
         return y + weights[f"{role}_bias"].reshape(-1) if f"{role}_bias" in weights else y
 
+    def _norm(self, factors: Tensor, x: Tensor) -> Tensor:
+        return rms_norm(x, factors.reshape(-1), self.spec.norm_eps)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        interleaved = self.spec.layers[self.layer].rope.interleaved
+        return turned(x, self.cos, self.sin, interleaved) if self.cos.shape[1] else x
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated(gate, up, self.spec.activation)
+
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(self.lengths) == 1:
-            return super()._mix(q, k, v)
-        documents = zip(*(x.split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
-        return torch.cat([LayerFunction._mix(self, *document) for document in documents], dim=1)
+        spec, window = self.spec, self.spec.layers[self.layer].window
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        scale, softcap = spec.attn_scale, spec.attn_softcap
+        return attend(q, k, v, self.lengths, scale=scale, window=window or 0, softcap=softcap)[None]

@@ -19,6 +19,7 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.train import MicroBatch
 from barefoot.train.driver.cross_entropy import cross_entropy
 from barefoot.train.driver.decoder import Frozen, Turns, turns_of
+from barefoot.train.driver.elementwise import rms_norm
 from barefoot.train.driver.layer import StreamLayer
 from barefoot.train.footprint import Compute
 from barefoot.train.losses import Loss
@@ -133,7 +134,7 @@ class SideDecoder(Frozen):
         with torch.no_grad():
             base = self.normed(x)
         own = self._learned
-        normed = F.rms_norm(thin[0], (self.side.d_model,), own["norm"][0], self.spec.norm_eps)
+        normed = rms_norm(thin.flatten(0, 1), own["norm"][0], self.spec.norm_eps)
         return torch.lerp(F.linear(normed, own["widen"], own["widen_bias"][0]), base, own["alpha"])
 
 

@@ -19,6 +19,7 @@ from barefoot.train import MicroBatch
 from barefoot.train.driver.decoder import turns_of
 from barefoot.train.driver.layer import StreamLayer
 from barefoot.train.driver.side_decoder import SideDecoder
+from barefoot.weights.training.layer import LayerFunction
 
 
 class Cache:
@@ -45,7 +46,7 @@ class CachedLayer(StreamLayer):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.cache is not None
-        return super()._mix(q, *self.cache.extended(self.layer, k, v))
+        return LayerFunction._mix(self, q, *self.cache.extended(self.layer, k, v))
 
 
 class TwoCaches:

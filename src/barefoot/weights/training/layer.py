@@ -68,8 +68,7 @@ class LayerFunction:
         x = x + self._behind(weights, "post_attn_norm", o)
         f = self._seen("ffn_in", self._norm(weights["ffn_norm"], x))
         gate, up = self._product(weights, "gate", f), self._product(weights, "up", f)
-        act = F.silu(gate) if self.spec.activation == "silu" else F.gelu(gate, approximate="tanh")
-        down = self._product(weights, "down", self._seen("ffn_out", act * up))
+        down = self._product(weights, "down", self._seen("ffn_out", self._gated(gate, up)))
         return x + self._behind(weights, "post_ffn_norm", down)
 
     def _seen(self, place: str, x: Tensor) -> Tensor:
@@ -82,6 +81,9 @@ class LayerFunction:
 
     def _norm(self, factors: Tensor, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], factors.reshape(-1), self.spec.norm_eps)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return up * (F.silu(gate) if self.spec.activation == "silu" else F.gelu(gate, approximate="tanh"))
 
     def _behind(self, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
         return self._norm(weights[role], x) if role in weights else x
