@@ -189,10 +189,11 @@ class PackedLinear(_Packed):
 
     def product_back(self, grad: Tensor) -> Tensor:
         """grad W, of the gradient of a product that of its input."""
-        into = grad.new_zeros(*grad.shape[:-1], self.cols)
+        into = grad.new_empty(*grad.shape[:-1], self.cols)
         flat, rows = into.view(-1, self.cols), grad.reshape(-1, self.rows)
         for start, stop in self.tiles():
-            flat.addmm_(rows[:, start:stop], self.tile(start, stop).to(grad.dtype))
+            tile = self.tile(start, stop).to(grad.dtype)
+            torch.addmm(flat, rows[:, start:stop], tile, beta=float(start > 0), out=flat)
         return into
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
