@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -23,13 +24,15 @@ import torch
 from barefoot.adapters.driver.whole import whole_matrices
 from barefoot.adapters.files import Pair
 from barefoot.adapters.lora import LoRA
-from barefoot.adapters.pruning import Kept, Pruning, group_scores, recovered
+from barefoot.adapters.pruning import Kept, recovered
+from barefoot.adapters.pruning.drawn import Drawn
+from barefoot.adapters.pruning.taylor import Taylor, group_scores
 from barefoot.core.model import ModelSpec
 from barefoot.engine.specs import model_spec
 from barefoot.io.inventory import Checkpoint
 from barefoot.io.tokenizer import load_tokenizer
 from barefoot.train import MicroBatch
-from barefoot.train.driver.decoder import Decoder
+from barefoot.train.driver.decoder import Decoder, Frozen
 from barefoot.train.driver.importance import importance
 from barefoot.train.driver.loop import Settings, Trainer
 from barefoot.train.footprint import Tuning, footprint
@@ -94,11 +97,14 @@ def main() -> None:
         learned = np.delete(windows, np.arange(0, len(windows), 8), axis=0).reshape(-1)
         general = tokens(Path(args.general).read_text("utf-8")[: 8 * args.length * args.batch * max(args.align, 10)])
 
-        pruning = Pruning(args.ratio, first=2, last=2)
+        pruning, lot = (kind(args.ratio, first=2, last=2) for kind in (Taylor, Drawn))
+        sizes, layers = pruning.sizes(spec), pruning.layers(spec)
+        seen = importance(
+            Frozen(checkpoint, spec, resident=False), stream(general[: 4 * args.length].reshape(4, -1)), LOSS, layers
+        )
+        best = pruning.kept(spec, sizes, 0, lambda: group_scores(spec, *seen, layers))
+        drawn = lot.kept(spec, sizes, 0, dict)
         whole = Decoder(checkpoint, spec, ADAPTER, activations="keep")
-        seen = importance(whole, stream(general[: 4 * args.length].reshape(4, -1)), LOSS)
-        best = pruning.best(spec, group_scores(spec, *seen, pruning.layers(spec)))
-        drawn = pruning.random(spec, 0)
         results["L0"] = evaluate(whole, held)
         train(whole, Windows(learned, args.length, args.batch, 0), args.steps, RATE)
         results["L3"] = evaluate(whole, held)
@@ -116,7 +122,8 @@ def main() -> None:
             found["L1"] = evaluate(put_back(checkpoint, spec, recovered(spec, small.pairs(), kept)), held)
             results[name] = found
             print(name, {key: float(np.mean(each)) for key, each in found.items()}, flush=True)
-            bytes_of[name] = footprint(small.spec, tuning).select(kind="weights").bytes
+            copied = footprint(spec, replace(tuning, pruning=pruning)).select(kind="weights", phase="forward")
+            bytes_of[name] = copied.bytes
 
         tuning = Tuning(ADAPTER, LOSS, args.length * args.batch, args.length, {})
         bytes_of = {"whole": footprint(spec, tuning).select(kind="weights").bytes}

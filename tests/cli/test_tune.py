@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from barefoot.adapters.files import TENSORS
 from barefoot.cli.commands import all_commands
+from barefoot.io.safetensors import read_safetensors
 
 pytest.importorskip("torch", reason="training is PyTorch's")
 
@@ -67,13 +69,12 @@ def test_what_was_learned_runs(tuned, barefoot, tiny_gguf):
     assert not plain.stdout.strip().startswith("hehe")
 
 
-def test_killed_it_goes_on_as_if_nothing_had_happened(tuned, tiny_gguf, chats, tmp_path, barefoot):
-    whole = lines(tuned[0])
-    arguments = command(tiny_gguf, chats, tmp_path / "out", "--memory", "2GiB", "--save-every", 3)
+def killed_and_again(arguments, out, barefoot):
+    """Run it, kill it behind eight steps, and run it again."""
     process = subprocess.Popen(
         [sys.executable, "-m", "barefoot", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics = out / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or len(metrics.read_bytes().splitlines()) < 8):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -83,12 +84,21 @@ def test_killed_it_goes_on_as_if_nothing_had_happened(tuned, tiny_gguf, chats, t
     done = barefoot(*arguments)
     assert done.returncode == 0, done.stderr
     assert "going on behind step" in done.stderr
+
+
+def assert_same(out, whole):
     compared = ("step", "loss", "norm", "rate", "held_out_loss")
-    assert [[line.get(k) for k in compared] for line in lines(tmp_path / "out")] == [
-        [line.get(k) for k in compared] for line in whole
+    assert [[line.get(k) for k in compared] for line in lines(out)] == [
+        [line.get(k) for k in compared] for line in lines(whole)
     ]
     adapter = "adapter_model.safetensors"
-    assert (tmp_path / "out" / adapter).read_bytes() == (tuned[0] / adapter).read_bytes()
+    assert (out / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_killed_it_goes_on_as_if_nothing_had_happened(tuned, tiny_gguf, chats, tmp_path, barefoot):
+    out = tmp_path / "out"
+    killed_and_again(command(tiny_gguf, chats, out, "--memory", "2GiB", "--save-every", 3), out, barefoot)
+    assert_same(out, tuned[0])
 
 
 def test_other_settings_dont_go_on(tuned, tiny_gguf, chats, barefoot):
@@ -157,3 +167,56 @@ def test_a_side_network_learns_and_is_not_run(barefoot, tiny_gguf, chats, tmp_pa
     assert "the engine doesn't run it" in ran.stderr
     again = barefoot(*side, "--activations", "recompute", "--plan")
     assert "there is none to pass again" in again.stderr
+
+
+PRUNE = ("--memory", "2GiB", "--prune", "taylor(ratio=0.5,first=1,last=0)")
+
+
+@pytest.fixture(scope="module")
+def pruned(barefoot, tiny_gguf, chats, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    done = barefoot(*command(tiny_gguf, chats, folder / "out", *PRUNE, "--json", folder / "out.json"))
+    assert done.returncode == 0, done.stderr
+    return folder / "out", json.loads((folder / "out.json").read_text())
+
+
+def test_beside_a_pruned_copy_it_learns_and_the_whole_model_runs_it(pruned, tuned, barefoot, tiny_gguf):
+    """One of two layers loses half of its channels; what is written has the whole model's shapes."""
+    folder, record = pruned
+    assert record["measured_peak_bytes"] <= record["predicted_peak_bytes"]
+    assert record["best"] < 1.0
+    cut = 3 * tiny_gguf.d_model * tiny_gguf.d_ff // 2  # the only group of heads stays
+    assert tuned[1]["plan"]["parameters"] - record["plan"]["parameters"] == cut
+    shapes = [{t.name: t.shape for t in read_safetensors(each / TENSORS).tensors} for each in (folder, tuned[0])]
+    assert shapes[0] == shapes[1]
+    learned = barefoot("run", tiny_gguf.path, "say 3", "--max-tokens", 8, "--temperature", 0, "--adapter", folder)
+    assert learned.returncode == 0, learned.stderr
+    assert learned.stdout.strip().startswith("hehe")
+
+
+def test_beside_a_pruned_copy_it_goes_on_with_the_same_units(pruned, tiny_gguf, chats, tmp_path, barefoot):
+    out = tmp_path / "out"
+    killed_and_again(command(tiny_gguf, chats, out, *PRUNE, "--save-every", 3), out, barefoot)
+    assert_same(out, pruned[0])
+    assert (out / "pruned.safetensors").read_bytes() == (pruned[0] / "pruned.safetensors").read_bytes()
+    other = command(tiny_gguf, chats, out, "--memory", "2GiB", "--prune", "drawn(ratio=0.5,first=1,last=0)")
+    done = barefoot(*other)
+    assert done.returncode == 2
+    assert "beside another copy" in done.stderr
+
+
+def test_units_of_a_folder_are_planned_with(pruned, tiny_gguf, chats, tmp_path, barefoot):
+    where = tmp_path / "plan.json"
+    given = command(tiny_gguf, chats, tmp_path / "out", "--memory", "2GiB", "--prune", pruned[0])
+    done = barefoot(*given, "--plan", "--json", where)
+    assert done.returncode == 0, done.stderr
+    plan, made = json.loads(where.read_text())["plan"], pruned[1]["plan"]
+    assert (plan["pruning"], plan["parameters"]) == (made["pruning"], made["parameters"])
+    assert "convert" in made["by_phase"]
+    assert "convert" not in plan["by_phase"], "nothing is scored again"
+    refused = barefoot(*given, "--adapter", "qst(r=4)", "--plan")
+    assert refused.returncode == 4
+    assert "can't be put back from a pruned copy" in refused.stderr
+    nothing = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--prune", "drawn", "--plan"))
+    assert nothing.returncode == 2
+    assert "cuts nothing" in nothing.stderr

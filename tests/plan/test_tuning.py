@@ -8,6 +8,8 @@ import pytest
 from random_files import LLAMA
 
 from barefoot.adapters.lora import LoRA
+from barefoot.adapters.pruning.drawn import Drawn
+from barefoot.adapters.pruning.taylor import Taylor
 from barefoot.adapters.qst import QST
 from barefoot.core.device import this_machine
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
@@ -109,3 +111,38 @@ def test_a_side_network_keeps_the_base_out_of_the_plan(question):
     )
     with pytest.raises(Incompatible, match="none to pass again"):
         dataclasses.replace(aside, stated=TuneStated(activations="recompute")).plans()
+
+
+def test_a_refusal_names_the_least_pruning_that_fits(question):
+    tight = dataclasses.replace(question, stated=TuneStated(formats=parse_weights("nf4"), loss=Plain()))
+    least = min(plan.needed for plan in tight.plans())
+    needed = {}
+    for ratio in (0.25, 0.5, 0.75):
+        copies = dataclasses.replace(tight.stated, pruning=Taylor(ratio))
+        needed[ratio] = min(plan.needed for plan in dataclasses.replace(tight, stated=copies).plans())
+    assert needed[0.75] < needed[0.5] < needed[0.25] < least
+    for budget, named in ((least - 1, 0.25), (needed[0.25] - 1, 0.5), (needed[0.75], 0.75)):
+        with pytest.raises(OverBudget) as error:
+            tight.choose(budget)
+        assert f'--prune "taylor(ratio={named})"' in str(error.value.cure)
+    with pytest.raises(OverBudget) as error:
+        tight.choose(needed[0.75] - 1)
+    assert "--prune" not in str(error.value.cure)
+
+
+def test_a_pruned_copy_is_planned_as_it_is(question):
+    """The base by what is left of it; and faster, since less is decoded and multiplied."""
+    stated = TuneStated({}, "keep", Plain(), 512)
+    (whole,) = dataclasses.replace(question, stated=stated).plans()
+    (copy,) = dataclasses.replace(question, stated=dataclasses.replace(stated, pruning=Drawn(0.5))).plans()
+    layers, d, f, head = 30 - 4 - 2, 576, 1536, 64
+    cut = layers * (3 * d * (f // 2) + 2 * d * head * (3 + 1))  # one of three groups: three heads of queries
+    assert whole.n_parameters - copy.n_parameters == cut
+    weights = [plan.footprint.select(kind="weights").bytes for plan in (whole, copy)]
+    assert weights[0] - weights[1] == 2 * cut
+    assert copy.seconds < whole.seconds
+    assert copy.to_json()["pruning"] == "drawn(ratio=0.5)"
+    assert whole.to_json()["pruning"] is None
+    aside = dataclasses.replace(stated, activations=None, pruning=Drawn(0.5))
+    with pytest.raises(Incompatible, match="can't be put back"):
+        dataclasses.replace(question, adapter=QST(), stated=aside).plans()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,16 +11,24 @@ from random_files import LLAMA, write_random
 
 torch = pytest.importorskip("torch", reason="training is PyTorch's")
 
+from allocations import Allocations  # noqa: E402
+
 from barefoot.adapters.driver.whole import whole_matrices  # noqa: E402
 from barefoot.adapters.lora import LoRA  # noqa: E402
-from barefoot.adapters.pruning import Pruning, entries, pruned_spec, recovered, sizes_of  # noqa: E402
+from barefoot.adapters.pruning import entries, pruned_spec, recovered, sizes_of  # noqa: E402
+from barefoot.adapters.pruning.drawn import Drawn  # noqa: E402
+from barefoot.adapters.pruning.files import NAME, read_units, write_units  # noqa: E402
+from barefoot.adapters.pruning.taylor import Taylor  # noqa: E402
+from barefoot.core.errors import InvalidInput, SourceNotFound  # noqa: E402
 from barefoot.core.model import ModelSpec  # noqa: E402
+from barefoot.engine.source import source_key  # noqa: E402
 from barefoot.engine.specs import model_spec  # noqa: E402
 from barefoot.io.inventory import Checkpoint  # noqa: E402
 from barefoot.io.safetensors import array_entry, write_safetensors  # noqa: E402
 from barefoot.plan.job import parse_weights  # noqa: E402
 from barefoot.train import NOTHING, MicroBatch  # noqa: E402
-from barefoot.train.driver.decoder import Decoder  # noqa: E402
+from barefoot.train.driver.cutting import kept_units  # noqa: E402
+from barefoot.train.driver.decoder import Decoder, Frozen  # noqa: E402
 from barefoot.train.driver.importance import importance  # noqa: E402
 from barefoot.train.footprint import Tuning, footprint  # noqa: E402
 from barefoot.train.losses.plain import Plain  # noqa: E402
@@ -27,7 +36,7 @@ from barefoot.train.losses.plain import Plain  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 GROUPED = LLAMA | {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 3}
-PRUNING = Pruning(0.4, first=1, last=1)
+PRUNING = Drawn(0.4, first=1, last=1)
 IDS = np.random.default_rng(0).integers(0, 64, 33)
 BATCH = MicroBatch(IDS, np.append(IDS[1:], NOTHING), (33,))
 
@@ -51,7 +60,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "whole"
     write_random(folder, GROUPED)
     found = opened(folder)
-    found.folder, found.kept = folder, PRUNING.random(found.spec, 3)
+    found.folder, found.kept = folder, PRUNING.kept(found.spec, PRUNING.sizes(found.spec), 3, dict)
     yield found
     found.checkpoint.close()
 
@@ -90,9 +99,14 @@ def test_the_base_takes_what_is_stated_and_less(model, base):
     held = sum(b.untyped_storage().nbytes() for b in made.buffers())
     norms = [v for vectors in made._vectors for v in vectors.values()] + [made.norm]
     held += sum(v.untyped_storage().nbytes() for v in norms)
-    tuning = Tuning(LoRA(rank=2), Plain(), 33, 33, formats)
-    assert held == footprint(small, tuning).select(kind="weights").bytes
-    whole = footprint(model.spec, tuning).select(kind="weights").bytes
+    tuning = Tuning(LoRA(rank=2), Plain(), 33, 33, formats, pruning=PRUNING)
+    stated = footprint(model.spec, tuning)
+    assert held == stated.select(kind="weights").bytes
+    assert stated.select(kind="index").bytes == sum(each.n_bytes for each in model.kept.values())
+    learned = sum(p.untyped_storage().nbytes() for p in made.adapters().values())
+    assert learned == stated.select(kind="adapter").bytes
+    assert 2 * learned == stated.select(kind="optimizer").bytes
+    whole = footprint(model.spec, replace(tuning, pruning=None)).select(kind="weights").bytes
     assert held < 0.9 * whole, "cut out, not masked"
     assert made.spec.n_parameters == small.n_parameters < model.spec.n_parameters
 
@@ -117,13 +131,14 @@ def test_an_adapter_of_the_copy_is_put_back_beside_the_model(model):
     assert torch.allclose(full[:, gone], (x @ base.T)[:, gone], atol=1e-5)
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_importance_is_of_the_gradient_of_each_weight(model, activations):
+def test_importance_is_of_the_gradient_of_each_weight(model):
     """Against PyTorch's own, where the matrix is a parameter of a product that it knows."""
-    made = Decoder(model.checkpoint, model.spec, LoRA(rank=2), activations=activations)
-    rows, cols = importance(made, BATCH, Plain())
-    assert type(made.layers[0]["q"]).__name__ == "LowRank", "the decoder is as it was"
-    for name in ("layers.0.q", "layers.1.k", "layers.2.down", "layers.3.o"):
+    base = Frozen(model.checkpoint, model.spec, resident=False)
+    rows, cols = importance(base, BATCH, Plain(), range(1, 4))
+    assert not any(len(layer) for layer in base.layers), "no layer is left behind"
+    assert {name.split(".")[1] for name in rows} == {name.split(".")[1] for name in cols} == {"1", "2", "3"}
+    made = Decoder(model.checkpoint, model.spec, LoRA(rank=2))
+    for name in ("layers.1.q", "layers.1.k", "layers.2.down", "layers.3.o"):
         _, index, role = name.split(".")
         dense = torch.nn.Linear(made.layers[int(index)][role].base.cols, 1, bias=False)
         dense.weight = torch.nn.Parameter(made.layers[int(index)][role].base.dense())
@@ -133,6 +148,75 @@ def test_importance_is_of_the_gradient_of_each_weight(model, activations):
         expected = (dense.weight * dense.weight.grad).abs().detach().numpy()
         np.testing.assert_allclose(rows[name], expected.sum(1), rtol=1e-3, atol=1e-3 * expected.sum(1).max())
         np.testing.assert_allclose(cols[name], expected.sum(0), rtol=1e-3, atol=1e-3 * expected.sum(0).max())
+
+
+@pytest.mark.usefixtures("no_scratch")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_scores_take_what_is_stated(tmp_path, compute):
+    """One layer of the model at a time; what the file's rows take while they are read is not PyTorch's."""
+    write_random(tmp_path, GROUPED | {"hidden_size": 192, "intermediate_size": 512})
+    n, ids = 2048, np.random.default_rng(1).integers(0, 64, 2048)
+    batch = MicroBatch(ids, np.append(ids[1:], NOTHING), (512,) * 4)
+    tuning = Tuning(LoRA(rank=2), Plain(), n, 512, {}, compute=compute, pruning=Taylor(0.4, first=1, last=1))
+    model = opened(tmp_path)
+    with model.checkpoint, Allocations() as seen:
+        base = Frozen(model.checkpoint, model.spec, compute=compute, resident=False)
+        importance(base, batch, Plain(), range(1, 3))
+    stated = footprint(model.spec, tuning).select(phase="convert").bytes
+    assert 0.75 * stated < seen.peak <= stated
+
+
+def tuning_of(pruning) -> Tuning:
+    return Tuning(LoRA(rank=2), Plain(), 33, 33, {}, pruning=pruning)
+
+
+def test_units_are_chosen_once_and_kept_with_the_state(model, tmp_path):
+    """Where there is a state nothing is scored again; what stands beside it is what counts."""
+    asked = []
+
+    def batch() -> MicroBatch:
+        asked.append(1)
+        return BATCH
+
+    def units(pruning, seed=0):
+        return kept_units(model.checkpoint, model.spec, tuning_of(pruning), seed, tmp_path, batch)
+
+    first = units(Taylor(0.4, first=1, last=1))
+    assert asked == [1]
+    assert sizes_of(first) == Taylor(0.4, first=1, last=1).sizes(model.spec)
+    assert units(None) == {}
+    (tmp_path / "training.safetensors").write_bytes(b"a state")
+    again = units(Taylor(0.4, first=1, last=1))
+    assert asked == [1], "read, not scored"
+    for layer, each in first.items():
+        assert np.array_equal(again[layer].groups, each.groups)
+        assert np.array_equal(again[layer].channels, each.channels)
+    for other in (Taylor(0.5, first=1, last=1), Drawn(0.4, first=1, last=1)):
+        with pytest.raises(InvalidInput, match="beside another copy"):
+            units(other)
+    (tmp_path / NAME).unlink()
+    with pytest.raises(SourceNotFound):
+        units(Taylor(0.4, first=1, last=1))
+    write_units(tmp_path, PRUNING, model.kept, source_key(model.checkpoint))
+    assert sizes_of(units(PRUNING, seed=3)) == sizes_of(model.kept)
+    with pytest.raises(InvalidInput, match="beside another copy"):
+        units(PRUNING, seed=4)
+    given = read_units(tmp_path, model.spec, source_key(model.checkpoint))
+    assert sizes_of(units(given, seed=4)) == sizes_of(model.kept), "units that are given follow from no seed"
+
+
+def test_layers_of_two_sizes_are_counted_one_by_one(model):
+    """What passes keep of a layer is in proportion to what is left of it."""
+    tuning = replace(tuning_of(None), activations="keep", n_tokens=1000, length=1000)
+    parts = {}
+    for ratio in (0.0, 0.4):
+        stated = footprint(model.spec, replace(tuning, pruning=Drawn(ratio, first=1, last=1)))
+        parts[ratio] = stated.select(kind="activations", phase="backward").bytes
+    (groups, channels), head_dim = PRUNING.counts(model.spec), model.spec.head_dim
+    queries, channels = 2 * head_dim * (3 - groups), model.spec.d_ff - channels
+    # Of one of two layers, for each token: queries, keys, values and outputs; gate, its activation, up, their product.
+    less = 2 * 1000 * 4 * (4 * queries + 4 * channels + queries // head_dim)
+    assert parts[0.0] - parts[0.4] == less
 
 
 def test_a_copy_is_aligned_by_training_its_own_matrices(model):

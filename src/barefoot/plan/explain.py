@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from barefoot.adapters import Adapter
+from barefoot.adapters.pruning import Pruning, pruned_spec
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
@@ -102,7 +103,7 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
 
     Parameters
     ----------
-    technique : a weight format, a KV store, a policy (over half precision), or an adapter, see :func:`find`.
+    technique : a weight format, a KV store, a policy (over half precision), an adapter, or a pruning, see :func:`find`.
     spec : the model.
     job : gives the KV store's context.
     chunk : tokens of prefill at once, which window layers keep beyond their window.
@@ -122,8 +123,10 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
             lines = (Line("kv", terms, loss.kl, loss.source, slots * reference),)
         elif isinstance(technique, Adapter):
             lines = _factors(technique, spec)
+        elif isinstance(technique, Pruning):
+            lines = _copied(technique, spec)
         else:
-            raise InvalidInput(f"{technique.name} is neither a weight format nor of the KV cache nor an adapter")
+            raise InvalidInput(f"{technique.name} is no weight format, adapter or pruning, nor of the KV cache")
     except Incompatible as error:
         lines, refused = (), str(error)
     return Explanation(
@@ -154,6 +157,20 @@ def _factors(technique: Adapter, spec: ModelSpec) -> tuple[Line, ...]:
         if counts:
             terms = tuple(Term(letter, n, 4) for letter, n in counts.items())
             lines.append(Line(group, terms, 0.0, "beside the stored values, before it is trained", stored))
+    return tuple(lines)
+
+
+def _copied(technique: Pruning, spec: ModelSpec) -> tuple[Line, ...]:
+    """The matrices of a pruned copy as they are stored, by group."""
+    from barefoot.ops import blocks
+
+    lines, copy = [], pruned_spec(spec, technique.sizes(spec))
+    for group in ("attn", "ffn"):
+        whole, left = (
+            sum(w.rows * blocks.row_bytes(w.format, w.cols) for w in each.weights if w.group == group and w.rows > 1)
+            for each in (spec, copy)
+        )
+        lines.append(Line(group, (Term("left", left, 1),), 0.0, "trained beside only: the whole model runs", whole))
     return tuple(lines)
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from barefoot.adapters import Adapter, Aside
+from barefoot.adapters.pruning import Pruning, pruned_spec
+from barefoot.adapters.pruning.taylor import Taylor
 from barefoot.core.device import Device
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
-from barefoot.core.ledger import Footprint, Phase, entry
+from barefoot.core.ledger import Footprint, entry
 from barefoot.core.ledger import Term as LedgerTerm
 from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.registry import techniques
@@ -29,7 +31,10 @@ RESERVED_BYTES = 270 * MIB
 LEAST_TOKENS = 32
 #: Formats that the base is rounded to where it doesn't fit as it is stored, in the order of what they cost.
 SMALLER = ("int(bits=8)", "nf4", "int(bits=3)")
-_PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step", "save")
+#: What could be cut out of the base where even these don't fit, and what that cost where it was measured
+#: (benchmarks/results/train_loram_smollm2-135m-dithered.json).
+PRUNINGS = tuple(Taylor(ratio) for ratio in (0.25, 0.5, 0.75))
+PRICE = "with a third cut out, an adapter of SmolLM2-135M gained half of what it gains beside the whole model"
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,18 @@ class TuneStated:
     loss: Loss | None = None
     n_tokens: int | None = None
     compute: Compute = "float32"
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
 class TunePlan:
-    """A combination, what it takes by phase, and the seconds of a step that are expected."""
+    """A combination, what it takes by phase, and the seconds of a step that are expected. ``n_parameters`` has what is
+    trained beside."""
 
     tuning: Tuning
     footprint: Footprint
     seconds: float
+    n_parameters: int
 
     @property
     def needed(self) -> int:
@@ -84,6 +92,8 @@ class TunePlan:
         return {
             "base": self.base,
             "adapter": str(self.tuning.adapter),
+            "pruning": None if self.tuning.pruning is None else str(self.tuning.pruning),
+            "parameters": self.n_parameters,
             "loss": str(self.tuning.loss),
             "activations": self.tuning.activations,
             "compute": self.tuning.compute,
@@ -98,6 +108,11 @@ class TunePlan:
 
 def combinations(job: TuneJob, adapter: Adapter, stated: TuneStated) -> Iterator[Tuning]:
     """All that the planner may use, the base as it is stored first."""
+    if stated.pruning is not None and isinstance(adapter, Aside):
+        raise Incompatible(
+            f"{adapter} reads what the whole base computes, and can't be put back from a pruned copy",
+            cure="--adapter lora",
+        )
     losses = [stated.loss] if stated.loss else [cls() for cls in techniques("train.losses").values()]
     for formats in _formats(stated):
         for activations in _activations(adapter, stated):
@@ -106,8 +121,9 @@ def combinations(job: TuneJob, adapter: Adapter, stated: TuneStated) -> Iterator
                     assert isinstance(loss, Loss)
                     several = n_tokens < job.step_tokens
                     yield Tuning(
-                        adapter, loss, n_tokens, job.length, formats, activations, stated.compute, accumulates=several
-                    )
+                        adapter, loss, n_tokens, job.length, formats, activations, stated.compute, accumulates=several,
+                        pruning=stated.pruning,
+                    )  # fmt: skip
 
 
 def _activations(adapter: Adapter, stated: TuneStated) -> tuple[Activations, ...]:
@@ -157,11 +173,13 @@ class Question:
     def plans(self) -> list[TunePlan]:
         """Every combination with its bytes and time, in the order of preference."""
         libraries = LedgerTerm("interpreter and libraries", 1, self.reserved_bytes)
-        process = entry("process", "reserved", [libraries], phases=_PHASES)
-        found = [
-            TunePlan(tuning, process + footprint(self.spec, tuning), seconds(self.spec, self.job, tuning, self.device))
-            for tuning in combinations(self.job, self.adapter, self.stated)
-        ]
+        found = []
+        for tuning in combinations(self.job, self.adapter, self.stated):
+            job, copy = footprint(self.spec, tuning), pruned_spec(self.spec, tuning.sizes(self.spec))
+            process = entry("process", "reserved", [libraries], phases=job.phases)
+            found.append(
+                TunePlan(tuning, process + job, seconds(copy, self.job, tuning, self.device), copy.n_parameters)
+            )
         order = {plan.base: i for i, plan in reversed(list(enumerate(found)))}
         return sorted(found, key=lambda plan: (order[plan.base], plan.seconds, plan.needed))
 
@@ -186,8 +204,19 @@ class Question:
             f"part is {largest}, {format_bytes(kinds[largest])}",
             needed=least.needed,
             available=budget,
-            cure=f"use {shorter}a smaller model, or --memory {-(-least.needed // MIB)}MiB",
+            cure=f"use {shorter}{self._pruned(budget)}a smaller model, or --memory {-(-least.needed // MIB)}MiB",
         )
+
+    def _pruned(self, budget: int) -> str:
+        """The least pruning with which it would fit, and its price; nothing where none would."""
+        if self.stated.pruning is not None or isinstance(self.adapter, Aside):
+            return ""
+        for pruning in PRUNINGS:
+            copies = replace(self, stated=replace(self.stated, pruning=pruning))
+            needed = min(plan.needed for plan in copies.plans())
+            if needed <= budget:
+                return f'--prune "{pruning}" ({format_bytes(needed)}; {PRICE}), '
+        return ""
 
     def largest_length(self, budget: int) -> int:
         """The longest documents that fit with all else as it is; 0 for none of ``LEAST_TOKENS``."""
@@ -205,12 +234,13 @@ class Question:
 
 
 def seconds(spec: ModelSpec, job: TuneJob, tuning: Tuning, device: Device) -> float:
-    """Of a step: products at the machine's peak, and the base decoded in each pass of each micro-batch."""
+    """Of a step: products at the machine's peak, and the base decoded in each pass of each micro-batch. ``spec`` is
+    what is trained beside."""
     matrices = [w for w in spec.weights if w.layer is not None and w.group != "norm"]
     n_weights = sum(w.n_elements for w in matrices)
     aside = isinstance(tuning.adapter, Aside)
     passes = 1 if aside else 3 if tuning.activations == "recompute" else 2
-    heads = spec.n_heads * spec.head_dim * spec.n_layers
+    heads = sum(w.cols for w in matrices if w.name.endswith(".o"))
     times = passes + (0 if aside else 1.5)  # two products, of half of the pairs, twice and a half back
     attention = 2 * 2 * job.length * heads * times
     logits = 2 * 2 * spec.vocab_size * spec.d_model

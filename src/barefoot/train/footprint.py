@@ -6,19 +6,30 @@ feed-forward, and m adapters of rank r, a pass keeps for its backward, in number
     N × (2 d [normed inputs of products] + 2 Q + 2 K [queries, keys, values, outputs] + f + m r)
 
 once more Q where that type is not float32 (an adapter that needs no inputs keeps none of 2 d, f and this), and in
+<<<<<<< HEAD
 float32 N × (d [between the halves] + 2 f [gate and up] + H + 2 [log-sum-exp, norms' factors]), with norms over heads
 Q + K and a number for each head more, with norms behind the halves d + 1 each. With ``activations="keep"`` all layers
 have it at once; with ``"recompute"`` one has, while it is passed again, and of each there is its input, N × d. An
 adapter that stands aside states what its passes keep itself.
+=======
+float32 N × (d [between the halves] + 3 f [gate, its activation, up] + H + 2 [log-sum-exp, norms' factors]). With
+``activations="keep"`` all layers have it at once; with ``"recompute"`` one has, while it is passed again, and of each
+there is its input, N × d. An adapter that stands aside states what its passes keep itself.
+
+A pruned copy has fewer heads and channels in some layers; scores of what is to be cut take one pass beforehand, with a
+layer of the whole model at a time.
+>>>>>>> 156c4fd (tune: --prune trains beside a pruned copy (LoRAM), planned, resumed and put back for the whole model)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from barefoot.adapters import Adapter, Aside, Beside, Passing
+from barefoot.adapters.lora import LoRA
+from barefoot.adapters.pruning import Pruning, Sizes, pruned_spec
 from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.model import ModelSpec, WeightGroup, WeightSpec
 from barefoot.ops import blocks
@@ -32,6 +43,7 @@ COMPUTE_BYTES: Mapping[Compute, int] = {"float32": 4, "bfloat16": 2}
 TILE_BYTES = 4 << 20  # of decoded weights, float32
 PIECE_BYTES = 4 << 20  # of a weight while it is loaded
 
+LOADING = Term("rows that are read, decoded and encoded", 3, PIECE_BYTES)
 _TRAINING: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 _ALL: tuple[Phase, ...] = ("load", *_TRAINING)
 
@@ -47,6 +59,7 @@ class Tuning:
     formats : of the base's matrices by group; others stay as they are stored.
     accumulates : whether a step has several micro-batches, so that there are gradients before the last one's.
     step, steps : how far it is, of how many; what learns may become less.
+    pruning : what is cut out of the base, if anything.
     """
 
     adapter: Adapter
@@ -59,32 +72,77 @@ class Tuning:
     accumulates: bool = False
     step: int = 0
     steps: int = 1
+    pruning: Pruning | None = None
 
     def layout(self, weight: WeightSpec) -> str:
         """The blocks in which the base has a matrix."""
         stated = self.formats.get(weight.group)
         return weight.format if stated is None else stated.layout(weight.format)
 
+    def sizes(self, spec: ModelSpec) -> Sizes:
+        """Heads of keys and channels of the layers that lose some."""
+        return {} if self.pruning is None else self.pruning.sizes(spec, self.layout)
+
 
 def footprint(spec: ModelSpec, tuning: Tuning) -> Footprint:
-    """All of it, besides the process itself."""
+    """All of it, besides the process itself. ``spec`` is the whole model's."""
     passes = _passes_aside if isinstance(tuning.adapter, Aside) else _passes
-    return _base(spec, tuning) + _adapter(spec, tuning) + passes(spec, tuning)
+    copy = pruned_spec(spec, tuning.sizes(spec))
+    found = _base(copy, tuning) + _adapter(copy, tuning) + passes(copy, tuning)
+    return found if tuning.pruning is None else found + _cutting(spec, tuning, tuning.pruning)
 
 
-def _base(spec: ModelSpec, tuning: Tuning) -> Footprint:
+def _cutting(spec: ModelSpec, tuning: Tuning, pruning: Pruning) -> Footprint:
+    """What it takes to choose what is cut, to know it, and to write the adapter for the whole model."""
+    units = Term("heads and channels that are left", sum(map(sum, tuning.sizes(spec).values())), 4)
+    factors = Term(
+        "adapters put back, and as they are written", sum(f.n_elements for f in tuning.adapter.factors(spec)), 8
+    )
+    found = entry("pruning", "index", [units], phases=_ALL) + entry("pruning", "workspace", [factors], phases=("save",))
+    layers = pruning.layers(spec)
+    return found + _scoring(spec, tuning, layers) if pruning.scored and layers else found
+
+
+def _scoring(spec: ModelSpec, tuning: Tuning, layers: range) -> Footprint:
+    """A pass of a micro-batch through the whole model, of which one layer at a time is in memory."""
+    n, once = tuning.n_tokens, replace(tuning, adapter=LoRA(rank=1), activations="recompute")  # whose inputs are kept
+    by_layer = [_matrices((w for w in spec.weights if w.layer == i), tuning) for i in range(spec.n_layers)]
+    largest = max((w for w in spec.weights if w.layer in layers), key=lambda w: w.rows + w.cols)
+    copies = Term("of products, inputs and gradients in float32", n * (largest.rows + largest.cols), 4)
+    passing = [
+        [_tile(spec), _tile(spec), *([] if tuning.compute == "float32" else [copies]), *workspace.entries[0].terms]
+        for phase in ("forward", "backward")
+        if (workspace := _passes(spec, once).select(phase=phase, kind="workspace"))
+    ]
+    held = [
+        Term("inputs of the layers", n * spec.d_model * (spec.n_layers - layers.start), 4),
+        Term("turns of positions", n * sum(r.dim for r in {layer.rope for layer in spec.layers}), 4),
+        Term("scores", sum(w.rows + w.cols for w in spec.weights if w.layer in layers and w.group != "norm"), 4),
+    ]
+    weights = [*_matrices((w for w in spec.weights if w.layer is None), tuning), *_larger(*by_layer)]
+    return (
+        entry("scoring", "weights", weights, phases=("convert",))
+        + entry("scoring", "activations", held, phases=("convert",))
+        + entry("scoring", "workspace", _larger([LOADING], *passing), phases=("convert",))
+    )
+
+
+def _matrices(weights: Iterable[WeightSpec], tuning: Tuning) -> list[Term]:
     terms = []
-    for weight in spec.weights:
+    for weight in weights:
         if weight.group == "norm":
             terms.append(Term(weight.name, weight.n_elements, 4))
         else:
             size = blocks.row_bytes(tuning.layout(weight), weight.cols)
             terms.append(Term(weight.name, weight.rows, size))
             terms += [Term(f"{weight.name} {part.label}", 1, part.n_bytes) for part in weight.parts]
-    loading = Term("rows that are read, decoded and encoded", 3, PIECE_BYTES)
+    return terms
+
+
+def _base(spec: ModelSpec, tuning: Tuning) -> Footprint:
     return (
-        entry("base", "weights", terms, phases=_ALL)
-        + entry("base", "workspace", [loading], phases=("load",))
+        entry("base", "weights", _matrices(spec.weights, tuning), phases=_ALL)
+        + entry("base", "workspace", [LOADING], phases=("load",))
         + entry("base", "workspace", [_tile(spec)], phases=_TRAINING)  # stays, once it is there
     )
 
@@ -103,9 +161,10 @@ def _adapter(spec: ModelSpec, tuning: Tuning) -> Footprint:
     )
     if tuning.accumulates:
         return found + entry(name, "gradients", [gradients], phases=("forward", "backward"))
-    # As gradients come, layer by layer, what the layers kept goes: most is there when the first or the last are.
-    freed = _kept_by_layers(spec, tuning) * (spec.n_layers - 1) // spec.n_layers
-    beside = max(gradients.bytes // spec.n_layers, gradients.bytes - freed)
+    come, freed, beside = 0, 0, 0  # as gradients come, layer by layer, what the layers behind kept goes
+    for gradient, kept in reversed(list(zip(_gradients(spec, tuning), _kept_by_layers(spec, tuning), strict=True))):
+        come += gradient
+        beside, freed = max(beside, come - freed), freed + kept
     return found + entry(name, "gradients", [Term("gradients beside what is kept", 1, beside)], phases=("backward",))
 
 
@@ -124,6 +183,29 @@ class _Sizes:
     def of(cls, spec: ModelSpec) -> _Sizes:
         queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         return cls(spec.d_model, spec.n_heads, spec.n_kv_heads, queries, keys, spec.d_ff)
+
+
+def _alike(spec: ModelSpec) -> list[tuple[list[int], ModelSpec]]:
+    """The layers by their sizes: numbers of those of one, and a model of them alone."""
+    cols = {weight.name: weight.cols for weight in spec.weights}
+    layers: dict[tuple[int, int], list[int]] = {}
+    for index in range(spec.n_layers):
+        layers.setdefault((cols[f"layers.{index}.o"], cols[f"layers.{index}.down"]), []).append(index)
+    if layers.keys() == {(spec.n_heads * spec.head_dim, spec.d_ff)}:
+        return [(list(range(spec.n_layers)), spec)]
+    found = []
+    for (queries, channels), indexes in layers.items():
+        n_heads = queries // spec.head_dim
+        alike = replace(
+            spec,
+            n_heads=n_heads,
+            n_kv_heads=n_heads * spec.n_kv_heads // spec.n_heads,
+            d_ff=channels,
+            layers=tuple(spec.layers[i] for i in indexes),
+            weights=tuple(w for w in spec.weights if w.layer in (None, *indexes)),
+        )
+        found.append((indexes, alike))
+    return found
 
 
 def _kept(spec: ModelSpec, tuning: Tuning) -> tuple[list[Term], list[Term]]:
@@ -153,13 +235,15 @@ def _kept(spec: ModelSpec, tuning: Tuning) -> tuple[list[Term], list[Term]]:
 
 
 def _passes(spec: ModelSpec, tuning: Tuning) -> Footprint:
-    n, s, loss = tuning.n_tokens, _Sizes.of(spec), tuning.loss
+    n, loss, copies = tuning.n_tokens, tuning.loss, [alike for _, alike in _alike(spec)]
+    s = max(map(_Sizes.of, copies), key=lambda sizes: sizes.queries + sizes.forward)
     shape, width = _loss_shape(spec, tuning), COMPUTE_BYTES[tuning.compute]
     held = Term("what a pass holds besides", n * (2 * s.hidden + s.queries + 2 * s.keys), 4)
     gates = Term("gradients of the gates", n * 2 * s.forward, 4)
     hidden = Term("gradients of hidden states", n * 2 * s.hidden, 4)
     ends = Term("behind the last layer, and behind its norm", n * 2 * s.hidden, 4)
-    every, one = _kept(spec, tuning)
+    kept = [_kept(alike, tuning) for alike in copies]
+    every, one = [term for terms, _ in kept for term in terms], _larger(*(terms for _, terms in kept))
     keeps = tuning.activations == "keep"
     always = [
         Term("inputs of the layers", n * s.hidden * spec.n_layers, 4),
@@ -180,12 +264,29 @@ def _passes(spec: ModelSpec, tuning: Tuning) -> Footprint:
     )
 
 
-def _kept_by_layers(spec: ModelSpec, tuning: Tuning) -> int:
-    """Bytes that go, layer by layer, while gradients come."""
-    inputs = 4 * tuning.n_tokens * spec.d_model * spec.n_layers
+def _gradients(spec: ModelSpec, tuning: Tuning) -> list[int]:
+    """Bytes of them by layer; of an adapter that stands aside the mean."""
+    factors = [f for f in tuning.adapter.factors(spec, tuning.step, tuning.steps) if f.trained]
     if isinstance(tuning.adapter, Aside):
-        return sum(term.bytes for term in _passing(spec, tuning, tuning.adapter).kept)
-    return inputs + (sum(term.bytes for term in _kept(spec, tuning)[0]) if tuning.activations == "keep" else 0)
+        return [4 * sum(f.n_elements for f in factors) // spec.n_layers] * spec.n_layers
+    found = [0] * spec.n_layers
+    for factor in factors:
+        found[int(factor.name.split(".")[1])] += 4 * factor.n_elements
+    return found
+
+
+def _kept_by_layers(spec: ModelSpec, tuning: Tuning) -> list[int]:
+    """Bytes that go, layer by layer, while gradients come."""
+    if isinstance(tuning.adapter, Aside):
+        kept = sum(term.bytes for term in _passing(spec, tuning, tuning.adapter).kept)
+        return [kept // spec.n_layers] * spec.n_layers
+    found = [4 * tuning.n_tokens * spec.d_model] * spec.n_layers
+    if tuning.activations == "keep":
+        for layers, alike in _alike(spec):
+            kept = sum(term.bytes for term in _kept(alike, tuning)[0]) // len(layers)
+            for index in layers:
+                found[index] += kept
+    return found
 
 
 def _passing(spec: ModelSpec, tuning: Tuning, adapter: Aside) -> Passing:

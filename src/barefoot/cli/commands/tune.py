@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from barefoot.adapters import Adapter
+    from barefoot.adapters.pruning import Pruning
     from barefoot.core.model import ModelSpec
     from barefoot.io.inventory import Checkpoint
     from barefoot.plan.tuning import TunePlan, TuneStated
@@ -33,13 +34,15 @@ HELP = "fine-tune a model that would not fit: adapters over the base as it is st
 EXAMPLES = (
     "barefoot tune smollm2 chats.jsonl --memory 700MiB -o tuned",
     'barefoot tune smollm2 book.txt --adapter "lora(rank=8)" --length 256 --steps 200 -o tuned',
+    'barefoot tune smollm2 chats.jsonl --prune "taylor(ratio=0.35)" --memory 500MiB -o tuned',
     "barefoot tune smollm2 chats.jsonl --memory 1GiB -o tuned --plan",
     "barefoot run smollm2 --adapter tuned",
 )
 JSON_KEYS = {
     "model": "what was tuned",
     "output": "the folder of the adapter",
-    "plan": "base, adapter, loss, activations, micro_batch_tokens, needed_bytes, by_phase, seconds_per_step, footprint",
+    "plan": "base, adapter, pruning, parameters of what is trained beside, loss, activations, micro_batch_tokens, "
+    "needed_bytes, by_phase, seconds_per_step, footprint",
     "alternatives": "the same of the other combinations, without their footprints",
     "budget_bytes": "what was allowed",
     "steps": "of the optimizer",
@@ -92,6 +95,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
     stated.add_argument("--adapter", metavar="SPEC", default="lora", help='as in "lora(rank=8)"; default lora')
     stated.add_argument("--weights", metavar="SPEC", help="format of the base, as in nf4; default as it is stored")
+    stated.add_argument(
+        "--prune",
+        metavar="SPEC",
+        help='train beside a copy without so many units, as in "taylor(ratio=0.5)", "drawn(ratio=0.5)", or a folder '
+        "that was tuned so; default the whole base",
+    )
     stated.add_argument("--loss", metavar="SPEC", help='"plain" or "cce"')
     stated.add_argument("--activations", choices=("keep", "recompute"), help="what a pass keeps for its backward")
     stated.add_argument("--micro-batch", metavar="N", type=parse_count, help="tokens that pass at once")
@@ -113,7 +122,8 @@ def execute(args: argparse.Namespace) -> int:
         length = min(args.length, spec.context_length)
         job = TuneJob(length, args.batch * length)
         device = this_machine()
-        question = Question(spec, job, _adapter(args.adapter), _stated(args), device, RESERVED_BYTES)
+        stated = _stated(args, checkpoint, spec)
+        question = Question(spec, job, _adapter(args.adapter), stated, device, RESERVED_BYTES)
         budget, source = arguments.budget(args, device)
         allowed = budget.bytes["host"]
         if args.plan:
@@ -125,26 +135,44 @@ def execute(args: argparse.Namespace) -> int:
         return _finish(args, {**_record(args, plan, others, allowed), **result})
 
 
-def _adapter(text: str) -> Adapter:
+def _technique(text: str, family: str) -> Any:
     from barefoot.core.registry import techniques
     from barefoot.core.spec import parse_composition
 
-    (found,) = cast("list[Adapter]", parse_composition(text, techniques("adapters"), "adapters"))
+    (found,) = parse_composition(text, techniques(family), family)
     return found
 
 
-def _stated(args: argparse.Namespace) -> TuneStated:
-    from barefoot.core.registry import techniques
-    from barefoot.core.spec import parse_composition
+def _adapter(text: str) -> Adapter:
+    return cast("Adapter", _technique(text, "adapters"))
+
+
+def _pruning(text: str, checkpoint: Checkpoint, spec: ModelSpec) -> Pruning:
+    """Of a folder, or by a spec string."""
+    from barefoot.adapters.pruning.files import NAME, read_units
+    from barefoot.core.errors import InvalidInput
+    from barefoot.engine.source import source_key
+
+    if (Path(text) / NAME).is_file():
+        return read_units(Path(text), spec, source_key(checkpoint))
+    found = cast("Pruning", _technique(text, "adapters.pruning"))
+    if not found.layers(spec):
+        raise InvalidInput(
+            f"{found} cuts nothing: {spec.name} has {spec.n_layers} layers, of which the first {found.first} and the "
+            f"last {found.last} stay whole",
+            cure=f'as in --prune "{found.name}(ratio={found.ratio},first=1,last=1)"',
+        )
+    return found
+
+
+def _stated(args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec) -> TuneStated:
     from barefoot.plan.job import parse_weights
     from barefoot.plan.tuning import TuneStated
-    from barefoot.train.losses import Loss
 
-    loss = None
-    if args.loss is not None:
-        (loss,) = cast("list[Loss]", parse_composition(args.loss, techniques("train.losses"), "train.losses"))
+    loss = None if args.loss is None else _technique(args.loss, "train.losses")
     formats = None if args.weights is None else parse_weights(args.weights)
-    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute)
+    pruning = None if args.prune is None else _pruning(args.prune, checkpoint, spec)
+    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute, pruning)
 
 
 class _Data:
@@ -180,6 +208,10 @@ class _Data:
         from barefoot.train.data import Batches
 
         self._batches, self._per_step = Batches(self.documents, self.numbers, n_tokens, self.seed), per_step
+
+    def first(self) -> MicroBatch:
+        """The first of the first epoch in which something is predicted."""
+        return next(batch for batch in self._batches.epoch() if batch.n_predicted)
 
     def n_steps(self, epochs: float) -> int:
         return max(1, round(epochs * self._batches.n_batches(0) / self._per_step))
@@ -239,6 +271,7 @@ def _train(
 
     from barefoot.core.measure import peak_resident
     from barefoot.engine.source import source_key
+    from barefoot.train.driver.cutting import fingerprint, kept_units
     from barefoot.train.driver.learner import learner
     from barefoot.train.driver.loop import Settings, Trainer
     from barefoot.train.metrics import Metrics, read
@@ -249,9 +282,12 @@ def _train(
     data.begin(tuning.n_tokens, per_step)
     steps = args.steps or data.n_steps(args.epochs)
     schedule = Schedule(args.schedule, WARM_UP)
+    output.mkdir(parents=True, exist_ok=True)
+    kept = kept_units(checkpoint, spec, tuning, args.seed, output, data.first)
     facts = (
-        source_key(checkpoint), data.documents.fingerprint(), str(tuning.adapter), plan.base, tuning.compute,
-        tuning.length, tuning.n_tokens, per_step, steps, args.rate, str(schedule), args.clip, args.seed, args.held_out,
+        source_key(checkpoint), data.documents.fingerprint(), str(tuning.adapter), plan.base, fingerprint(kept),
+        tuning.compute, tuning.length, tuning.n_tokens, per_step, steps, args.rate, str(schedule), args.clip, args.seed,
+        args.held_out,
     )  # fmt: skip
     identity = hashlib.sha256(repr(facts).encode()).hexdigest()
     settings = Settings(
@@ -262,12 +298,11 @@ def _train(
         save_every=args.save_every,
         seed=args.seed,
     )
-    decoder = learner(checkpoint, spec, tuning, args.seed)
+    decoder = learner(checkpoint, spec, tuning, args.seed, kept)
 
     def write() -> None:
         decoder.write(output, args.model)
 
-    output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(decoder, tuning.loss, settings, identity, output, keep_best=write)
     held_out = list(data.held_out(tuning.n_tokens))
     data.go_on(cast("dict[str, int] | None", trainer.progress.data))
@@ -342,10 +377,11 @@ def _record(args: argparse.Namespace, plan: TunePlan, others: list[TunePlan], bu
 
 def _summary(plan: TunePlan, budget: int, source: str, data: _Data) -> str:
     tuning, seen = plan.tuning, data.documents.statistics
+    pruned = "" if tuning.pruning is None else f" without {tuning.pruning}, {plan.n_parameters:,} parameters"
     return (
         f"{seen.n_documents:,} documents, {seen.n_tokens:,} tokens, {seen.n_learned / seen.n_tokens:.0%} of them "
         f"learned; {seen.n_cut:,} cut, {seen.n_dropped:,} dropped\n"
-        f"{tuning.adapter} over {plan.base}, {tuning.loss}, activations {tuning.activations}, "
+        f"{tuning.adapter} over {plan.base}{pruned}, {tuning.loss}, activations {tuning.activations}, "
         f"{tuning.n_tokens:,} tokens at once\n"
         f"{format_bytes(plan.needed)} of {format_bytes(budget)} ({source}), most of it in the {plan.phase} pass"
     )

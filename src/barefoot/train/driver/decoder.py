@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from barefoot.adapters import Beside
 from barefoot.adapters.driver.adapted import AdaptedLinear
 from barefoot.adapters.files import Pair
-from barefoot.adapters.pruning import Kept, entries, pruned_matrix, pruned_spec, sizes_of
-from barefoot.core.errors import Incompatible
+from barefoot.adapters.pruning import Kept, entries, pruned_matrix, pruned_spec, recovered, sizes_of
 from barefoot.core.model import ModelSpec, Rope, WeightGroup, WeightSpec
 from barefoot.engine.adapter_files import save_adapter
 from barefoot.engine.rope import inverse_frequencies
@@ -46,6 +45,7 @@ class Frozen(nn.Module):
     compute : type of products and attention.
     kept : by layer, what is left of it where the base is a smaller copy, cut out of the model while it is read
         (:mod:`barefoot.adapters.pruning`); ``spec`` is the whole model's, and the attribute the copy's.
+    resident : whether all layers are in memory; else each is from ``load_layer`` to ``drop_layer``.
     """
 
     def __init__(
@@ -56,9 +56,10 @@ class Frozen(nn.Module):
         formats: Mapping[WeightGroup, WeightFormat] | None = None,
         compute: Compute = "float32",
         kept: Mapping[int, Kept] | None = None,
+        resident: bool = True,
     ) -> None:
         super().__init__()
-        self._whole, self._kept = {w.name: w for w in spec.weights}, kept or {}
+        self._model, self._whole, self._kept = spec, {w.name: w for w in spec.weights}, kept or {}
         spec = pruned_spec(spec, sizes_of(self._kept))
         self.spec, self.compute = spec, TYPES[compute]
         self._checkpoint, self._formats = checkpoint, formats or {}
@@ -68,15 +69,23 @@ class Frozen(nn.Module):
         self.norm = self._vector(weights["norm"])
         self._vectors: list[dict[str, Tensor]] = [{} for _ in spec.layers]
         self.layers = nn.ModuleList(nn.ModuleDict() for _ in spec.layers)
-        for weight in spec.weights:
-            if weight.layer is None:
-                continue
-            role = weight.name.rpartition(".")[2]
-            if weight.group == "norm":
-                self._vectors[weight.layer][role] = self._vector(weight)
-            else:
-                own: Any = self.layers[weight.layer]
-                own[role] = self._linear(weight)
+        for index in range(spec.n_layers if resident else 0):
+            self.load_layer(index)
+
+    def load_layer(self, index: int) -> None:
+        """Read a layer."""
+        for weight in self.spec.weights:
+            if weight.layer == index:
+                role, own = weight.name.rpartition(".")[2], cast("Any", self.layers[index])
+                if weight.group == "norm":
+                    self._vectors[index][role] = self._vector(weight)
+                else:
+                    own[role] = self._linear(weight)
+
+    def drop_layer(self, index: int) -> None:
+        """Let go of it."""
+        cast("nn.ModuleDict", self.layers[index]).clear()
+        self._vectors[index].clear()
 
     def _layout(self, weight: WeightSpec) -> str:
         stated = self._formats.get(weight.group)
@@ -108,8 +117,6 @@ class Frozen(nn.Module):
 
     def _linear(self, weight: WeightSpec, layout: str | None = None) -> PackedLinear:
         layout = layout or self._layout(weight)
-        if weight.parts and self._left(self._whole[weight.name]) != (None, None):
-            raise Incompatible(f"{weight.name} is a sum of blocks and other parts, of which nothing can be cut out")
         added = {part.label: (part.kind, part.n_bytes) for part in weight.parts}
         made = PackedLinear(layout, weight.cols, weight.rows, added=added)
         self._fill(made.weight, weight, layout)
@@ -232,8 +239,8 @@ class Decoder(Frozen):
         return {name: module.pair() for name, module in self._adapted()}
 
     def write(self, folder: Path, base: str | None = None) -> None:
-        """Write what the adapters add, as PEFT's folder."""
-        save_adapter(folder, self.spec, self.pairs(), base=base)
+        """Write what the adapters add, as PEFT's folder for the whole model."""
+        save_adapter(folder, self._model, recovered(self._model, self.pairs(), self._kept), base=base)
 
 
 def turns_of(spec: ModelSpec, lengths: tuple[int, ...], first: int = 0) -> Turns:

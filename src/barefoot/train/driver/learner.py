@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from barefoot.adapters import Beside
+from barefoot.adapters.pruning import Kept
 from barefoot.adapters.qst import QST
 from barefoot.core.errors import Incompatible
 from barefoot.core.model import ModelSpec
@@ -12,8 +15,10 @@ from barefoot.train.driver.side_decoder import SideDecoder
 from barefoot.train.footprint import Tuning
 
 
-def learner(checkpoint: Checkpoint, spec: ModelSpec, tuning: Tuning, seed: int) -> Decoder | SideDecoder:
-    """A frozen base with an adapter whose first values come from ``seed``.
+def learner(
+    checkpoint: Checkpoint, spec: ModelSpec, tuning: Tuning, seed: int, kept: Mapping[int, Kept] | None = None
+) -> Decoder | SideDecoder:
+    """A frozen base with an adapter whose first values come from ``seed``; ``kept`` is what is left of a pruned one.
 
     Raises
     ------
@@ -21,9 +26,10 @@ def learner(checkpoint: Checkpoint, spec: ModelSpec, tuning: Tuning, seed: int) 
     """
     adapter, formats, compute = tuning.adapter, tuning.formats, tuning.compute
     if isinstance(adapter, Beside):
+        activations = tuning.activations
         return Decoder(
-            checkpoint, spec, adapter, formats=formats, seed=seed, activations=tuning.activations, compute=compute
+            checkpoint, spec, adapter, formats=formats, seed=seed, activations=activations, compute=compute, kept=kept
         )
-    if isinstance(adapter, QST):
+    if isinstance(adapter, QST) and not kept:
         return SideDecoder(checkpoint, spec, adapter, formats=formats, seed=seed, compute=compute)
     raise Incompatible(f"{adapter} can't be trained here")

@@ -8,12 +8,12 @@ copy from which whole units are cut out, and recover the factors for the model a
   they feed (columns of o); heads of keys are kept but for int(ratio × their number);
 - the hidden size, embeddings, head, norms, the first four layers and the last two stay whole.
 
-Which units are kept is drawn (``random``), or those with the largest sum of |w × ∂L/∂w| (``best``, of the scores of
-:mod:`barefoot.train.driver.importance`: LLM-Pruner's first-order Taylor term). Recovered, B has zeros in the rows that
-were cut, or A in the columns, so that B A equals the trained product where the copy has entries, and is 0 elsewhere.
+Columns that are stored in blocks are kept by whole blocks: as many more units are kept as fill them. Which units those
+are is what techniques differ in. Recovered, B has zeros in the rows that were cut, or A in the columns, so that B A
+equals the trained product where the copy has entries, and is 0 elsewhere.
 
 Bytes: of a pruned layer 2 d (queries' and keys' channels that are kept) + 3 d (kept channels) numbers and its norms, in
-the base's format; and 4 a kept channel and group of indices.
+the base's format; and 4 a kept channel and group of indices, which :mod:`barefoot.adapters.pruning.files` stores.
 
 Differs from the paper: its unstructured variants save no memory, and are not here.
 """
@@ -21,18 +21,24 @@ Differs from the paper: its unstructured variants save no memory, and are not he
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot.adapters import F32
 from barefoot.adapters.files import Pair
-from barefoot.core.errors import InvalidInput
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.model import ModelSpec, WeightSpec
+from barefoot.core.technique import Technique
+from barefoot.ops import blocks
 
 I32 = npt.NDArray[np.int32]
+Sizes = Mapping[int, tuple[int, int]]  # heads of keys and channels that are left, by layer
+Scores = Mapping[int, tuple[F32, F32]]  # of heads of keys and of channels, by layer
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,24 @@ class Kept:
         return self.groups.nbytes + self.channels.nbytes
 
 
+def stored(weight: WeightSpec) -> str:
+    """The blocks in which the file has a matrix."""
+    return weight.format
+
+
 @dataclass(frozen=True)
-class Pruning:
-    """How much is cut out, and in which layers: all but the ``first`` and the ``last``.
+class Pruning(Technique):
+    """The role: ``ratio`` of the units is cut out, in all layers but the ``first`` and the ``last``.
 
     Raises
     ------
     InvalidInput : a ratio outside [0, 1), or layers below 0.
     """
 
-    ratio: float
+    ratio: float = 0.65
     first: int = 4
     last: int = 2
+    scored: ClassVar[bool] = False  # whether the choice needs scores
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -66,53 +78,55 @@ class Pruning:
         if min(self.first, self.last) < 0:
             raise InvalidInput(f"layers that stay whole must be 0 or more, got {self.first} and {self.last}")
 
+    @abstractmethod
+    def kept(self, spec: ModelSpec, sizes: Sizes, seed: int, scores: Callable[[], Scores]) -> dict[int, Kept]:
+        """The units that are left, of ``sizes`` by layer; ``scores`` are computed when they are asked for."""
+
     def layers(self, spec: ModelSpec) -> range:
         """Those that lose something."""
         begin = min(self.first, spec.n_layers)
         return range(begin, max(begin, spec.n_layers - self.last))
 
     def counts(self, spec: ModelSpec) -> tuple[int, int]:
-        """Heads of keys and channels that such a layer keeps."""
+        """Heads of keys and channels that such a layer keeps, where no blocks ask for more."""
         cut = round(self.ratio * spec.d_ff, 6)  # 0.55 × 100 is above 55
         return spec.n_kv_heads - int(round(self.ratio * spec.n_kv_heads, 6)), spec.d_ff - math.ceil(cut)
 
-    def sizes(self, spec: ModelSpec) -> dict[int, tuple[int, int]]:
-        """The same by layer."""
-        return dict.fromkeys(self.layers(spec), self.counts(spec))
-
-    def random(self, spec: ModelSpec, seed: int) -> dict[int, Kept]:
-        """Units drawn uniformly, by layer."""
-        rng, (n_groups, n_channels) = np.random.default_rng(seed), self.counts(spec)
-        return {
-            layer: Kept(_drawn(rng, spec.n_kv_heads, n_groups), _drawn(rng, spec.d_ff, n_channels))
-            for layer in self.layers(spec)
-        }
-
-    def best(self, spec: ModelSpec, scores: Mapping[int, tuple[F32, F32]]) -> dict[int, Kept]:
-        """Those with the largest scores, float32 (heads of keys,) and (channels,) by layer; of equals the first."""
-        n_groups, n_channels = self.counts(spec)
-        return {
-            layer: Kept(_largest(scores[layer][0], n_groups), _largest(scores[layer][1], n_channels))
-            for layer in self.layers(spec)
-        }
+    def sizes(self, spec: ModelSpec, layout: Callable[[WeightSpec], str] = stored) -> dict[int, tuple[int, int]]:
+        """The same by layer, for a copy whose matrices have these layouts."""
+        (n_groups, n_channels), weights = self.counts(spec), {weight.name: weight for weight in spec.weights}
+        found = {}
+        for layer in self.layers(spec):
+            of_o, of_down = (blocks.block_elements(layout(weights[f"layers.{layer}.{role}"])) for role in ("o", "down"))
+            groups = _filled(n_groups, _size(spec, "query"), of_o)
+            found[layer] = min(groups, spec.n_kv_heads), min(_filled(n_channels, 1, of_down), spec.d_ff)
+        return found
 
 
-def _drawn(rng: np.random.Generator, n: int, n_kept: int) -> I32:
-    return np.sort(rng.permutation(n)[:n_kept]).astype(np.int32)
+ROLE = Pruning
 
 
-def _largest(scores: F32, n_kept: int) -> I32:
-    largest: I32 = np.argsort(-scores, kind="stable")[:n_kept].astype(np.int32)
-    largest.sort()
-    return largest
+def _filled(n: int, size: int, block: int) -> int:
+    """The least number of units of ``size`` entries, ``n`` or more, that fills whole blocks."""
+    step = block // math.gcd(size, block)
+    return -(-n // step) * step
 
 
-def pruned_spec(spec: ModelSpec, sizes: Mapping[int, tuple[int, int]]) -> ModelSpec:
-    """The copy: the same model with fewer heads of keys and channels in the layers that ``sizes`` has."""
+def pruned_spec(spec: ModelSpec, sizes: Sizes) -> ModelSpec:
+    """The copy: the same model with fewer heads of keys and channels in the layers that ``sizes`` has.
+
+    Raises
+    ------
+    Incompatible : a matrix that loses something is a sum of parts.
+    """
+    if not sizes:
+        return spec
     weights = []
     for weight in spec.weights:
         unit, side = _cut(weight)
         if unit is not None and weight.layer is not None and weight.layer in sizes:
+            if weight.parts:
+                raise Incompatible(f"{weight.name} is a sum of blocks and other parts, of which nothing can be cut out")
             n_groups, n_channels = sizes[weight.layer]
             n = n_channels if unit == "channel" else n_groups * _size(spec, unit)
             weight = replace(weight, rows=n) if side == "rows" else replace(weight, cols=n)
@@ -190,18 +204,4 @@ def recovered(spec: ModelSpec, pairs: Mapping[str, Pair], kept: Mapping[int, Kep
             a = np.zeros((pair.rank, weight.cols), np.float32)
             a[:, cols] = pair.a
         found[name] = Pair(a, b, pair.scale)
-    return found
-
-
-def group_scores(
-    spec: ModelSpec, rows: Mapping[str, F32], cols: Mapping[str, F32], layers: Sequence[int]
-) -> dict[int, tuple[F32, F32]]:
-    """Scores of groups and channels by layer, from sums of |w × ∂L/∂w| over each row and each column of matrices, by
-    name: all that a unit's removal takes."""
-    found = {}
-    for layer in layers:
-        name = f"layers.{layer}."
-        heads = [*(rows[f"{name}{role}"] for role in "qkv"), cols[f"{name}o"]]
-        groups = np.concatenate([each.reshape(spec.n_kv_heads, -1) for each in heads], axis=1).sum(1)
-        found[layer] = (groups, rows[f"{name}gate"] + rows[f"{name}up"] + cols[f"{name}down"])
     return found
