@@ -10,6 +10,7 @@ import pytest
 
 from barefoot.adapters.files import TENSORS
 from barefoot.cli.commands import all_commands
+from barefoot.core.units import MIB
 from barefoot.io.safetensors import read_safetensors
 
 pytest.importorskip("torch", reason="training is PyTorch's")
@@ -122,7 +123,7 @@ def test_bad_data_is_named_with_its_line(tiny_gguf, tmp_path, barefoot):
     assert "bad.jsonl, line 2" in done.stderr
 
 
-def test_a_plan_alone_lists_what_there_is(tiny_gguf, chats, tmp_path, barefoot):
+def test_a_plan_alone_lists_what_there_is(tuned, tiny_gguf, chats, tmp_path, barefoot):
     where = tmp_path / "plan.json"
     done = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--memory", "2GiB", "--plan", "--json", where))
     assert done.returncode == 0, done.stderr
@@ -135,6 +136,8 @@ def test_a_plan_alone_lists_what_there_is(tiny_gguf, chats, tmp_path, barefoot):
     fitting = [each for each in every if each["needed_bytes"] <= record["budget_bytes"]]
     same_base = [each for each in fitting if each["base"] == "stored"]
     assert record["plan"]["seconds_per_step"] == min(each["seconds_per_step"] for each in same_base)
+    # The process's own bytes are measured for a plan as for a training, which has read its data besides.
+    assert abs(record["plan"]["needed_bytes"] - tuned[1]["plan"]["needed_bytes"]) < 16 * MIB
     assert not (tmp_path / "out").exists()
 
 
@@ -220,3 +223,20 @@ def test_units_of_a_folder_are_planned_with(pruned, tiny_gguf, chats, tmp_path, 
     nothing = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--prune", "drawn", "--plan"))
     assert nothing.returncode == 2
     assert "cuts nothing" in nothing.stderr
+
+
+def test_what_is_measured_goes_to_tensorboard_too(tiny_gguf, chats, tmp_path, barefoot):
+    """Read back by TensorBoard itself; what it takes is in the prediction."""
+    pytest.importorskip("tensorboard", reason="TensorBoard's own reader is compared with")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, where = tmp_path / "out", tmp_path / "out.json"
+    arguments = command(tiny_gguf, chats, out, "--memory", "2GiB", "--tensorboard", "--json", where)
+    done = barefoot(*arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(where.read_text())
+    assert record["measured_peak_bytes"] <= record["predicted_peak_bytes"]
+    events = EventAccumulator(str(out))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines(out)]

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from barefoot.core.errors import CorruptFile
-from barefoot.train.metrics import Metrics, read
+from barefoot.core.errors import BackendMissing, CorruptFile
+from barefoot.train.metrics import Metrics, read, require_tensorboard, tensorboard
 
 
 def write(path: Path, first: int, n: int) -> None:
@@ -110,3 +111,21 @@ def test_every_number_goes_to_the_writer_too(tmp_path: Path):
         metrics.write(4, loss=0.5, note="x", tokens=3)
         metrics.sync()
     assert recorder.calls == [("loss", 0.5, 4), ("tokens", 3, 4), "flush", "close"]
+
+
+def test_tensorboard_is_asked_to_hide_what_a_killed_run_wrote(tmp_path: Path, monkeypatch):
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            made.append((folder, purge_step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "torch.utils", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    require_tensorboard()
+    tensorboard(tmp_path, 7)
+    assert made == [(str(tmp_path), 8)], "steps from 8 on come anew"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BackendMissing, match="TensorBoard is not installed"):
+        require_tensorboard()

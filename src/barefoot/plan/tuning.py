@@ -26,7 +26,7 @@ from barefoot.train.footprint import ACTIVATIONS, Activations, Compute, Tuning, 
 from barefoot.train.losses import Loss
 from barefoot.weights.formats import WeightFormat
 
-# Resident when PyTorch is imported and has multiplied once, where nobody has measured it yet.
+# Resident when PyTorch is imported and has multiplied once, where a plan is made without PyTorch.
 RESERVED_BYTES = 270 * MIB
 LEAST_TOKENS = 32
 #: Formats that the base is rounded to where it doesn't fit as it is stored, in the order of what they cost.

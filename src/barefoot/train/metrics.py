@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from barefoot.core.errors import CorruptFile
+from barefoot.core.errors import BackendMissing, CorruptFile
 from barefoot.io.strict_json import parse_object
 
 MAX_LINE_BYTES = 1 << 16
@@ -99,13 +99,23 @@ def keep(path: Path, last_step: int) -> None:
         os.truncate(path, end)
 
 
-def tensorboard(folder: Path, last_step: int = -1) -> Writer | None:
-    """A writer of TensorBoard's files, which hides what an interrupted run wrote behind ``last_step``; None where
-    TensorBoard is not installed. Importing it takes memory: do so before what is reserved is measured."""
+def require_tensorboard() -> None:
+    """Import TensorBoard, which takes memory: before what is reserved is measured.
+
+    Raises
+    ------
+    BackendMissing : it is not installed.
+    """
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
-        return None
+        raise BackendMissing("TensorBoard is not installed", cure="pip install tensorboard, or leave it out") from None
+
+
+def tensorboard(folder: Path, last_step: int = -1) -> Writer:
+    """A writer of TensorBoard's files, which hides what an interrupted run wrote behind ``last_step``."""
+    from torch.utils.tensorboard import SummaryWriter
+
     writer: Writer = SummaryWriter(str(folder), purge_step=last_step + 1)
     return writer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,6 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--seed", metavar="N", type=int, default=0)
     job.add_argument("--evaluate-every", metavar="N", type=int, help="steps; default a tenth of all")
+    job.add_argument("--tensorboard", action="store_true", help="write what is measured for TensorBoard too, into DIR")
     job.add_argument("--save-every", metavar="N", type=int, default=50, help="steps between states on disk; default 50")
     stated = parser.add_argument_group("decided already (what is left out, the planner chooses)")
     stated.add_argument("--adapter", metavar="SPEC", default="lora", help='as in "lora(rank=8)"; default lora')
@@ -113,7 +113,7 @@ def execute(args: argparse.Namespace) -> int:
     from barefoot.core.measure import return_freed_memory
     from barefoot.engine.specs import model_spec
     from barefoot.io.inventory import Checkpoint
-    from barefoot.plan.tuning import RESERVED_BYTES, Question, TuneJob
+    from barefoot.plan.tuning import Question, TuneJob
 
     return_freed_memory(AT_ONCE)
     output = Path(args.output)
@@ -123,13 +123,13 @@ def execute(args: argparse.Namespace) -> int:
         job = TuneJob(length, args.batch * length)
         device = this_machine()
         stated = _stated(args, checkpoint, spec)
-        question = Question(spec, job, _adapter(args.adapter), stated, device, RESERVED_BYTES)
         budget, source = arguments.budget(args, device)
         allowed = budget.bytes["host"]
-        if args.plan:
-            return _finish(args, _record(args, *question.choose(allowed), allowed))
-        data = _Data(args, checkpoint, length)  # before PyTorch, while this process is small
-        plan, others = replace(question, reserved_bytes=_reserved(args.threads)).choose(allowed)
+        data = None if args.plan else _Data(args, checkpoint, length)  # before PyTorch, while this process is small
+        question = Question(spec, job, _adapter(args.adapter), stated, device, _reserved(args))
+        plan, others = question.choose(allowed)
+        if data is None:
+            return _finish(args, _record(args, plan, others, allowed))
         console.print_note(_summary(plan, allowed, source, data))
         result = _train(args, checkpoint, spec, plan, data, output)
         return _finish(args, {**_record(args, plan, others, allowed), **result})
@@ -246,17 +246,25 @@ class _Data:
                     return
 
 
-def _reserved(threads: int | None) -> int:
+def _reserved(args: argparse.Namespace) -> int:
     """Bytes of this process when PyTorch has done once what a step does, on little."""
+    import importlib.util
+
     from barefoot import ops
     from barefoot.core.measure import release_free_memory
     from barefoot.plan.reserved import reserved_now
     from barefoot.plan.tuning import RESERVED_BYTES
-    from barefoot.train.driver.warm_up import warm_up
+    from barefoot.train.metrics import require_tensorboard
     from barefoot.weights.training import require_torch
 
+    if args.plan and importlib.util.find_spec("torch") is None:
+        return RESERVED_BYTES + SLACK_BYTES
     require_torch("a model")
-    n_threads = threads or ops.n_threads()
+    from barefoot.train.driver.warm_up import warm_up
+
+    if args.tensorboard:
+        require_tensorboard()
+    n_threads = args.threads or ops.n_threads()
     ops.set_threads(n_threads)
     warm_up(n_threads)
     release_free_memory()
@@ -274,7 +282,7 @@ def _train(
     from barefoot.train.driver.cutting import fingerprint, kept_units
     from barefoot.train.driver.learner import learner
     from barefoot.train.driver.loop import Settings, Trainer
-    from barefoot.train.metrics import Metrics, read
+    from barefoot.train.metrics import Metrics, read, tensorboard
     from barefoot.train.schedule import Schedule
 
     tuning = plan.tuning
@@ -309,7 +317,8 @@ def _train(
     if trainer.progress.step:
         console.print_note(f"going on behind step {trainer.progress.step} of {steps}")
     started, n_tokens, last = time.perf_counter(), 0, None
-    with Metrics(output / METRICS, trainer.progress.step) as metrics, _shown(steps, plan) as show:
+    writer = tensorboard(output, trainer.progress.step) if args.tensorboard else None
+    with Metrics(output / METRICS, trainer.progress.step, writer) as metrics, _shown(steps, plan) as show:
         for step in trainer.run(data, held_out):
             last, n_tokens = step, n_tokens + step.n_tokens
             held = {} if step.held_out is None else {"held_out_loss": step.held_out}
