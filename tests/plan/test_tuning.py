@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from random_files import LLAMA
 
 from barefoot.adapters.lora import LoRA
+from barefoot.adapters.pruning import Kept
 from barefoot.adapters.pruning.drawn import Drawn
+from barefoot.adapters.pruning.files import Given
 from barefoot.adapters.pruning.taylor import Taylor
 from barefoot.adapters.qst import QST
 from barefoot.core.device import this_machine
@@ -146,3 +149,14 @@ def test_a_pruned_copy_is_planned_as_it_is(question):
     aside = dataclasses.replace(stated, activations=None, pruning=Drawn(0.5))
     with pytest.raises(Incompatible, match="can't be put back"):
         dataclasses.replace(question, adapter=QST(), stated=aside).plans()
+
+
+def test_formats_whose_blocks_dont_fill_the_rows_are_only_refused_when_asked_for(question):
+    """Rows of 96 fill no group of 64, and neither do the 40 channels that another training left."""
+    spec = spec_from_config(LLAMA | {"intermediate_size": 160}, "random")
+    units = {layer: Kept(np.arange(3, dtype=np.int32), np.arange(40, dtype=np.int32)) for layer in (1, 2)}
+    given = Given(0.4, 1, 1, pruning=Drawn(0.4, 1, 1), units=units)
+    asked = dataclasses.replace(question, spec=spec, stated=TuneStated(pruning=given))
+    assert {plan.base for plan in asked.plans()} == {"stored"}
+    with pytest.raises(Incompatible, match="columns are not a multiple"):
+        dataclasses.replace(asked, stated=TuneStated(parse_weights("nf4"), pruning=given)).plans()

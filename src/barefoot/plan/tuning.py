@@ -175,7 +175,12 @@ class Question:
         libraries = LedgerTerm("interpreter and libraries", 1, self.reserved_bytes)
         found = []
         for tuning in combinations(self.job, self.adapter, self.stated):
-            job, copy = footprint(self.spec, tuning), pruned_spec(self.spec, tuning.sizes(self.spec))
+            try:
+                job, copy = footprint(self.spec, tuning), pruned_spec(self.spec, tuning.sizes(self.spec))
+            except Incompatible:
+                if self.stated.formats is not None or not tuning.formats:
+                    raise
+                continue  # blocks of a format that nobody asked for don't fill its rows
             process = entry("process", "reserved", [libraries], phases=job.phases)
             found.append(
                 TunePlan(tuning, process + job, seconds(copy, self.job, tuning, self.device), copy.n_parameters)
