@@ -206,6 +206,9 @@ def test_beside_a_pruned_copy_it_goes_on_with_the_same_units(pruned, tiny_gguf, 
     done = barefoot(*other)
     assert done.returncode == 2
     assert "beside another copy" in done.stderr
+    (out / "documents.safetensors").write_bytes(b"no table")
+    done = barefoot(*other)
+    assert done.returncode == 6, "the table of the data is read where there is one"
 
 
 def test_units_of_a_folder_are_planned_with(pruned, tiny_gguf, chats, tmp_path, barefoot):

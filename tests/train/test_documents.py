@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from barefoot.core.errors import InvalidInput, SourceNotFound
+from barefoot.core.errors import CorruptFile, InvalidInput, SourceNotFound
 from barefoot.core.measure import TracedPeak
 from barefoot.io.chat import ChatTemplate
+from barefoot.io.safetensors import array_entry, write_safetensors
 from barefoot.io.tokenizer import Tokenizer, workspace_bytes
 from barefoot.train import documents as module
 from barefoot.train.data import LINE_BYTES, terms
 from barefoot.train.documents import Documents
 from barefoot.train.encoding import Encoder
 from barefoot.train.formats import Completion, parse_line
+from barefoot.train.index import KEY, write_index
 
 END = 257
 ENGLISH = "\n\n".join(topics[name] for name in sorted(topics))
@@ -259,3 +261,86 @@ def test_what_a_line_takes_at_most(tokenizer: Tokenizer, template: ChatTemplate,
     stated = {term.name: term.bytes for term in terms(documents, 64)}["a line and what it says"]
     assert stated == LINE_BYTES * path.stat().st_size
     assert 0.8 * stated < meter.result.added < stated
+
+
+# --- the table that is kept -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(encoder: Encoder, jsonl: Callable[..., Path], tmp_path: Path) -> tuple[Documents, Path, Path]:
+    long = ({"prompt": f"say {i}", "completion": "x" * (300 + i)} for i in range(9))
+    data = jsonl(*long, {"prompt": "a", "completion": "b"})
+    documents, table = Documents([data], encoder, model="m"), tmp_path / "table"
+    documents.keep(table)
+    return documents, data, table
+
+
+def no_pass(*_: object) -> None:
+    raise AssertionError("a pass over the data")
+
+
+def test_a_table_that_is_kept_spares_the_pass(kept, encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+    documents, data, table = kept
+    with monkeypatch.context() as patched:
+        patched.setattr(Documents, "_index", no_pass)
+        again = Documents([data], encoder, index=table, model="m")
+    assert again.entries.tobytes() == documents.entries.tobytes()
+    assert again.statistics == documents.statistics
+    assert again.statistics.n_cut == 9
+    assert [again[i].ids.tolist() for i in range(10)] == [documents[i].ids.tolist() for i in range(10)]
+    assert again.fingerprint() == documents.fingerprint()
+
+
+def test_a_table_of_something_else_is_not_used(kept, tokenizer: Tokenizer, template: ChatTemplate):
+    """Another tokenizer, length or part to learn, other bytes of the same number: each is read anew."""
+    documents, data, table = kept
+    others = (
+        ("another", Encoder(tokenizer, template, 256)),
+        ("m", Encoder(tokenizer, template, 128)),
+        ("m", Encoder(tokenizer, template, 256, "all")),
+    )
+    for model, encoder in others:
+        found, anew = Documents([data], encoder, index=table, model=model), Documents([data], encoder)
+        assert found.entries.tobytes() == anew.entries.tobytes()
+        assert found.statistics == anew.statistics
+    data.write_bytes(data.read_bytes().replace(b'"a"', b'"h"').replace(b'"b"', b'" "').replace(b"say 0", b"hehe0"))
+    changed = Documents([data], documents.encoder, index=table, model="m")
+    assert changed.statistics != documents.statistics
+    assert changed.statistics == Documents([data], documents.encoder).statistics
+
+
+def write_table(table: Path, documents: Documents, **changes: int) -> None:
+    entries = documents.entries.copy()
+    for name, value in changes.items():
+        entries[name][3] = value
+    write_index(table, f"{documents.fingerprint()} m", entries, documents.statistics)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("start", -1), ("start", 1 << 40), ("start", (1 << 63) - 1), ("size", 0), ("size", -5), ("size", 1 << 30)),
+        *(("begin", -1), ("tokens", 0), ("tokens", 257), ("file", 1)),
+    ],
+)
+def test_places_that_are_not_in_the_data_are_refused(kept, encoder: Encoder, field: str, value: int):
+    documents, data, table = kept
+    write_table(table, documents)
+    assert len(Documents([data], encoder, index=table, model="m")) == 10
+    write_table(table, documents, **{field: value})
+    with pytest.raises(CorruptFile, match="documents that are not in the data"):
+        Documents([data], encoder, index=table, model="m")
+
+
+def test_a_file_that_is_no_table_is_refused(kept, encoder: Encoder):
+    documents, data, table = kept
+    facts = {"key": f"{documents.fingerprint()} m", "statistics": {}}
+    for name, array in (("entries", np.zeros(22, "u1")), ("entries", np.zeros(23, "i1")), ("x", np.zeros(23, "u1"))):
+        write_safetensors(table, [array_entry(name, array)], {KEY: json.dumps(facts)})
+        with pytest.raises(CorruptFile, match="no table"):
+            Documents([data], encoder, index=table, model="m")
+    raw = array_entry("entries", documents.entries.view(np.uint8))
+    for statistics in ({}, [], {"n_records": -1}):
+        write_safetensors(table, [raw], {KEY: json.dumps(facts | {"statistics": statistics})})
+        with pytest.raises(CorruptFile):
+            Documents([data], encoder, index=table, model="m")

@@ -18,8 +18,9 @@ from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Term
 from barefoot.io.tokenizer import workspace_bytes
 from barefoot.train import MicroBatch
-from barefoot.train.documents import ENTRY, Documents
+from barefoot.train.documents import Documents
 from barefoot.train.encoding import I32
+from barefoot.train.index import ENTRY
 
 AHEAD = 64  # documents that may be taken before their turn, to fill a batch
 LINE_BYTES = 32  # of Python's for a byte of a line of empty messages; of long texts it is a third of that

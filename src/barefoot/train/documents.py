@@ -10,53 +10,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from barefoot.core.errors import InvalidInput, SourceNotFound, unknown_name
 from barefoot.io.files import WINDOW_BYTES, BinaryFile
 from barefoot.train.encoding import Document, Encoder, Prepared, beginning
 from barefoot.train.formats import Shape, Text, is_object, parse_line, text_of
+from barefoot.train.index import ENTRY, MAX_LINE_BYTES, Entries, Statistics, read_index, write_index
 from barefoot.train.plain import MARK, SPLITS, Split, windows
 
-MAX_LINE_BYTES = 8 << 20
 MAX_FILES = 1 << 16
 
-ENTRY = np.dtype(
-    [
-        ("start", "<i8"),  # first byte of the line, or of the window of a plain text
-        ("size", "<i4"),  # bytes of it
-        ("begin", "<i4"),  # first character of the window of a line's text
-        ("tokens", "<i4"),
-        ("file", "<u2"),
-        ("ends", "?"),  # whether a text ends with this window
-    ]
-)
 _GROWTH = 1 << 12  # entries
 
 Progress = Callable[[int, int], None]  # bytes read, bytes to read
-Entries = npt.NDArray[np.void]
 _Found = tuple[int, int, int, bool, Document]  # start, size, begin, ends
-
-
-@dataclass
-class Statistics:
-    """What the files hold: ``n_learned`` tokens are to be predicted, ``n_cut`` documents lost their end, ``n_dropped``
-    records had nothing to predict within their first tokens. ``longest`` document, in tokens; ``longest_bytes`` of a
-    line or window."""
-
-    n_records: int = 0
-    n_documents: int = 0
-    n_tokens: int = 0
-    n_learned: int = 0
-    n_cut: int = 0
-    n_dropped: int = 0
-    longest: int = 0
-    longest_bytes: int = 0
 
 
 class Documents:
@@ -67,6 +38,8 @@ class Documents:
     encoder : makes documents of records.
     split : what a document of a plain text is: the ``"file"``, or one of its ``"paragraphs"`` or ``"lines"``.
     progress : is told how far the pass has come.
+    index : a file that :meth:`keep` may have written, with which there is no pass over what has not changed.
+    model : tells the tokenizer from others, for that.
 
     Attributes
     ----------
@@ -80,19 +53,30 @@ class Documents:
     """
 
     def __init__(
-        self, paths: Sequence[Path], encoder: Encoder, *, split: Split = "file", progress: Progress | None = None
+        self,
+        paths: Sequence[Path],
+        encoder: Encoder,
+        *,
+        split: Split = "file",
+        progress: Progress | None = None,
+        index: Path | None = None,
+        model: str = "",
     ) -> None:
         if split not in SPLITS:
             raise unknown_name("way to split a text", split, SPLITS)
         if not 0 < len(paths) <= MAX_FILES:
             raise InvalidInput(f"{len(paths)} files of data, expected 1 to {MAX_FILES}")
         self.paths, self.encoder, self.split = tuple(paths), encoder, split
-        self.statistics = Statistics()
+        self.statistics, self._model = Statistics(), model
         for path in self.paths:
             if not path.is_file():
                 raise SourceNotFound(f"no data file {path}", cure="name JSONL or text files")
         self._is_jsonl = [_is_jsonl(path) for path in self.paths]
-        self.entries = self._index(progress or (lambda done, total: None))
+        known = None if index is None or not index.is_file() else self._known(index)
+        if known is not None:
+            self.entries, self.statistics = known
+        else:
+            self.entries = self._index(progress or (lambda done, total: None))
         if not len(self.entries):
             names = ", ".join(path.name for path in self.paths)
             raise InvalidInput(f"{names}: nothing to learn in {self.statistics.n_records} records")
@@ -140,6 +124,17 @@ class Documents:
                 for at in range(0, file.n_bytes, WINDOW_BYTES):
                     found.update(file.window(at))
         return found.hexdigest()
+
+    def keep(self, path: Path) -> None:
+        """Write the table, for the next time."""
+        write_index(path, self._key, self.entries, self.statistics)
+
+    def _known(self, index: Path) -> tuple[Entries, Statistics] | None:
+        return read_index(index, self._key, [path.stat().st_size for path in self.paths], self.encoder.length)
+
+    @property
+    def _key(self) -> str:
+        return f"{self.fingerprint()} {self._model}"
 
     def _end_of_window(self, i: int) -> int | None:
         """Where the next window of the same text begins."""

@@ -27,6 +27,7 @@ HELD_OUT, HELD_OUT_TOKENS = 0.05, 16_384  # share of the records, and the most t
 AT_ONCE = 128 << 10  # arrays of so many bytes go back to the system as soon as they are freed
 SLACK_BYTES = 48 << 20  # page tables, and what is free between small arrays
 METRICS, PICTURE = "metrics.jsonl", "loss.png"
+DOCUMENTS, JUDGED = "documents.safetensors", "held_out.safetensors"  # tables of the data
 BAR = 20
 
 HELP = "fine-tune a model that would not fit: adapters over the base as it is stored"
@@ -180,6 +181,7 @@ class _Data:
 
     def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint, length: int) -> None:
         from barefoot.cli import progress
+        from barefoot.engine.source import source_key
         from barefoot.io.chat import find_chat_template
         from barefoot.io.tokenizer import load_tokenizer
         from barefoot.train.data import all_of, hold_out
@@ -189,19 +191,29 @@ class _Data:
         encoder = Encoder(load_tokenizer(checkpoint), find_chat_template(checkpoint), length, args.train_on)
         with progress.line() as report:
 
-            def read(path: str) -> Documents:
+            def read(path: str, table: str) -> Documents:
                 return Documents(
-                    [Path(path)], encoder, progress=lambda done, total: report(done, total, f"reading {path}")
+                    [Path(path)],
+                    encoder,
+                    progress=lambda done, total: report(done, total, f"reading {path}"),
+                    index=Path(args.output) / table,
+                    model=source_key(checkpoint),
                 )
 
-            self.documents, self.seed = read(args.data), args.seed
+            self.documents, self.seed = read(args.data, DOCUMENTS), args.seed
             if args.held_out is not None:
-                self.judged = read(args.held_out)
+                self.judged = read(args.held_out, JUDGED)
                 self.numbers, self.held = all_of(self.documents), all_of(self.judged)
             else:
                 self.judged = self.documents
                 share = HELD_OUT if len(self.documents) >= 1 / HELD_OUT else 0.0
                 self.numbers, self.held = hold_out(self.documents, share, args.seed)
+
+    def keep(self, folder: Path) -> None:
+        """Have no pass over the data when this training goes on."""
+        self.documents.keep(folder / DOCUMENTS)
+        if self.judged is not self.documents:
+            self.judged.keep(folder / JUDGED)
 
     def begin(self, n_tokens: int, per_step: int) -> None:
         """Have micro-batches of so many tokens, so many of them in a step."""
@@ -291,6 +303,7 @@ def _train(
     steps = args.steps or data.n_steps(args.epochs)
     schedule = Schedule(args.schedule, WARM_UP)
     output.mkdir(parents=True, exist_ok=True)
+    data.keep(output)
     kept = kept_units(checkpoint, spec, tuning, args.seed, output, data.first)
     facts = (
         source_key(checkpoint), data.documents.fingerprint(), str(tuning.adapter), plan.base, fingerprint(kept),
