@@ -212,10 +212,11 @@ def test_layers_of_two_sizes_are_counted_one_by_one(model):
     for ratio in (0.0, 0.4):
         stated = footprint(model.spec, replace(tuning, pruning=Drawn(ratio, first=1, last=1)))
         parts[ratio] = stated.select(kind="activations", phase="backward").bytes
-    (groups, channels), head_dim = PRUNING.counts(model.spec), model.spec.head_dim
-    queries, channels = 2 * head_dim * (3 - groups), model.spec.d_ff - channels
-    # Of one of two layers, for each token: queries, keys, values and outputs; gate, its activation, up, their product.
-    less = 2 * 1000 * 4 * (4 * queries + 4 * channels + queries // head_dim)
+    (groups, left), head_dim = PRUNING.counts(model.spec), model.spec.head_dim
+    keys, channels = head_dim * (3 - groups), model.spec.d_ff - left  # cut out of each of two layers
+    queries = 2 * keys
+    # For each token: queries and outputs, keys and values, sums of two heads; gate, up and what they make together.
+    less = 2 * 1000 * 4 * (2 * queries + 2 * keys + queries // head_dim + 3 * channels)
     assert parts[0.0] - parts[0.4] == less
 
 
