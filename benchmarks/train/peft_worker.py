@@ -1,7 +1,8 @@
 """One fresh process of PEFT: adapters over a transformers model, the given micro-batches; prints its figures as JSON.
 
 Argument: settings as JSON: ``folder``, ``adapter`` (a folder of PEFT with the first values), ``batches`` (an .npz of
-int64 ids and labels, a document a row), ``rate``, ``base`` ("float32" or "nf4"), ``checkpoints``, ``threads``.
+int64 ids and labels, a document a row), ``rate``, ``base`` ("float32", bitsandbytes' "nf4" or torchao's "int8"),
+``checkpoints``, ``threads``, ``cut`` (the loss by cut-cross-entropy, in the form that runs without a GPU).
 """
 
 import json
@@ -15,6 +16,17 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
+def _loss(model: PeftModel, ids: torch.Tensor, labels: torch.Tensor, *, cut: bool) -> torch.Tensor:
+    if not cut:
+        return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0], labels)
+    from cut_cross_entropy import linear_cross_entropy
+
+    decoder = model.get_base_model()
+    hidden = decoder.model(input_ids=ids).last_hidden_state[0]
+    loss: torch.Tensor = linear_cross_entropy(hidden, decoder.lm_head.weight, labels, impl="torch_compile")
+    return loss
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
@@ -24,6 +36,11 @@ def main() -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )  # fmt: skip
+    elif settings["base"] == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        quantized["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=torch.float32, **quantized)
     if settings["base"] == "nf4":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings["checkpoints"])
@@ -38,8 +55,7 @@ def main() -> None:
     losses, seconds = [], []
     for ids, labels in zip(data["ids"], data["labels"], strict=True):
         started = time.perf_counter()
-        logits = model(input_ids=torch.from_numpy(ids[None])).logits[0]
-        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+        loss = _loss(model, torch.from_numpy(ids[None]), torch.from_numpy(labels), cut=settings.get("cut", False))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()

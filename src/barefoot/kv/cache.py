@@ -439,16 +439,31 @@ class Cache:
     def stepped(self) -> None:
         """The token has passed all layers: the storage may seal, and the policy may send entries away."""
         self._course.n_tokens += 1
-        goes = False
+        goes, rules = False, self._course.rules
         for layer in self._choosing:
             self.storage.stepped(layer)
-            if self._course.rules and self._course.rules[layer].sends_away(self.storage.n(layer), self.n_tokens):
-                goes = True
-                self._send_away(layer)
+        rows = self._rows()
+        if rows is not None:
+            position, observed = rows
+            goes = rules[0].sends_away(position.shape[1], self.n_tokens)
+            if goes:
+                self.storage.drop_rows(rules[0].evict(Seen(position, self.n_tokens, observed)))
+        elif rules:
+            for layer in self._choosing:
+                if rules[layer].sends_away(self.storage.n(layer), self.n_tokens):
+                    goes = True
+                    self._send_away(layer)
         if goes:
             self._course.evicted_at = self.n_tokens
         if self._course.parts and (goes or self._course.rules[0].begins_part(self.storage.n(0))):
             self._begin_part()
+
+    def _rows(self) -> tuple[I32, F32 | None] | None:
+        """All layers' rows, where one call chooses of all of them what goes."""
+        rules = self._course.rules
+        if not rules or not rules[0].evicts_rows or len(self._choosing) < self.layout.n_layers:
+            return None
+        return self.storage.rows() if all(rule is rules[0] or rule == rules[0] for rule in rules) else None
 
     def _send_away(self, layer: int) -> None:
         policy, storage = self._course.rules[layer], self.storage

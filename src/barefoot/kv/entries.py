@@ -153,6 +153,18 @@ class Entries(Storage):
         else:
             self.free[layer] = gone[:, 0]
 
+    def rows(self) -> tuple[I32, F32 | None] | None:
+        n, n_slots = self.n(0), self.regions[0].n_slots
+        if (self.counts != n).any() or any(region.n_slots != n_slots for region in self.regions):
+            return None
+        size = self.counts.size
+        position, mass = self.all_positions[: size * n_slots], self.all_mass
+        observed = None if mass is None else mass[: size * n_slots].reshape(size, n_slots)[:, :n]
+        return position.reshape(size, n_slots)[:, :n], observed
+
+    def drop_rows(self, gone: I32) -> None:
+        self.free[...] = gone.reshape(self.free.shape)
+
     def close(self) -> None:
         for layer, slots in enumerate(self.free):
             if slots[0] != NONE:

@@ -176,6 +176,15 @@ class Storage(ABC):
         """Let entries ``gone`` of a layer go, (n_kv_heads, m)."""
         raise NotImplementedError
 
+    def rows(self) -> tuple[I32, F32 | None] | None:
+        """Positions and mass of all layers' key heads, (n_layers × n_kv_heads, n), one layer behind the other; None where
+        layers have different numbers of entries, or the arrays lie otherwise."""
+        return None
+
+    def drop_rows(self, gone: I32) -> None:
+        """Of ``rows`` let one entry of each go, (n_layers × n_kv_heads,)."""
+        raise NotImplementedError
+
     def resize(self, n_slots: Sequence[int]) -> None:
         """Have room for so many entries in each layer, in all no more than there was for."""
         raise NotImplementedError

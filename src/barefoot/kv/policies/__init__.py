@@ -94,6 +94,7 @@ class Policy(Technique):
 
     observes: ClassVar[Observation] = "nothing"
     n_carried: ClassVar[int] = 0
+    evicts_rows: ClassVar[bool] = False  # whether ``evict`` needs nothing of a layer but each row's positions and mass
     keep: int = 0  # entries of a key head, where that is a number
     window: int = 0  # queries that votes and strikes are of
     layers: budgets.Layers = "uniform"

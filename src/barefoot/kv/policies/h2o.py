@@ -40,6 +40,7 @@ class H2O(Policy, name="h2o", papers=(46,), conflicts=SINGLY):
     layers: Layers = "uniform"
 
     observes: ClassVar[Observation] = "mass"
+    evicts_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         at_least(self, keep=(self.keep, 2))

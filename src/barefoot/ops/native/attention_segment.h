@@ -226,19 +226,23 @@ inline void attention_mass(const MassArgs& a) {
     float* const mass = a.mass + head * a.mass_stride + first;
     float share[kMassTile], highest[kMassTile];
     for (int64_t token = 0; token < a.n_tokens; ++token) {
+      if (!a.thresholds) {
+        for (int64_t h = head * sharing; h < (head + 1) * sharing; ++h) {
+          const float* const score = a.scores + (h * a.n_tokens + token) * a.stride + first;
+          const F part = set1(1.0f / a.totals[token * a.n_heads + h]), top = set1(a.tops[token * a.n_heads + h]);
+          map(score, mass, mass, n, [&](F x, F sum) { return fma(exp(x - top), part, sum); });
+        }
+        continue;
+      }
       for (int64_t j = 0; j < n; ++j) highest[j] = 0.0f;
       for (int64_t h = head * sharing; h < (head + 1) * sharing; ++h) {
         const float* const score = a.scores + (h * a.n_tokens + token) * a.stride + first;
         const float part = 1.0f / a.totals[token * a.n_heads + h];
         const F top = set1(a.tops[token * a.n_heads + h]);
         map(score, score, share, n, [&](F x, F) { return exp(x - top); });
-        if (a.thresholds)
-          for (int64_t j = 0; j < n; ++j) highest[j] = share[j] * part > highest[j] ? share[j] * part : highest[j];
-        else
-          for (int64_t j = 0; j < n; ++j) mass[j] += share[j] * part;
+        for (int64_t j = 0; j < n; ++j) highest[j] = share[j] * part > highest[j] ? share[j] * part : highest[j];
       }
-      if (a.thresholds)
-        for (int64_t j = 0; j < n; ++j) mass[j] += highest[j] < a.thresholds[token] ? 1.0f : 0.0f;
+      for (int64_t j = 0; j < n; ++j) mass[j] += highest[j] < a.thresholds[token] ? 1.0f : 0.0f;
     }
   });
 }
