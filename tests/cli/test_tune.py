@@ -82,8 +82,9 @@ def killed_and_again(arguments, out, barefoot):
     process.communicate()
     killed_behind = len(metrics.read_bytes().splitlines())
     assert 8 <= killed_behind < 30
-    done = barefoot(*arguments)
+    done = barefoot(*arguments, "--optimizer", "paged(resident=1,page=4)")  # a state is any optimizer's
     assert done.returncode == 0, done.stderr
+    assert "paged(resident=1,page=4)" in done.stderr
     assert "going on behind step" in done.stderr
 
 

@@ -18,9 +18,13 @@ from barefoot.core.device import this_machine
 from barefoot.core.errors import Incompatible, InvalidInput, OverBudget
 from barefoot.core.units import MIB
 from barefoot.engine.specs import spec_from_config
+from barefoot.optim.adamw import Adam
+from barefoot.optim.paged import PagedAdam
 from barefoot.plan.job import parse_weights
 from barefoot.plan.tuning import LEAST_TOKENS, Question, TuneJob, TuneStated
 from barefoot.train.losses.plain import Plain
+
+NAMES = ("adamw", "paged")
 
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 SMOL = LLAMA | SIZES | {"num_hidden_layers": 30, "vocab_size": 49152, "max_position_embeddings": 2048}
@@ -59,6 +63,23 @@ def test_less_memory_gives_up_speed_before_the_base(question):
     assert refused.available == budget
 
 
+def test_moments_are_paged_before_the_base_is_rounded(question):
+    """Of a stored base the least takes pages, which cost time; the bytes that are saved are those not in memory."""
+    stored = [p for p in question.plans() if p.base == "stored"]
+    least = {
+        name: min((p for p in stored if p.tuning.optimizer.name == name), key=lambda p: p.needed) for name in NAMES
+    }
+    plan, _ = question.choose(least["adamw"].needed - 1)
+    assert (plan.base, plan.tuning.optimizer.name) == ("stored", "paged")
+    n = question.adapter.n_trained(question.spec)
+    kept = {name: plan.footprint.select(kind="optimizer").bytes for name, plan in least.items()}
+    assert kept == {"adamw": 8 * n, "paged": (4 << 20) + (256 << 10)}
+    paged, plain = (dataclasses.replace(question, stated=TuneStated(optimizer=o)) for o in (PagedAdam(), Adam()))
+    for a, b in zip(paged.plans(), plain.plans(), strict=True):
+        assert a.seconds > b.seconds
+        assert a.needed <= b.needed
+
+
 def test_the_longest_documents_that_fit_are_named(question):
     stated = TuneStated(formats={}, loss=Plain())
     tight = dataclasses.replace(question, stated=stated)
@@ -77,10 +98,11 @@ def test_the_longest_documents_that_fit_are_named(question):
 
 
 def test_what_is_stated_stays(question):
-    stated = TuneStated(parse_weights("nf4"), "keep", Plain(), 512)
+    stated = TuneStated(parse_weights("nf4"), "keep", Plain(), 512, optimizer=PagedAdam(resident=2))
     (plan,) = dataclasses.replace(question, stated=stated).plans()
     tuning = plan.tuning
     assert (tuning.activations, tuning.n_tokens, str(tuning.loss), plan.base) == ("keep", 512, "plain", "nf4")
+    assert str(tuning.optimizer) == "paged(resident=2)"
     assert tuning.accumulates
 
 
@@ -135,7 +157,7 @@ def test_a_refusal_names_the_least_pruning_that_fits(question):
 
 def test_a_pruned_copy_is_planned_as_it_is(question):
     """The base by what is left of it; and faster, since less is decoded and multiplied."""
-    stated = TuneStated({}, "keep", Plain(), 512)
+    stated = TuneStated({}, "keep", Plain(), 512, optimizer=Adam())
     (whole,) = dataclasses.replace(question, stated=stated).plans()
     (copy,) = dataclasses.replace(question, stated=dataclasses.replace(stated, pruning=Drawn(0.5))).plans()
     layers, d, f, head = 30 - 4 - 2, 576, 1536, 64
@@ -152,11 +174,12 @@ def test_a_pruned_copy_is_planned_as_it_is(question):
 
 
 def test_formats_whose_blocks_dont_fill_the_rows_are_only_refused_when_asked_for(question):
-    """Rows of 96 fill no group of 64, and neither do the 40 channels that another training left."""
+    """Rows of 96 fill no group of 64, and neither do the 40 channels that another training left; groups that span rows
+    can be had."""
     spec = spec_from_config(LLAMA | {"intermediate_size": 160}, "random")
     units = {layer: Kept(np.arange(3, dtype=np.int32), np.arange(40, dtype=np.int32)) for layer in (1, 2)}
     given = Given(0.4, 1, 1, pruning=Drawn(0.4, 1, 1), units=units)
     asked = dataclasses.replace(question, spec=spec, stated=TuneStated(pruning=given))
-    assert {plan.base for plan in asked.plans()} == {"stored"}
+    assert {plan.base for plan in asked.plans()} == {"stored", "attn=nf4(double=true) ffn=nf4(double=true)"}
     with pytest.raises(Incompatible, match="columns are not a multiple"):
         dataclasses.replace(asked, stated=TuneStated(parse_weights("nf4"), pruning=given)).plans()

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="training is PyTorch's")
 from allocations import Allocations  # noqa: E402
 
 from barefoot.adapters.lora import LoRA  # noqa: E402
+from barefoot.core.errors import Incompatible  # noqa: E402
 from barefoot.engine.specs import model_spec  # noqa: E402
 from barefoot.io.inventory import Checkpoint  # noqa: E402
 from barefoot.plan.job import parse_weights  # noqa: E402
@@ -130,6 +131,39 @@ def test_a_rounded_base_is_frozen_and_learned_beside(folder):
     exact = decoder(folder).hidden(batch)
     error = ((model.hidden(batch) - exact).norm() / exact.norm()).item()
     assert 1e-4 < error < 0.05  # 8 bits: near, and not the same
+
+
+def test_a_base_with_doubly_quantized_scales_is_its_decoded_matrices(folder):
+    """In its bytes, its products and its adapters' gradients; the embedding's rows stay."""
+    formats = {group: parse_weights("nf4(double=true)")[group] for group in ("attn", "ffn")}
+    model, dense = decoder(folder, formats=formats), decoder(folder, formats=parse_weights("dense(dtype=f32)"))
+    bases = [module for layer in model.layers for module in layer.values()]
+    held = [module.base.weight.untyped_storage().nbytes() for module in bases]
+    stated = footprint(model.spec, Tuning(LoRA(rank=4), Plain(), 33, 23, formats)).select(kind="weights")
+    rest = [model.embed.weight, *(() if model.spec.tied else (model.head.weight,)), model.norm]
+    rest += [vector for vectors in model._vectors for vector in vectors.values()]
+    assert sum(held) + sum(t.untyped_storage().nbytes() for t in rest) == stated.bytes
+    for module, other in zip(bases, (m for layer in dense.layers for m in layer.values()), strict=True):
+        error = (module.base.dense() - other.base.dense()).norm() / other.base.dense().norm()
+        assert 0.02 < error.item() < 0.15
+        other.base.pack(module.base.dense())
+    perturb(model)
+    perturb(dense)
+    found, expected = (gradients(each, stream()) for each in (model, dense))
+    for name, gradient in found.items():
+        assert ((gradient - expected[name]).norm() / expected[name].norm()).item() < 1e-5, name
+
+
+def test_doubly_quantized_embeddings_are_refused_before_anything_is_read(folder):
+    formats = parse_weights("nf4(double=true)")
+    with Checkpoint(folder) as checkpoint:
+        spec = model_spec(checkpoint)
+    for refused in (
+        lambda: footprint(spec, Tuning(LoRA(), Plain(), 32, 32, formats)),
+        lambda: decoder(folder, formats=formats),
+    ):
+        with pytest.raises(Incompatible, match="embeddings and heads"):
+            refused()
 
 
 def test_bfloat16_products_stay_near(folder):

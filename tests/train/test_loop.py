@@ -14,8 +14,12 @@ torch = pytest.importorskip("torch", reason="training is PyTorch's")
 
 from test_decoder import decoder, stream  # noqa: E402
 
+from barefoot.adapters.lamda import LaMDA  # noqa: E402
 from barefoot.adapters.lora import LoRA  # noqa: E402
 from barefoot.core.errors import CorruptFile, InvalidInput  # noqa: E402
+from barefoot.optim.adamw import Adam  # noqa: E402
+from barefoot.optim.driver.paged import PagedAdamW  # noqa: E402
+from barefoot.optim.paged import PagedAdam  # noqa: E402
 from barefoot.train import MicroBatch  # noqa: E402
 from barefoot.train.driver import state  # noqa: E402
 from barefoot.train.driver.loop import Settings, Trainer  # noqa: E402
@@ -112,6 +116,36 @@ def test_a_training_goes_on_bit_for_bit(folder, tmp_path):
         assert [dataclasses.replace(step, seconds=0) for step in seen] == expected
         for name, numbers in learned(second).items():
             assert np.array_equal(numbers, learned(whole)[name]), (stopped, name)
+
+
+class FewPages(PagedAdam):
+    """Pages so small that the tiny model's moments don't fit into those that stay."""
+
+    def over(self, parameters, folder, **rule):
+        return PagedAdamW(parameters, folder, 1024, 3 * 1024, **rule)
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=3, dropout=0.2), LaMDA(rank=8)], ids=["lora", "lamda"])
+def test_paged_moments_change_neither_what_is_learned_nor_the_state(folder, tmp_path, adapter):
+    """Also where rows stop learning. A state that one optimizer wrote, the other goes on from."""
+    found = {}
+    for name, optimizer in (("resident", Adam()), ("paged", FewPages())):
+        one = trainer(folder, tmp_path / name, adapter=adapter, optimizer=optimizer)
+        n_bytes = sum(8 * p.numel() for p in one.learned.values())
+        losses = [step.loss for step in one.run(Data())]
+        found[name] = losses, learned(one), (tmp_path / name / state.NAME).read_bytes()
+    assert one._optimizer.pager.frames.nbytes < n_bytes / 2
+    (losses, numbers, file), (losses_too, numbers_too, file_too) = found.values()
+    assert losses == losses_too
+    assert file == file_too
+    assert all(np.array_equal(numbers[name], numbers_too[name]) for name in numbers)
+    first = trainer(folder, tmp_path / "both", adapter=adapter, optimizer=FewPages())
+    list(itertools.islice(first.run(Data()), 5))
+    second = trainer(folder, tmp_path / "both", adapter=adapter)
+    assert second.progress.step == 4
+    rest = [step.loss for step in second.run(Data(4))]
+    assert rest == losses[4:]
+    assert (tmp_path / "both" / state.NAME).read_bytes() == file
 
 
 def test_the_best_is_kept_and_remembered(folder, tmp_path):

@@ -91,7 +91,7 @@ def test_the_copy_is_the_model_without_those_units(model, tmp_path):
     assert (hidden(model) - hidden(model, kept=model.kept)).abs().max() > 0.1, "in the model itself they count"
 
 
-@pytest.mark.parametrize("base", ["stored", "nf4(group=32)"])
+@pytest.mark.parametrize("base", ["stored", "nf4(group=32)", "attn=nf4(double=true) ffn=nf4(double=true)"])
 def test_the_base_takes_what_is_stated_and_less(model, base):
     formats = {} if base == "stored" else parse_weights(base)
     small = pruned_spec(model.spec, sizes_of(model.kept))

@@ -1,12 +1,15 @@
 """Planning a tuning: which combinations there are, what each takes and how long, and the one to use.
 
-Combinations of base format, activation policy, loss and micro-batch are all counted. Of those that fit, the ones that
-keep the base as it is stored come first, and among them the fastest: a micro-batch of fewer tokens decodes the base
-more often, and a layer that is passed again costs its products once more.
+Combinations of base format, optimizer, activation policy, loss and micro-batch are all counted. Of those that fit, the
+ones that keep the base as it is stored come first, and among them the fastest: a micro-batch of fewer tokens decodes
+the base more often, a layer that is passed again costs its products once more, and pages of an optimizer come from disk
+and go there.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +24,7 @@ from barefoot.core.ledger import Term as LedgerTerm
 from barefoot.core.model import ModelSpec, WeightGroup
 from barefoot.core.registry import techniques
 from barefoot.core.units import MIB, format_bytes
+from barefoot.optim import Optimizer
 from barefoot.plan.job import format_weights
 from barefoot.train.footprint import ACTIVATIONS, Activations, Compute, Tuning, footprint
 from barefoot.train.losses import Loss
@@ -30,7 +34,7 @@ from barefoot.weights.formats import WeightFormat
 RESERVED_BYTES = 270 * MIB
 LEAST_TOKENS = 32
 #: Formats that the base is rounded to where it doesn't fit as it is stored, in the order of what they cost.
-SMALLER = ("int(bits=8)", "nf4", "int(bits=3)")
+SMALLER = ("int(bits=8)", "nf4", "nf4(double=true)", "int(bits=3)")
 #: What could be cut out of the base where even these don't fit, and what that cost where it was measured
 #: (benchmarks/results/train_loram_smollm2-135m-dithered.json).
 PRUNINGS = tuple(Taylor(ratio) for ratio in (0.25, 0.5, 0.75))
@@ -64,6 +68,7 @@ class TuneStated:
     n_tokens: int | None = None
     compute: Compute = "float32"
     pruning: Pruning | None = None
+    optimizer: Optimizer | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class TunePlan:
             "adapter": str(self.tuning.adapter),
             "pruning": None if self.tuning.pruning is None else str(self.tuning.pruning),
             "parameters": self.n_parameters,
+            "optimizer": str(self.tuning.optimizer),
             "loss": str(self.tuning.loss),
             "activations": self.tuning.activations,
             "compute": self.tuning.compute,
@@ -114,16 +120,16 @@ def combinations(job: TuneJob, adapter: Adapter, stated: TuneStated) -> Iterator
             cure="--adapter lora",
         )
     losses = [stated.loss] if stated.loss else [cls() for cls in techniques("train.losses").values()]
-    for formats in _formats(stated):
-        for activations in _activations(adapter, stated):
-            for loss in losses:
-                for n_tokens in _micro_batches(job, stated):
-                    assert isinstance(loss, Loss)
-                    several = n_tokens < job.step_tokens
-                    yield Tuning(
-                        adapter, loss, n_tokens, job.length, formats, activations, stated.compute, accumulates=several,
-                        pruning=stated.pruning,
-                    )  # fmt: skip
+    optimizers = [stated.optimizer] if stated.optimizer else [cls() for cls in techniques("optim").values()]
+    for formats, activations, loss, optimizer, n_tokens in itertools.product(
+        _formats(stated), _activations(adapter, stated), losses, optimizers, _micro_batches(job, stated)
+    ):
+        assert isinstance(loss, Loss)
+        assert isinstance(optimizer, Optimizer)
+        yield Tuning(
+            adapter, loss, n_tokens, job.length, formats, activations, stated.compute,
+            accumulates=n_tokens < job.step_tokens, optimizer=optimizer, pruning=stated.pruning,
+        )  # fmt: skip
 
 
 def _activations(adapter: Adapter, stated: TuneStated) -> tuple[Activations, ...]:
@@ -172,6 +178,10 @@ class Question:
 
     def plans(self) -> list[TunePlan]:
         """Every combination with its bytes and time, in the order of preference."""
+        return list(self._plans)
+
+    @functools.cached_property
+    def _plans(self) -> tuple[TunePlan, ...]:
         libraries = LedgerTerm("interpreter and libraries", 1, self.reserved_bytes)
         found = []
         for tuning in combinations(self.job, self.adapter, self.stated):
@@ -186,7 +196,7 @@ class Question:
                 TunePlan(tuning, process + job, seconds(copy, self.job, tuning, self.device), copy.n_parameters)
             )
         order = {plan.base: i for i, plan in reversed(list(enumerate(found)))}
-        return sorted(found, key=lambda plan: (order[plan.base], plan.seconds, plan.needed))
+        return tuple(sorted(found, key=lambda plan: (order[plan.base], plan.seconds, plan.needed)))
 
     def choose(self, budget: int) -> tuple[TunePlan, list[TunePlan]]:
         """The first one that fits, and all others.
@@ -239,8 +249,8 @@ class Question:
 
 
 def seconds(spec: ModelSpec, job: TuneJob, tuning: Tuning, device: Device) -> float:
-    """Of a step: products at the machine's peak, and the base decoded in each pass of each micro-batch. ``spec`` is
-    what is trained beside."""
+    """Of a step: products at the machine's peak, the base decoded in each pass of each micro-batch, what the optimizer
+    moves to disk and back. ``spec`` is what is trained beside."""
     matrices = [w for w in spec.weights if w.layer is not None and w.group != "norm"]
     n_weights = sum(w.n_elements for w in matrices)
     aside = isinstance(tuning.adapter, Aside)
@@ -252,4 +262,6 @@ def seconds(spec: ModelSpec, job: TuneJob, tuning: Tuning, device: Device) -> fl
     flops = job.step_tokens * (2 * passes * n_weights + attention + logits)
     n_passes = -(-job.step_tokens // tuning.n_tokens)
     decoded = n_passes * (passes * n_weights + spec.vocab_size * spec.d_model) * 4
-    return flops / device.peaks["f32"] + decoded / (device.read_gb_s["host"] * 1e9 / 4)
+    moved = tuning.optimizer.moved_bytes([f.n_elements for f in tuning.adapter.factors(spec) if f.trained])
+    paging = moved / (device.read_gb_s["disk"] * 1e9)
+    return flops / device.peaks["f32"] + decoded / (device.read_gb_s["host"] * 1e9 / 4) + paging

@@ -6,23 +6,18 @@ feed-forward, and m adapters of rank r, a pass keeps for its backward, in number
     N × (2 d [normed inputs of products] + 2 Q + 2 K [queries, keys, values, outputs] + f + m r)
 
 once more Q where that type is not float32 (an adapter that needs no inputs keeps none of 2 d, f and this), and in
-<<<<<<< HEAD
 float32 N × (d [between the halves] + 2 f [gate and up] + H + 2 [log-sum-exp, norms' factors]), with norms over heads
 Q + K and a number for each head more, with norms behind the halves d + 1 each. With ``activations="keep"`` all layers
 have it at once; with ``"recompute"`` one has, while it is passed again, and of each there is its input, N × d. An
 adapter that stands aside states what its passes keep itself.
-=======
-float32 N × (d [between the halves] + 3 f [gate, its activation, up] + H + 2 [log-sum-exp, norms' factors]). With
-``activations="keep"`` all layers have it at once; with ``"recompute"`` one has, while it is passed again, and of each
-there is its input, N × d. An adapter that stands aside states what its passes keep itself.
 
 A pruned copy has fewer heads and channels in some layers; scores of what is to be cut take one pass beforehand, with a
 layer of the whole model at a time.
->>>>>>> 156c4fd (tune: --prune trains beside a pruned copy (LoRAM), planned, resumed and put back for the whole model)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -32,9 +27,11 @@ from barefoot.adapters.lora import LoRA
 from barefoot.adapters.pruning import Pruning, Sizes, pruned_spec
 from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.model import ModelSpec, WeightGroup, WeightSpec
-from barefoot.ops import blocks
+from barefoot.optim import Optimizer
+from barefoot.optim.adamw import Adam
 from barefoot.train.losses import Loss, LossShape
 from barefoot.weights.formats import WeightFormat
+from barefoot.weights.formats.stored import Stored
 
 Activations = Literal["keep", "recompute"]
 Compute = Literal["float32", "bfloat16"]
@@ -44,6 +41,7 @@ TILE_BYTES = 4 << 20  # of decoded weights, float32
 PIECE_BYTES = 4 << 20  # of a weight while it is loaded
 
 LOADING = Term("rows that are read, decoded and encoded", 3, PIECE_BYTES)
+ADAM = Adam()
 _TRAINING: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 _ALL: tuple[Phase, ...] = ("load", *_TRAINING)
 
@@ -70,18 +68,31 @@ class Tuning:
     activations: Activations = "recompute"
     compute: Compute = "float32"
     accumulates: bool = False
+    optimizer: Optimizer = ADAM
     step: int = 0
     steps: int = 1
     pruning: Pruning | None = None
 
     def layout(self, weight: WeightSpec) -> str:
-        """The blocks in which the base has a matrix."""
-        stated = self.formats.get(weight.group)
-        return weight.format if stated is None else stated.layout(weight.format)
+        """Blocks that the columns of a matrix of the base have to fill."""
+        return format_of(weight, self.formats).filled(weight.format)
 
     def sizes(self, spec: ModelSpec) -> Sizes:
         """Heads of keys and channels of the layers that lose some."""
         return {} if self.pruning is None else self.pruning.sizes(spec, self.layout)
+
+
+def format_of(weight: WeightSpec, formats: Mapping[WeightGroup, WeightFormat]) -> WeightFormat:
+    """In which the base has a matrix, of those that are stated by group.
+
+    Raises
+    ------
+    Incompatible : it has no rows, and rows are read from the matrix: from the embedding, and from the head.
+    """
+    found = formats.get(weight.group, Stored())
+    if weight.layer is None:
+        found.layout(weight.format)
+    return found
 
 
 def footprint(spec: ModelSpec, tuning: Tuning) -> Footprint:
@@ -127,14 +138,19 @@ def _scoring(spec: ModelSpec, tuning: Tuning, layers: range) -> Footprint:
     )
 
 
+@functools.cache
+def _bytes_of(format: WeightFormat, rows: int, cols: int, stored: str) -> int:
+    return sum(term.bytes for term in format.terms("", rows, cols, stored))
+
+
 def _matrices(weights: Iterable[WeightSpec], tuning: Tuning) -> list[Term]:
     terms = []
     for weight in weights:
         if weight.group == "norm":
             terms.append(Term(weight.name, weight.n_elements, 4))
         else:
-            size = blocks.row_bytes(tuning.layout(weight), weight.cols)
-            terms.append(Term(weight.name, weight.rows, size))
+            found = format_of(weight, tuning.formats)
+            terms.append(Term(weight.name, 1, _bytes_of(found, weight.rows, weight.cols, weight.format)))
             terms += [Term(f"{weight.name} {part.label}", 1, part.n_bytes) for part in weight.parts]
     return terms
 
@@ -150,14 +166,13 @@ def _base(spec: ModelSpec, tuning: Tuning) -> Footprint:
 def _adapter(spec: ModelSpec, tuning: Tuning) -> Footprint:
     name, factors = tuning.adapter.name, tuning.adapter.factors(spec, tuning.step, tuning.steps)
     n_held, sizes = sum(f.n_elements for f in factors), [f.n_elements for f in factors if f.trained]
-    n, largest = sum(sizes), max(sizes)
-    gradients, step = Term("gradients", n, 4), Term("a step of the largest factor", 2 * largest, 4)
+    gradients, optimizer = Term("gradients", sum(sizes), 4), tuning.optimizer
     found = (
         entry(name, "adapter", [Term("adapters", n_held, 4)], phases=_ALL)
         + entry(name, "workspace", tuning.adapter.load_terms(spec), phases=("load",))
-        + entry(name, "optimizer", [Term("first and second moments", 2 * n, 4)], phases=_TRAINING)
+        + entry(name, "optimizer", optimizer.state_terms(sizes), phases=_TRAINING)
         + entry(name, "gradients", [gradients], phases=("step",))
-        + entry(name, "workspace", [step], phases=("step",))
+        + entry(name, "workspace", optimizer.step_terms(sizes), phases=("step",))
     )
     if tuning.accumulates:
         return found + entry(name, "gradients", [gradients], phases=("forward", "backward"))

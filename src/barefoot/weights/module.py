@@ -14,17 +14,19 @@ that ``PackedLinear`` rearranges its bytes as panels at the first product there,
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.ops import PackedWeight, blocks, panels, parts
+from barefoot.weights import double_quantization
 from barefoot.weights.structures import Matrix
 
 TILE_BYTES = 4 << 20  # of decoded weights, float32; at least one row
@@ -98,7 +100,9 @@ class _Packed(nn.Module):
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` as they are stored, float32 (n, cols), on the module's device."""
-        rows = decode(self.format, self.stored_rows(start, stop), self.cols)
+        return self._with_parts(decode(self.format, self.stored_rows(start, stop), self.cols), start, stop)
+
+    def _with_parts(self, rows: Tensor, start: int, stop: int | None) -> Tensor:
         for name, kind in self.kinds.items():
             data = self.get_buffer(name)
             part = parts.lookup(kind).decode(self.rows, self.cols, data.cpu().numpy())
@@ -210,6 +214,48 @@ class PackedLinear(_Packed):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}{added}, bytes={self.n_bytes}"
         )
+
+
+class DoubleLinear(PackedLinear):
+    """A frozen matrix whose scales are quantized a second time, all together: ``weight`` is uint8 (bytes,), laid out as
+    :mod:`barefoot.weights.double_quantization` says. Settings are a ``PackedLinear``'s."""
+
+    def __init__(self, group: int, in_features: int, out_features: int, **settings: Any) -> None:
+        super().__init__("zero", in_features, out_features, **settings)
+        self.format, self.group = f"nf4_g{group} with double quantization", group
+        n_bytes = double_quantization.n_bytes(self.rows * self.cols, group)
+        self.weight = torch.empty(n_bytes, dtype=torch.uint8, device=self.weight.device)
+
+    def arrange(self) -> bool:
+        """Its bytes stay as they are."""
+        return False
+
+    def fill(self, pieces: Iterable[npt.NDArray[np.float32]]) -> None:
+        """Round a weight to the nearest codes that comes in rows, some at a time."""
+        stored = double_quantization.encode(pieces, self.rows * self.cols, self.group)
+        self.weight = torch.from_numpy(stored).to(self.weight.device)
+
+    def pack(self, weight: Tensor) -> None:
+        self.fill([weight.detach().float().cpu().numpy()])
+
+    def stored_rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """All bytes: those of a row lie in several places."""
+        return self.weight
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        start, stop, _ = slice(start, stop).indices(self.rows)
+        stored, n = self.weight.cpu().numpy(), self.rows * self.cols
+        rows = double_quantization.decode(stored, n, self.group, start * self.cols, stop * self.cols)
+        return self._with_parts(torch.from_numpy(rows.reshape(-1, self.cols)).to(self.weight.device), start, stop)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        if self.weight.is_cuda or self.kinds:
+            return self.dense(start, stop)
+        first, last, n = start * self.cols, stop * self.cols, self.rows * self.cols
+        begin, end = double_quantization.span(self.group, first, last)
+        room = _scratch(end - begin).numpy()
+        rows = double_quantization.decode(self.weight.numpy(), n, self.group, first, last, room)
+        return torch.from_numpy(rows.reshape(-1, self.cols))
 
 
 class PackedEmbedding(_Packed):

@@ -41,8 +41,8 @@ EXAMPLES = (
 JSON_KEYS = {
     "model": "what was tuned",
     "output": "the folder of the adapter",
-    "plan": "base, adapter, pruning, parameters of what is trained beside, loss, activations, micro_batch_tokens, "
-    "needed_bytes, by_phase, seconds_per_step, footprint",
+    "plan": "base, adapter, pruning, parameters of what is trained beside, optimizer, loss, activations, "
+    "micro_batch_tokens, needed_bytes, by_phase, seconds_per_step, footprint",
     "alternatives": "the same of the other combinations, without their footprints",
     "budget_bytes": "what was allowed",
     "steps": "of the optimizer",
@@ -103,6 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "that was tuned so; default the whole base",
     )
     stated.add_argument("--loss", metavar="SPEC", help='"plain" or "cce"')
+    stated.add_argument("--optimizer", metavar="SPEC", help='"adamw", or "paged(resident=4)": 4 MiB of it in memory')
     stated.add_argument("--activations", choices=("keep", "recompute"), help="what a pass keeps for its backward")
     stated.add_argument("--micro-batch", metavar="N", type=parse_count, help="tokens that pass at once")
     stated.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="type of products")
@@ -171,9 +172,10 @@ def _stated(args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec) -
     from barefoot.plan.tuning import TuneStated
 
     loss = None if args.loss is None else _technique(args.loss, "train.losses")
+    optimizer = None if args.optimizer is None else _technique(args.optimizer, "optim")
     formats = None if args.weights is None else parse_weights(args.weights)
     pruning = None if args.prune is None else _pruning(args.prune, checkpoint, spec)
-    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute, pruning)
+    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute, pruning, optimizer)
 
 
 class _Data:
@@ -324,7 +326,7 @@ def _train(
     def write() -> None:
         decoder.write(output, args.model)
 
-    trainer = Trainer(decoder, tuning.loss, settings, identity, output, keep_best=write)
+    trainer = Trainer(decoder, tuning.loss, settings, identity, output, optimizer=tuning.optimizer, keep_best=write)
     held_out = list(data.held_out(tuning.n_tokens))
     data.go_on(cast("dict[str, int] | None", trainer.progress.data))
     if trainer.progress.step:
@@ -403,7 +405,8 @@ def _summary(plan: TunePlan, budget: int, source: str, data: _Data) -> str:
     return (
         f"{seen.n_documents:,} documents, {seen.n_tokens:,} tokens, {seen.n_learned / seen.n_tokens:.0%} of them "
         f"learned; {seen.n_cut:,} cut, {seen.n_dropped:,} dropped\n"
-        f"{tuning.adapter} over {plan.base}{pruned}, {tuning.loss}, activations {tuning.activations}, "
+        f"{tuning.adapter} over {plan.base}{pruned}, {tuning.optimizer}, {tuning.loss}, "
+        f"activations {tuning.activations}, "
         f"{tuning.n_tokens:,} tokens at once\n"
         f"{format_bytes(plan.needed)} of {format_bytes(budget)} ({source}), most of it in the {plan.phase} pass"
     )
@@ -425,6 +428,7 @@ def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
             (
                 "→" if each is result["plan"] else "",
                 each["base"],
+                each["optimizer"],
                 each["activations"],
                 each["loss"],
                 f"{each['micro_batch_tokens']:,}",
@@ -433,8 +437,8 @@ def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
             )
             for each in plans
         ]
-        header = ("", "base", "activations", "loss", "tokens at once", "needs", "a step")
-        print(console.table(listed, header=header, right=(4, 5, 6)))
+        header = ("", "base", "optimizer", "activations", "loss", "tokens at once", "needs", "a step")
+        print(console.table(listed, header=header, right=(5, 6, 7)))
         return
     from barefoot.adapters import Beside
 

@@ -27,10 +27,11 @@ from barefoot.train.driver.cross_entropy import cross_entropy
 from barefoot.train.driver.elementwise import rms_norm
 from barefoot.train.driver.layer import Product, StreamLayer
 from barefoot.train.driver.recompute import recompute
-from barefoot.train.footprint import Activations, Compute
+from barefoot.train.footprint import Activations, Compute, format_of
 from barefoot.train.losses import Loss
 from barefoot.weights.formats import WeightFormat
-from barefoot.weights.module import PackedEmbedding, PackedLinear
+from barefoot.weights.formats.stored import Stored
+from barefoot.weights.module import DoubleLinear, PackedEmbedding, PackedLinear
 
 TYPES: Mapping[Compute, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Turns = Mapping[Rope, tuple[Tensor, Tensor]]
@@ -87,21 +88,32 @@ class Frozen(nn.Module):
         cast("nn.ModuleDict", self.layers[index]).clear()
         self._vectors[index].clear()
 
-    def _layout(self, weight: WeightSpec) -> str:
-        stated = self._formats.get(weight.group)
-        return weight.format if stated is None else stated.layout(weight.format)
+    def _format(self, weight: WeightSpec) -> WeightFormat:
+        return format_of(weight, self._formats)
 
-    def _fill(self, into: Tensor, weight: WeightSpec, layout: str) -> None:
-        """Rows of a matrix in blocks of ``layout``, some at a time."""
-        rows, whole = into.numpy(), self._whole[weight.name]
-        left, cols = self._left(whole)
-        step, done = max(1, PIECE_BYTES // (4 * whole.cols)), 0
+    def _stored(self, weight: WeightSpec) -> Iterator[npt.NDArray[np.uint8]]:
+        """Rows of a matrix as the file has them, those that the base has, some at a time."""
+        whole = self._whole[weight.name]
+        left, _ = self._left(whole)
+        step = max(1, PIECE_BYTES // (4 * whole.cols))
         for first in range(0, whole.rows, step):
             some = read_rows(self._checkpoint, whole, first, min(step, whole.rows - first))
-            if left is not None:
-                some = some[left[(left >= first) & (left < first + step)] - first]
-            if layout != whole.format or cols is not None:
-                some = blocks.encode(layout, pruned_matrix(decode(whole.format, some, whole.cols), None, cols))
+            yield some if left is None else some[left[(left >= first) & (left < first + step)] - first]
+
+    def _decoded(self, weight: WeightSpec) -> Iterator[npt.NDArray[np.float32]]:
+        """The same as numbers, and of the columns those that the base has."""
+        whole = self._whole[weight.name]
+        _, cols = self._left(whole)
+        for some in self._stored(weight):
+            yield pruned_matrix(decode(whole.format, some, whole.cols), None, cols)
+
+    def _fill(self, into: Tensor, weight: WeightSpec, layout: str) -> None:
+        """Rows of a matrix in blocks of ``layout``."""
+        whole = self._whole[weight.name]
+        as_they_are = layout == whole.format and self._left(whole)[1] is None
+        encode = functools.partial(blocks.encode, layout)
+        rows, done = into.numpy(), 0
+        for some in self._stored(weight) if as_they_are else map(encode, self._decoded(weight)):
             rows[done : done + len(some)] = some
             done += len(some)
 
@@ -112,20 +124,23 @@ class Frozen(nn.Module):
 
     def _original(self, weight: WeightSpec) -> npt.NDArray[np.float32]:
         """A matrix (rows, cols) as the file has it."""
-        found: npt.NDArray[np.float32] = self._linear(weight, weight.format).dense().numpy()
+        found: npt.NDArray[np.float32] = self._linear(weight, Stored()).dense().numpy()
         return found
 
-    def _linear(self, weight: WeightSpec, layout: str | None = None) -> PackedLinear:
-        layout = layout or self._layout(weight)
+    def _linear(self, weight: WeightSpec, format: WeightFormat | None = None) -> PackedLinear:
         added = {part.label: (part.kind, part.n_bytes) for part in weight.parts}
-        made = PackedLinear(layout, weight.cols, weight.rows, added=added)
-        self._fill(made.weight, weight, layout)
+        format = format or self._format(weight)
+        made: PackedLinear = format.linear(weight.rows, weight.cols, weight.format, added=added)
+        if isinstance(made, DoubleLinear):
+            made.fill(self._decoded(weight))
+        else:
+            self._fill(made.weight, weight, made.format)
         for part in weight.parts:
             self._checkpoint.read_into(part.source, made.get_buffer(f"weight+{part.label}").numpy())
         return made
 
     def _embedding(self, weight: WeightSpec) -> PackedEmbedding:
-        layout = self._layout(weight)
+        layout = self._format(weight).layout(weight.format)
         made = PackedEmbedding(layout, weight.rows, weight.cols, scale=self.spec.embed_scale)
         self._fill(made.weight, weight, layout)
         return made

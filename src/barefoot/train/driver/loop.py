@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from barefoot.optim import Optimizer
+from barefoot.optim.adamw import Adam
 from barefoot.train import MicroBatch
 from barefoot.train.driver import state
 from barefoot.train.losses import Loss
@@ -87,7 +89,8 @@ class Trainer:
     Parameters
     ----------
     identity : tells this training from another; a state of another is refused.
-    folder : where the state is kept; a state that is there is gone on from.
+    folder : where the state is kept, which is made; a state that is there is gone on from.
+    optimizer : a state goes on with any that remembers the same.
     keep_best : called when the held-out loss is lower than ever.
     """
 
@@ -99,6 +102,7 @@ class Trainer:
         identity: str,
         folder: Path,
         *,
+        optimizer: Optimizer | None = None,
         keep_best: Callable[[], None] | None = None,
     ) -> None:
         self.decoder, self.loss, self.settings = decoder, loss, settings
@@ -106,11 +110,9 @@ class Trainer:
         self._keep_best = keep_best
         decoder.advance(0, settings.steps)
         self.learned = decoder.adapters()
-        # Not foreach, which holds one more copy of all of it during a step.
-        self._optimizer = torch.optim.AdamW(
-            self.learned.values(), lr=0.0, betas=settings.betas, eps=settings.eps,
-            weight_decay=settings.weight_decay, foreach=False, fused=False,
-        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        rule = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+        self._optimizer = (optimizer or Adam()).over(list(self.learned.values()), folder, **rule)
         self.progress = state.Progress()
         torch.manual_seed(settings.seed)
         if self._path.is_file():
@@ -174,13 +176,10 @@ class Trainer:
     def _advance(self) -> None:
         """Let go of what doesn't learn any more from here on, and of its moments."""
         for name, rows in self.decoder.advance(self.progress.step, self.settings.steps).items():
-            moments = self._optimizer.state[self.learned[name]]
-            for key in state.MOMENTS.values():
-                if key in moments:
-                    moments[key] = moments[key][rows].clone()
+            self._optimizer.keep(self.learned[name], rows)
         still = self.decoder.adapters()
         for name in self.learned.keys() - still.keys():
-            self._optimizer.state.pop(self.learned[name], None)
+            self._optimizer.forget(self.learned[name])
         self.learned = still
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:

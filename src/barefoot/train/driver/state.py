@@ -26,7 +26,6 @@ from barefoot.io.strict_json import parse_object
 KEY = "barefoot.training"
 NAME = "training.safetensors"
 MOST_STEPS = 1 << 40
-MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}  # as the optimizer calls them
 
 
 @dataclass
@@ -53,17 +52,15 @@ def save(
     settled: Mapping[str, Tensor],
     optimizer: Any,
 ) -> None:
-    """Write all of it; an earlier file stays until this one is whole."""
-    arrays = {"random": torch.get_rng_state().numpy()}
-    arrays |= {f"settled.{name}": values.numpy() for name, values in settled.items()}
+    """Write all of it; an earlier file stays until this one is whole. Of moments, a piece at a time is in memory."""
+    entries: list[Any] = [array_entry("random", torch.get_rng_state().numpy())]
+    entries += [array_entry(f"settled.{name}", values.numpy()) for name, values in settled.items()]
     for name, parameter in learned.items():
-        arrays[f"adapter.{name}"] = parameter.detach().numpy()
-        moments = optimizer.state.get(parameter, {})
-        for moment, key in MOMENTS.items():
-            if key in moments:
-                arrays[f"{moment}.{name}"] = moments[key].numpy()
+        entries.append(array_entry(f"adapter.{name}", parameter.detach().numpy()))
+        for moment, pieces in optimizer.moments(parameter).items():
+            entries.append((f"{moment}.{name}", "f32", tuple(parameter.shape), pieces))
     facts = {"identity": identity, **vars(progress)}
-    write_safetensors(path, [array_entry(name, array) for name, array in arrays.items()], {KEY: json.dumps(facts)})
+    write_safetensors(path, entries, {KEY: json.dumps(facts)})
 
 
 class StateFile:
@@ -104,10 +101,9 @@ class StateFile:
                     tensor.copy_(torch.from_numpy(self._read(data, f"{kind}.{name}", "f32", tuple(tensor.shape))))
             for name, parameter in learned.items():
                 if step:
-                    shape, moments = tuple(parameter.shape), {"step": torch.tensor(float(step))}
-                    for moment, key in MOMENTS.items():
-                        moments[key] = torch.from_numpy(self._read(data, f"{moment}.{name}", "f32", shape))
-                    optimizer.state[parameter] = moments
+                    shape = tuple(parameter.shape)
+                    found = {key: self._read(data, f"{key}.{name}", "f32", shape) for key in ("first", "second")}
+                    optimizer.restore(parameter, step, found)
         torch.set_rng_state(random)
 
     def _read(self, data: BinaryFile, name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from barefoot.core.errors import InvalidInput
 from barefoot.core.ledger import Term
@@ -38,6 +39,17 @@ class WeightFormat(Technique):
         layout = self.layout(stored)
         n_blocks = rows * blocks.n_blocks(layout, cols)
         return tuple(Term(f"{name} {part}", n_blocks, size) for part, size in blocks.parts(layout))
+
+    def filled(self, stored: str) -> str:
+        """A layout whose blocks the columns of a matrix have to fill."""
+        return self.layout(stored)
+
+    def linear(self, rows: int, cols: int, stored: str, **settings: Any) -> Any:
+        """The PyTorch module that multiplies by such a matrix, without its bytes yet: a ``PackedLinear``, which takes
+        the settings."""
+        from barefoot.weights.module import PackedLinear
+
+        return PackedLinear(self.layout(stored), cols, rows, **settings)
 
 
 ROLE = WeightFormat

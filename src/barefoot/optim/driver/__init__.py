@@ -1,0 +1,1 @@
+"""Optimizers in PyTorch. Its modules import torch; this one doesn't."""
