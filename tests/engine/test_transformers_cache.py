@@ -166,7 +166,7 @@ def test_what_is_drawn_of_a_prompt_is_drawn_alike(named, tmp_path):
 
 
 POLICY_KNOBS = {"keep": 40, "window": 6, "recent": 8, "room": 60}
-SMALL = {"kivi": "kivi(residual=32)"}
+SMALL = {"kivi": "kivi(residual=32)", "comet": "comet(group=32)"}
 
 
 @pytest.fixture(scope="module")

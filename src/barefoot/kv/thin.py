@@ -18,7 +18,7 @@ from barefoot.kv.channels import Channels, sum_of_squares
 from barefoot.kv.entries import MOVED_ROWS, Entries, Region, pack
 from barefoot.kv.sealed import Sealed
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
-from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores import SealingStore
 from barefoot.kv.stores.think import Think
 from barefoot.ops import kvrows
 
@@ -189,18 +189,18 @@ class Thin(Entries):
 
 
 class ThinSealed(Sealed):
-    """Over ``kivi``: what is sealed is thin."""
+    """Over a store that seals: what is sealed is thin."""
 
     @staticmethod
     def arrays(shape: Shape, store: Think) -> tuple[Array, ...]:  # type: ignore[override]
-        assert isinstance(store.inner, Kivi)
+        assert isinstance(store.inner, SealingStore)
         blocks, *others = Sealed.arrays(shape, store.inner)
         thin = replace(blocks, n_bytes=store.inner.block_bytes(store.n_kept(shape.heads.head_dim)))
         return (thin, *others, *Channels.arrays(shape, store))
 
     @staticmethod
     def placing_bytes(shape: Shape, store: Think) -> int:  # type: ignore[override]
-        assert isinstance(store.inner, Kivi)
+        assert isinstance(store.inner, SealingStore)
         return Sealed.placing_bytes(shape, store.inner)
 
     @staticmethod
@@ -208,7 +208,7 @@ class ThinSealed(Sealed):
         return Channels.asking_bytes(shape, store, n_tokens)
 
     def __init__(self, shape: Shape, store: Think, take: Take) -> None:
-        assert isinstance(store.inner, Kivi)
+        assert isinstance(store.inner, SealingStore)
         super().__init__(shape, store.inner, take, key_dim=store.n_kept(shape.heads.head_dim))
         self.channels = Channels(shape, store, take)
 
@@ -219,7 +219,7 @@ class ThinSealed(Sealed):
         return self.channels.query(layer)
 
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
-        if stay.shape[1] >= self._store.residual and not self.channels.has(layer):
+        if stay.shape[1] > self._store.residual and not self.channels.has(layer):
             waiting, n = self._keys[layer], self.n(layer)
             self.channels.choose(layer, _squares(stay, waiting, keys, n))
         self.channels.passed(layer)
