@@ -37,6 +37,7 @@ STORES = [
     MiniCache(start=0, recent=3),
     Ruled(FEW[1], Think(recent=8)),
     Think(Kivi(residual=32)),
+    Think(Comet(group=32)),
     Ruled(FEW[2], MiKV(Int8Store(), bits=4)),
 ]
 

@@ -420,6 +420,7 @@ def test_attention_that_nobody_watches_is_refused(llama):
         ("q3", Incompatible, "multiples of 8, got 12"),
         ("nothing", InvalidInput, "nothing"),
         ("sinks(rope=slot)", Incompatible, "turns queries to its first entries"),
+        ("bfp4(sort=true)", Incompatible, "which only the engine does"),
         ("h2o > think", Incompatible, "keeps entries that are no rows"),
     ],
 )

@@ -69,7 +69,7 @@ def sizes_by_weights(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> F32
 
     def vector(role: str) -> F32:
         found = decode(weights[role].format, read_rows(checkpoint, weights[role]), weights[role].cols)[0]
-        return found + np.float32(spec.norm_plus_one) if role.endswith("norm") else found
+        return np.asarray(found + np.float32(spec.norm_plus_one)) if role.endswith("norm") else found
 
     key, norm = weights["k"], vector("attn_norm")
     squares = np.empty((spec.n_kv_heads, spec.head_dim), np.float32)
@@ -87,9 +87,8 @@ def sizes_by_weights(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> F32
 def of_pairs(sizes: F32, heads: Heads) -> F32:
     """Sizes (n_kv_heads, head_dim) where both channels of a pair have their mean."""
     pair = heads.factor_of_channel
-    sums = np.zeros((len(sizes), heads.n_free), np.float32)
-    np.add.at(sums, (slice(None), pair), sizes)
-    return (sums / np.bincount(pair).astype(np.float32))[:, pair]
+    means = [np.bincount(pair, own) / np.bincount(pair) for own in sizes]
+    return np.array(means, np.float32)[:, pair]
 
 
 def key_order_footprint(spec: ModelSpec, kv: KVStore) -> Footprint:

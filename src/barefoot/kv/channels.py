@@ -103,9 +103,13 @@ class Channels:
 
     def held(self) -> dict[str, npt.NDArray[Any]]:
         """What is chosen, or what it is still to be chosen by."""
-        names = ("channels" if chosen else "asked" for chosen in self._chosen)
-        arrays = {"channels": self.kept, "asked": self._asked}
-        return {f"{layer}.{name}": arrays[name][layer] for layer, name in enumerate(names)}
+        found: dict[str, npt.NDArray[Any]] = {}
+        for layer, chosen in enumerate(self._chosen):
+            if chosen:
+                found[f"{layer}.channels"] = self.kept[layer]
+            else:
+                found[f"{layer}.asked"] = self._asked[layer]
+        return found
 
     def check(self) -> None:
         """
