@@ -33,7 +33,7 @@ from barefoot.plan.job import parse_kv
 from benchmarks.harness import card, claim, save
 
 REFERENCE, EXACT = "f16", "f32"
-STORES = ("q8", "q4", "q3", "q2", "bfp4", "kivi(bits=4)", "kivi(bits=3)", "kivi")
+STORES = ("q8", "q4", "q3", "q2", "bfp4", "bfp4(sort=true)", "comet", "kivi(bits=4)", "kivi(bits=3)", "kivi")
 POLICIES = ("snapkv(keep=KEEP)", "h2o(keep=KEEP)")
 PARTS = (2, 4, 8, 16)  # one in so many entries stays
 PAIRS = (

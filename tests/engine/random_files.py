@@ -34,6 +34,7 @@ INNER = {
     **{role: f"self_attn.{role}_proj" for role in "qkvo"},
     **{role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
     **{f"{role}_norm": f"self_attn.{role}_norm" for role in "qk"},
+    **{f"{role}_bias": f"self_attn.{role}_proj" for role in "qkv"},
 }
 GEMMA_INNER = INNER | {
     "post_attn_norm": "post_attention_layernorm",
@@ -53,7 +54,8 @@ def write_random(folder, config, seed: int = 0) -> None:
             name = OUTER[weight.name]
         else:
             name = f"model.layers.{weight.layer}.{inner[weight.name.split('.')[2]]}"
-        entries.append(array_entry(f"{name}.weight", values[0] if weight.group == "norm" else values))
+        kind = "bias" if weight.name.endswith("_bias") else "weight"
+        entries.append(array_entry(f"{name}.{kind}", values[0] if weight.group == "norm" else values))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "model.safetensors", entries)

@@ -13,6 +13,7 @@ from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.ruled import Ruled
+from barefoot.kv.stores.comet import Comet
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.kivi import Kivi
 from barefoot.kv.stores.mikv import MiKV
@@ -32,9 +33,11 @@ STORES = [
     *(Ruled(FEW[3], store) for store in (Kivi(residual=32), MiniCache(inner=Int8Store()))),
     Ruled(FEW[1], MiniCache(start=0, recent=2)),
     Kivi(residual=32),
+    Comet(group=32),
     MiniCache(start=0, recent=3),
     Ruled(FEW[1], Think(recent=8)),
     Think(Kivi(residual=32)),
+    Think(Comet(group=32)),
     Ruled(FEW[2], MiKV(Int8Store(), bits=4)),
 ]
 

@@ -21,11 +21,17 @@ KV = (
     "scissorhands(keep=20,window=9,recent=4)",
     "snapkv(keep=20,window=6,room=40) > kivi(residual=32)",
     "kivi(residual=32)",
+    "comet(group=32)",
     "d2o(keep=20,first=1,mass=bias)",
     "elastic(ratio=0.4)",
     "kvmerger(keep=20,alike=-1.0,mass=bias)",
     "h2o(keep=30) > minicache(start=0,recent=3) > q8",
     "minicache(recent=5)",
+    "h2o(keep=20) > think(recent=8)",
+    "think(recent=70,window=9)",  # nothing is thin yet
+    "think(window=9) > kivi(residual=32)",
+    "h2o(keep=20) > mikv > q8",
+    "snapkv(keep=20,window=6,room=40) > mikv(bits=4,balance=false)",
 )
 
 
@@ -52,7 +58,7 @@ def test_another_engine_goes_on_as_the_first_one(folder, kv, tmp_path):
         other.load(path, 1)
         assert other.positions == (0, 57)
         assert np.array_equal(go_on(engine, IDS[57:62]), go_on(other, IDS[57:62], 1))
-        if "kivi" not in kv:
+        if "kivi" not in kv and "comet" not in kv:
             assert np.array_equal(engine.prefill(IDS[:9]), other.prefill(IDS[:9], sequence=1))
             assert np.array_equal(go_on(engine, IDS[5:9]), go_on(other, IDS[5:9], 1))
 
@@ -108,10 +114,18 @@ def put(header, keys, value):
         ("scissorhands(keep=20,window=9,recent=4)", ("cache", "part"), 9),
         ("kivi(residual=32)", ("cache", "entries", "keys", 0), 31),
         ("kivi(residual=32)", ("cache", "entries", "values", 0), 57),
+        ("comet(group=32)", ("cache", "entries", "keys", 0), 0),
+        ("comet(group=32)", ("cache", "entries", "n", 0), 70),
         ("minicache(start=0,recent=3)", ("cache", "entries", "merged", 0), 1 << 40),
         ("minicache(start=0,recent=3)", ("cache", "entries", "merged", 1), 40),
         ("minicache(start=0,recent=3)", ("cache", "entries", "exact", 0), 7),  # of 96 slots 4 are kept, 3 wait
         ("minicache(start=0,recent=3)", ("cache", "entries", "exact"), [4]),
+        ("think(recent=8)", ("cache", "entries", "chosen", 0), 0),
+        ("think(recent=8)", ("cache", "entries", "chosen", 0), 2),
+        ("think > kivi(residual=32)", ("cache", "entries", "chosen", 0), 0),
+        ("h2o(keep=20) > mikv", ("cache", "entries", "codes", 0), 1 << 40),
+        ("h2o(keep=20) > mikv", ("cache", "entries", "codes", 0), 36),
+        ("h2o(keep=20) > mikv", ("cache", "entries", "fixed", 0), 0),
         ("f16", ("highest",), 1 << 35),
         ("f16", ("highest",), 60),
     ],
@@ -144,6 +158,37 @@ def test_positions_that_lie_are_refused(tmp_path):
             with pytest.raises(CorruptFile, match="positions of layer 0"):
                 engine.load(path)
             assert engine.position == 0
+
+
+@pytest.mark.parametrize(
+    ("kv", "tensor", "first", "match"),
+    [
+        ("think(recent=8)", "0.channels", [300], "channels of layer 0 are not different ones below"),
+        ("think(recent=8)", "0.channels", [3, 3], "channels of layer 0 are not different ones below"),
+        ("think(recent=70)", "1.asked", np.array([np.nan], np.float32), "sums of squares of queries of layer 1"),
+        ("think(recent=8)", "0.position", np.arange(57, dtype=np.int32), "whole keys of layer 0 are not the newest"),
+        ("h2o(keep=20) > mikv", "0.position.codes", np.array([57], np.int32), "positions of layer 0 and its codes"),
+        ("h2o(keep=20) > mikv", "0.position.codes", np.array([56], np.int32), "positions of layer 0 and its codes"),
+        ("h2o(keep=20) > mikv", "balance", np.array([0], np.float32), "channels of layer 0 have a balance that can't"),
+    ],
+)
+def test_contents_that_lie_are_refused(kv, tensor, first, match, tmp_path):
+    """The beginning of a tensor overwritten; position 56, the prompt's last, is kept by the policy."""
+    folder, path = tmp_path / "llama", tmp_path / "at.kv"
+    write_random(folder, LLAMA)
+    with open_engine(folder, kv=parse_kv(kv)) as engine:
+        expected = engine.prefill(IDS[:57]).copy()
+        engine.save(path)
+        raw = bytearray(path.read_bytes())
+        n = int.from_bytes(raw[:8], "little")
+        at = json.loads(raw[8 : 8 + n])[f"cache.{tensor}"]["data_offsets"][0] + 8 + n
+        new = (np.array(first, np.uint16) if isinstance(first, list) else first).tobytes()
+        raw[at : at + len(new)] = new
+        path.write_bytes(raw)
+        with pytest.raises(CorruptFile, match=match):
+            engine.load(path)
+        assert engine.position == 0
+        assert np.array_equal(engine.prefill(IDS[:57]), expected)
 
 
 def test_what_is_of_another_model_store_or_size_is_refused_and_nothing_changes(folder, tmp_path):

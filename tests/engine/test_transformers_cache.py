@@ -166,7 +166,7 @@ def test_what_is_drawn_of_a_prompt_is_drawn_alike(named, tmp_path):
 
 
 POLICY_KNOBS = {"keep": 40, "window": 6, "recent": 8, "room": 60}
-SMALL = {"kivi": "kivi(residual=32)"}
+SMALL = {"kivi": "kivi(residual=32)", "comet": "comet(group=32)"}
 
 
 @pytest.fixture(scope="module")
@@ -420,6 +420,7 @@ def test_attention_that_nobody_watches_is_refused(llama):
         ("q3", Incompatible, "multiples of 8, got 12"),
         ("nothing", InvalidInput, "nothing"),
         ("sinks(rope=slot)", Incompatible, "turns queries to its first entries"),
+        ("bfp4(sort=true)", Incompatible, "which only the engine does"),
         ("h2o > think", Incompatible, "keeps entries that are no rows"),
     ],
 )

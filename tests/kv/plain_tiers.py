@@ -1,4 +1,4 @@
-"""Plain models of ``think`` and ``mikv``: entries that are masked or rounded where they stand."""
+"""Plain models of ``think``, ``mikv`` and ``comet``: entries that are masked or rounded where they stand."""
 
 from __future__ import annotations
 
@@ -51,6 +51,45 @@ class PlainThin(PlainCache):
         other = super().fork()
         other.asked, other.kept = dict(self.asked), dict(self.kept)
         other.thin = {at: set(positions) for at, positions in self.thin.items()}
+        return other
+
+
+def by_channel(bits, rows):
+    """Rows (n, channels), float32, as the codes of each channel give them back, scales and minimums in half
+    precision; codes are found in float32, too, as what lies half-way between two would differ."""
+    low, high = rows.min(axis=0), rows.max(axis=0)
+    scale = ((high - low) / np.float32(2**bits - 1)).astype(np.float16).astype(np.float32)
+    low = low.astype(np.float16).astype(np.float32)
+    codes = (rows - low) * np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.clip(np.rint(codes), 0, 2**bits - 1).astype(np.float64) * scale + low
+
+
+class PlainGroups(PlainCache):
+    """Entries in groups, each rounded by channel when one more comes behind it."""
+
+    def stored(self, layer, head, new, *, decoded=False):
+        there, store = self.entries[layer][head], self.layout.store
+        self.sealed = getattr(self, "sealed", {})
+        while len(there) - self.sealed.get((layer, head), 0) > store.group:
+            first = self.sealed.get((layer, head), 0)
+            group = [there[p] for p in range(first, first + store.group)]
+            for i in (0, 1):
+                rows = by_channel(store.bits, np.array([entry[i] for entry in group], np.float32))
+                for entry, row in zip(group, rows, strict=True):
+                    entry[i] = row
+            self.sealed[layer, head] = first + store.group
+
+    def can_trim(self, n):
+        return n == 0 or n >= max(getattr(self, "sealed", {}).values(), default=0)
+
+    def trim(self, n):
+        super().trim(n)
+        if n == 0:
+            self.sealed = {}
+
+    def fork(self):
+        other = super().fork()
+        other.sealed = dict(getattr(self, "sealed", {}))
         return other
 
 

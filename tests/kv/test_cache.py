@@ -21,6 +21,7 @@ from barefoot.kv.policies.scissorhands import Scissorhands
 from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.storage import Heads
+from barefoot.kv.stores.comet import Comet
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.f32 import FloatStore
 from barefoot.kv.stores.kivi import Kivi
@@ -229,6 +230,7 @@ def test_knobs_out_of_range_are_refused(make_policy, message):
     ("policy", "store"),
     [
         (None, Kivi()),
+        (None, Comet()),
         (Sinks(keep=512), HalfStore()),
         (Random(keep=512), HalfStore()),
         (H2O(keep=512), Int8Store()),
@@ -264,8 +266,8 @@ def test_choosing_takes_what_is_stated(policy, store, heads):
     with TracedPeak() as choosing:
         cache.settle(0)
     for _ in range(3):
-        cache.step(0, q[:1], k[:1], v[:1], out[:1])
         with TracedPeak() as going:
+            cache.step(0, q[:1], k[:1], v[:1], out[:1])
             cache.stepped()
     took = [each.result.peak - each.result.before for each in (passing, choosing, going)]
     stated = cache.layout.passing().bytes

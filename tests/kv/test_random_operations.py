@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from plain_cache import PlainCache
-from plain_tiers import PlainDemoted, PlainThin
+from plain_tiers import PlainDemoted, PlainGroups, PlainThin
 from test_cache import Counted, arrays, run_prompt
 
 from barefoot import ops
@@ -18,6 +18,7 @@ from barefoot.kv.policies.sinks import Sinks
 from barefoot.kv.policies.snapkv import SnapKV
 from barefoot.kv.slots import Slots
 from barefoot.kv.storage import Heads
+from barefoot.kv.stores.comet import Comet
 from barefoot.kv.stores.f16 import HalfStore
 from barefoot.kv.stores.mikv import MiKV
 from barefoot.kv.stores.think import Think
@@ -47,9 +48,13 @@ def test_operations_on_what_is_demoted(policy):
     operate(policy, MiKV(bits=3), PlainDemoted, WIDE, 1200)
 
 
-def operate(policy, store, plain_cache, heads, n_operations):
+def test_operations_on_groups():
+    operate(None, Comet(group=32), PlainGroups, WIDE, 1200, 70)
+
+
+def operate(policy, store, plain_cache, heads, n_operations, context=CONTEXT):
     rng, dim = np.random.default_rng(7), heads.head_dim
-    layout = Layout(heads, 1, CONTEXT, policy, store, 16)
+    layout = Layout(heads, 1, context, policy, store, 16)
     own = [Counted() for _ in range(N_CACHES)]
     workspace = Workspace(layout, Counted(), ops.n_threads())
     caches = [Cache(layout, workspace, take) for take in own]
@@ -61,7 +66,7 @@ def operate(policy, store, plain_cache, heads, n_operations):
         what = rng.choice(["prompt", "token", "fork", "back", "clear"], p=[0.1, 0.62, 0.1, 0.16, 0.02])
         if what == "prompt":
             n = int(rng.integers(1, 14))
-            if n > CONTEXT - model.n_tokens:
+            if n > context - model.n_tokens:
                 with pytest.raises(InvalidInput, match="don't fit"):
                     cache.begin(n)
                 what = "refused"
@@ -72,7 +77,7 @@ def operate(policy, store, plain_cache, heads, n_operations):
                 assert np.allclose(run_prompt(cache, [prompt], 16)[0], expected, atol=1e-4)
         elif what == "token":
             entries = len(model.candidates(0, 0))
-            if model.n_tokens == CONTEXT or entries == layout.n_slots:
+            if model.n_tokens == context or entries == layout.n_slots:
                 what = "refused"
             else:
                 q, k, v = halves(rng, 1, heads)
@@ -116,6 +121,9 @@ def check(caches, plain):
     for cache, model in zip(caches, plain, strict=True):
         assert cache.n_tokens == model.n_tokens
         storage = getattr(cache.storage, "kept", cache.storage)
+        if not hasattr(storage, "regions"):  # blocks: what attention gives of them is looked at
+            assert storage.n(0) == len(model.candidates(0, 0))
+            continue
         for head, there in enumerate(model.entries[0]):
             slots = [s for s in range(storage.n(0)) if storage.free[0, head] != s]
             position = storage.position(0)[head, slots]

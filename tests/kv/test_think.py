@@ -162,8 +162,8 @@ def test_bytes_over_kivi():
     thin, full = (
         {a.name: a.bytes for a in s.storage().arrays(shape, s)} for s in (store, store.inner)
     )  # two bits: a byte for four channels of a position, and 4 bytes a channel for 32 positions; 40 are 48 in words
-    assert full["kv blocks of keys"] == 3 * 2 * 256 * 64 * (2 / 8 + 4 / 32)
-    assert thin["kv blocks of keys"] == 3 * 2 * 256 * (48 * 2 / 8 + 40 * 4 / 32)
+    assert full["kv blocks of keys"] == 3 * 2 * 128 * 64 * (2 / 8 + 4 / 32)
+    assert thin["kv blocks of keys"] == 3 * 2 * 128 * (48 * 2 / 8 + 40 * 4 / 32)
     assert {name: thin[name] for name in full if name != "kv blocks of keys"} == {
         name: n for name, n in full.items() if name != "kv blocks of keys"
     }

@@ -61,6 +61,10 @@ def make(key_format, value_format, keys, values, counts, implementation=ops, *, 
         padded = np.full((n_heads, -(-room // 32) * 32, value_dim), np.nan, np.float32)
         padded[:, :n] = values
         value_bytes = kvblocks.encode_values(int(value_format[1]), padded.reshape(n_heads, -1, 32, value_dim))
+    elif value_format in CHANNELS:
+        padded = np.zeros((n_heads, -(-n // group) * group, value_dim), np.float32)
+        padded[:, :n] = values
+        value_bytes = kvblocks.encode_channels(int(value_format[1]), padded.reshape(n_heads, -1, group, value_dim))
     else:
         value_bytes = np.zeros((n_heads, room, kvrows.row_bytes(value_format, value_dim)), np.uint8)
         value_bytes[:, :n] = kvrows.encode(value_format, values)
@@ -109,7 +113,7 @@ def test_counts_are_each_heads_own(rng):
 @pytest.mark.parametrize("key_format", ["f16", "q8", "q2", "bfp4", *CHANNELS])
 def test_kernels_equal_the_reference(isa, key_format, heads, key_dim, value_dim, n_tokens, threads, rng):
     n_heads, n_kv_heads = heads
-    for i, value_format in enumerate(("f16", "q4", "q3", "q2", "bfp4", *TOKENS)):
+    for i, value_format in enumerate(("f16", "q4", "q3", "q2", "bfp4", *TOKENS, *CHANNELS)):
         threads(1 + i % 3)
         n = (32, 160, 416)[i % 3]
         keys, values = arrays(rng, n_kv_heads, n, key_dim, value_dim)
@@ -175,6 +179,25 @@ def test_weights_times_scales_are_rounded_to_16_bits(isa, bits, heads, rng):
     assert np.abs(passes[1].out - passes[0].out).max() < of_weights + 1e-5 * np.abs(values).max()
 
 
+@pytest.mark.parametrize("bits", kvblocks.BITS)
+@pytest.mark.parametrize("heads", [(3, 1), (8, 8), (33, 1)])
+def test_weights_of_values_by_channel_are_rounded_to_16_bits(isa, bits, heads, rng):
+    """Whatever the scales of the channels are: the error is that of the weights, whose largest is 1, times the range of
+    the channel."""
+    (n_heads, n_kv_heads), dim, n, group = heads, 64, 192, 96
+    keys, values = arrays(rng, n_kv_heads, n, dim, dim)
+    values[..., ::17] *= 300
+    q = 0.1 * rng.standard_normal((1, n_heads * dim)).astype(np.float32)
+    passes = []
+    for implementation in (segments, ops):
+        segment = make("f32", f"c{bits}", keys, values, [n] * n_kv_heads, implementation, group=group)
+        passes.append(Pass(q, n_heads, dim, implementation).take(segment))
+    ranges = np.ptp(values, axis=1).max(axis=0)
+    of_weights = n * ranges / LEVELS / 2 / passes[0].totals.min()
+    errors = np.abs(passes[1].out - passes[0].out).max(axis=(0, 1))
+    assert (errors < of_weights + 1e-5 * np.abs(values).max(axis=(0, 1))).all()
+
+
 def test_entries_ahead_of_a_token_are_not_seen(isa, rng):
     keys, values = arrays(rng, 2, 50, 32, 32)
     q = rng.standard_normal((12, 4 * 32)).astype(np.float32)
@@ -232,6 +255,25 @@ def test_values_by_token_start_at_any_block(isa, value_format, rng):
         there = kvblocks.decode_values(bits, stored, 40).reshape(2, 224, 40)[:, 64 : 64 + n]
         first = plain(q, [(keys[:, 64 : 64 + n], there)], 4)[:, :2]
         assert np.allclose(outs[1][:, :2], first, atol=1e-6)
+        assert np.abs(outs[0] - outs[1]).max() < (1e-3 if n_tokens == 1 else 3e-5)
+
+
+@pytest.mark.parametrize(("value_format", "group", "start"), [("c2", 32, 96), ("c3", 64, 32), ("c4", 128, 160)])
+@pytest.mark.parametrize("dim", [32, 40])
+def test_values_by_channel_start_at_any_run(isa, value_format, group, start, dim, rng):
+    """So that a tile of 64 positions is of two groups, and begins in the middle of one."""
+    keys, values = arrays(rng, 2, 384, 32, dim)
+    bits, n = int(value_format[1]), 384 - start - 5
+    stored = kvblocks.encode_channels(bits, values.reshape(2, -1, group, dim))
+    there = kvblocks.decode_channels(bits, stored, group, dim).reshape(2, 384, dim)[:, start : start + n]
+    for n_tokens in (1, 3):
+        q = rng.standard_normal((n_tokens, 4 * 32)).astype(np.float32)
+        outs = []
+        for implementation in (ops, segments):
+            segment = make("f32", value_format, keys, values, [n, n], implementation, group=group)
+            segment.key_start = segment.value_start = start
+            outs.append(Pass(q, 4, dim, implementation).take(segment).out)
+        assert np.allclose(outs[1], plain(q, [(keys[:, start : start + n], there)], 4), atol=1e-6)
         assert np.abs(outs[0] - outs[1]).max() < (1e-3 if n_tokens == 1 else 3e-5)
 
 
@@ -384,6 +426,39 @@ def test_blocks_of_values_hold_what_rows_do(bits, head_dim, rng):
     assert np.array_equal(back, kvrows.decode(f"q{bits}", rows, head_dim), equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", kvblocks.BITS)
+@pytest.mark.parametrize(("group", "head_dim"), [(32, 64), (64, 40), (128, 8), (32, 256)])
+def test_values_by_channel_are_what_keys_are(bits, group, head_dim, rng):
+    """By another layout, in the same bytes but for the pads of keys: the numbers are the same."""
+    values = rng.standard_normal((3, 2, group, head_dim)).astype(np.float32) * rng.uniform(0.1, 10, head_dim)
+    values = values.astype(np.float32)
+    values[1, 0, 7, 3] = np.inf
+    packed = kvblocks.encode_channels(bits, values)
+    assert packed.shape == (3, 2, kvblocks.channel_block_bytes(bits, group, head_dim))
+    back = kvblocks.decode_channels(bits, packed, group, head_dim)
+    assert np.isnan(back[1, 0, :, 3]).all()
+    as_keys = kvblocks.decode(bits, kvblocks.encode(bits, values), group, head_dim)
+    assert np.array_equal(back, as_keys, equal_nan=True)
+
+
+def test_words_of_values_by_channel():
+    """Scales, minimums, and 32 positions after the other words as of values by token; written out by hand."""
+    values = np.full((64, 33), -1, np.float32)
+    values[0] += 3  # each channel's range is -1 to 2
+    values[32 + 18, 5] += 2
+    values[32 + 9, 32] += 1
+    packed = kvblocks.encode_channels(2, values)
+    assert packed[:66].view(np.float16).tolist() == [1] * 33
+    assert packed[66:132].view(np.float16).tolist() == [-1] * 33
+    first, second = packed[132:].view("<u4").reshape(2, 66)  # of 32 positions: two words of 32 channels, then of one
+    assert (first[:32] == 3).all()
+    assert first[64] == 3
+    assert second[5] == 2 << (16 + 2 * 2)
+    assert second[65] == 1 << (2 * 1)
+    assert not np.delete(first, [*range(32), 64]).any()
+    assert not np.delete(second, [5, 65]).any()
+
+
 def test_words_of_codes():
     """Lane j of a run has word j of each chunk, and terms c and 16 + c its two halves; written out by hand."""
     values = np.zeros((32, 33), np.float32)
@@ -407,10 +482,13 @@ def test_bytes_of_blocks():
     assert kvblocks.block_bytes(2, 32, 40) == 32 * 48 * 2 // 8 + 4 * 40  # codes of 40 channels take room for 48
     assert kvblocks.value_block_bytes(2, 64) == 32 * 64 * 2 // 8 + 2 * 128
     assert kvblocks.value_block_bytes(3, 40) == 32 * 40 * 3 // 8 + 2 * 128
-    with pytest.raises(InvalidInput, match="2, 3, 4, 8 bits, got 5"):
-        kvblocks.block_bytes(5, 32, 64)
-    with pytest.raises(InvalidInput, match="multiple of 32, got 48"):
-        kvblocks.block_bytes(2, 48, 64)
+    assert kvblocks.channel_block_bytes(4, 128, 64) == 128 * 64 * 4 // 8 + 4 * 64
+    assert kvblocks.channel_block_bytes(3, 64, 40) == 64 * 40 * 3 // 8 + 4 * 40
+    for n_bytes in (kvblocks.block_bytes, kvblocks.channel_block_bytes):
+        with pytest.raises(InvalidInput, match="2, 3, 4, 8 bits, got 5"):
+            n_bytes(5, 32, 64)
+        with pytest.raises(InvalidInput, match="multiple of 32, got 48"):
+            n_bytes(2, 48, 64)
 
 
 def test_wrong_arguments_are_refused(rng):

@@ -30,8 +30,7 @@ from barefoot.kv import budgets
 from barefoot.kv.merging import Rows, merge
 from barefoot.kv.policies import I32, Policy, Seen, by_layer
 from barefoot.kv.ruled import Ruled
-from barefoot.kv.stores import KVStore
-from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores import KVStore, SealingStore
 from barefoot.plan.job import parse_kv
 
 MANY = 1 << 30  # positions: there is no context
@@ -97,8 +96,12 @@ def _check(model: Any, config: Any, policy: Policy | None, store: KVStore) -> No
         raise Incompatible(f"{name} caps the scores of its attention, which sdpa can't")
     if getattr(config, "num_kv_shared_layers", 0):
         raise Incompatible(f"layers of {name} share their keys and values, so entries can't go layer by layer")
-    if not (store.rows or isinstance(store, Kivi)):
+    if not (store.rows or isinstance(store, SealingStore)):
         raise Incompatible(f"{store} keeps entries that are no rows, which only the engine does")
+    if store.sorts_keys:
+        raise Incompatible(
+            f"{store} puts channels in an order that the model's weights say, which only the engine does"
+        )
     if policy is not None and policy.n_anchored:
         raise Incompatible(f"{policy} turns queries to its first entries, which only the engine does")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from barefoot.kv.sealed import VALUES
 from barefoot.kv.storage import F32, I32, STAGED
-from barefoot.kv.stores import KVStore
-from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores import KVStore, SealingStore
 from barefoot.ops import kvblocks, kvrows
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16}
@@ -136,14 +134,14 @@ class Entries:
 
 
 class Sealed(Entries):
-    """Old keys by channel and old values by token, as :mod:`barefoot.kv.sealed` has them, without its room for more.
+    """Old keys and values in blocks, as :mod:`barefoot.kv.sealed` has them, without its room for more.
 
     The others wait in rows of half precision.
     """
 
     lets_go = False
 
-    def __init__(self, k: Tensor, v: Tensor, store: Kivi) -> None:
+    def __init__(self, k: Tensor, v: Tensor, store: SealingStore) -> None:
         super().__init__(k, v, STAGED, {})
         self._store = store
         self.parts["blocks"] = self._none(store.block_bytes(k.shape[-1]))
@@ -161,9 +159,10 @@ class Sealed(Entries):
             self._grow(blocks=torch.from_numpy(blocks).to(waiting.device))
             self.parts["keys"] = waiting[:, :, n:].clone()
         waiting = self.parts["values"]
-        if n := max(0, waiting.shape[2] - store.residual) // VALUES * VALUES:
+        each = store.n_values_sealed
+        if n := max(0, waiting.shape[2] - store.n_values_left) // each * each:
             values = decode(STAGED, waiting[:, :, :n].contiguous(), v, torch.float32)
-            blocks = kvblocks.encode_values(store.bits, values.view(*self._each, -1, VALUES, v).cpu().numpy())
+            blocks = store.encode_values(values.view(*self._each, -1, each, v).cpu().numpy())
             self._grow(sealed=torch.from_numpy(blocks).to(waiting.device))
             self.parts["values"] = waiting[:, :, n:].clone()
 
@@ -175,7 +174,7 @@ class Sealed(Entries):
             rows = kvblocks.decode(store.bits, blocks.cpu().numpy(), store.group, k).reshape(*self._each, -1, k)
             keys = torch.cat([torch.from_numpy(rows).to(keys.device, dtype), keys], dim=2)
         if sealed.shape[2]:
-            rows = kvblocks.decode_values(store.bits, sealed.cpu().numpy(), v).reshape(*self._each, -1, v)
+            rows = store.decode_values(sealed.cpu().numpy(), v).reshape(*self._each, -1, v)
             values = torch.cat([torch.from_numpy(rows).to(values.device, dtype), values], dim=2)
         return keys, values
 
@@ -223,7 +222,7 @@ class PromptRows:
 
 def entries_of(store: KVStore, k: Tensor, v: Tensor, observed: Mapping[str, tuple[int, ...]]) -> Entries:
     """None yet, of keys and values like these."""
-    if isinstance(store, Kivi):
+    if isinstance(store, SealingStore):
         assert not observed  # policies that watch what is decoded send it away singly, which sealed entries can't
         return Sealed(k, v, store)
     return Entries(k, v, store.row_format, observed)

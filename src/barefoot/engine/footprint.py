@@ -17,6 +17,7 @@ from barefoot.core.lifetimes import ALIGNMENT, Arrangement, Buffer, arrange
 from barefoot.core.model import ModelSpec, PartSpec, WeightGroup
 from barefoot.core.units import round_up
 from barefoot.engine.config import AdapterParts, EngineConfig
+from barefoot.engine.key_order import key_order_footprint
 from barefoot.engine.placement import Placement, Resident, place, stream_buffer_bytes
 from barefoot.engine.repacking import REPACKED_ROWS
 from barefoot.engine.stacks import n_stacked, signed, stack_footprint
@@ -34,7 +35,7 @@ ARRANGE_BYTES = 1 << 20  # of rows rearranged at a time: within the cache of a c
 CONVERT_ELEMENTS = 1 << 16  # weights converted at a time: staging, whatever the model's size
 
 # Entries of numpy arrays that come and go; all others are regions of the arena. A test measures the number.
-PASSING = ("encoder", "repacker", "chooser", "adapter reader")
+PASSING = ("encoder", "repacker", "chooser", "key sorter", "adapter reader")
 ENCODE_BYTES_PER_WEIGHT = 17  # where numpy encodes, ENCODED_AT_A_TIME weights or a row; kernels take nothing
 REPACK_BYTES_PER_WEIGHT = 10  # where groups are scattered; less than half elsewhere
 ADAPTER_BYTES_PER_NUMBER = 10  # of B of an adapter's module while it is read as bf16; A and other types take less
@@ -55,6 +56,7 @@ def footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
         + _streams(spec, placement)
         + _staging(placement)
         + by_layer_footprint(spec, config)
+        + key_order_footprint(spec, config.kv)
         + adapter_footprint(config.adapter)
         + entry("kv", "kv", _kv(spec, config), phases=RUNNING)
         + entry("activations", "activations", [_block("arrangement", activations(spec, config).bytes)], phases=RUNNING)

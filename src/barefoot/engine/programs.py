@@ -16,13 +16,14 @@ from barefoot.engine.weights import Sum
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer's weights, and the keys and values of all sequences; None where a policy rules them. ``matrices`` are
     q, k, v, o, gate, up, down; those of a streamed layer are bound to a buffer when it is run, in the order of
-    ``streamed``."""
+    ``streamed``. ``key_order``: of the channels of queries and keys, (n_kv_heads, head_dim), where they are sorted."""
 
     spec: LayerSpec
     rope: int
@@ -34,6 +35,7 @@ class Layer:
     gate_up: list[Sum]
     down: list[Sum]
     vectors: dict[str, F32]
+    key_order: U16 | None
     streamed: tuple[tuple[WeightSpec, Sum], ...]
 
 
@@ -77,6 +79,9 @@ class Recorder:
         cos, sin = views.rope[layer.rope]
         program.rope(q, spec.n_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
         program.rope(k, spec.n_kv_heads, spec.head_dim, cos, sin, interleaved=layer.spec.rope.interleaved)
+        if layer.key_order is not None:
+            program.reorder(q, layer.key_order)
+            program.reorder(k, layer.key_order)
 
     def _attention(self, program: ops.Program, layer: Layer) -> None:
         spec, views, row_format = self.spec, self.views, self.config.kv.row_format

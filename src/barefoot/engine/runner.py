@@ -25,6 +25,7 @@ from barefoot.engine.by_layer import ByLayer
 from barefoot.engine.config import EngineConfig
 from barefoot.engine.files import WeightFiles
 from barefoot.engine.footprint import PASSING, RUNNING, footprint, scratch_bytes
+from barefoot.engine.key_order import read_orders
 from barefoot.engine.kv_memory import KVMemory
 from barefoot.engine.placement import Placement, place, stream_buffer_bytes
 from barefoot.engine.programs import Layer, Recorder
@@ -76,6 +77,7 @@ class Engine:
             )
             self.arena.release("staging")
             self._beside = {} if config.adapter is None else beside.load(spec, config.adapter, self.arena)
+            self._key_orders = read_orders(checkpoint, spec, config.kv, self.arena)
             release_free_memory()  # what converting took must not stay beside keys and values
             self.stacks = self._stack()
             self._allocate()
@@ -155,6 +157,7 @@ class Engine:
             gate_up=[matrix["gate"], matrix["up"]],
             down=[matrix["down"]],
             vectors={n.removeprefix(prefix): v for n, v in self._vectors.items() if n.startswith(prefix)},
+            key_order=None if self._key_orders is None else self._key_orders[index],
             streamed=tuple(streamed.values()),
         )
 
@@ -255,7 +258,6 @@ class Engine:
         Raises
         ------
         InvalidInput : no such sequence, or it is empty.
-        Incompatible : the store's entries can't be saved.
         """
         self._snapshots().save(path, sequence)
 

@@ -31,7 +31,7 @@ from barefoot.io.strict_json import parse_object
 from barefoot.kv.cache import Cache
 
 KEY = "barefoot.kv"
-VERSION = 1
+VERSION = 2
 MOST_TOKENS = 1 << 31  # that positions of 4 bytes can number
 _TYPES = {"uint8": "u8", "uint16": "u16", "int32": "i32", "float32": "f32", "float16": "f16"}
 

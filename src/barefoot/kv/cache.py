@@ -32,7 +32,7 @@ from barefoot.kv.course import Course
 from barefoot.kv.layout import OBSERVED_TOKENS, Layout, Workspace
 from barefoot.kv.merging import PromptRows, StoredRows, merge
 from barefoot.kv.policies import Seen, by_layer
-from barefoot.kv.storage import F32, I32, STAGED, U8, Part, Storage, Take
+from barefoot.kv.storage import F32, I32, STAGED, U8, Part, Storage, Take, check_positions
 from barefoot.kv.turning import Turning
 
 
@@ -154,12 +154,7 @@ class Cache:
     # --- in a file ---------------------------------------------------------------------------------------------------
 
     def header(self) -> dict[str, Any]:
-        """How much there is, as JSON: what :meth:`restore` needs for :meth:`held` to be of the same shapes.
-
-        Raises
-        ------
-        Incompatible : such entries can't be saved.
-        """
+        """How much there is, as JSON: what :meth:`restore` needs for :meth:`held` to be of the same shapes."""
         return {**self._course.header(), "entries": self.storage.counters()}
 
     def held(self) -> dict[str, npt.NDArray[Any]]:
@@ -185,18 +180,19 @@ class Cache:
             raise
 
     def check(self) -> None:
-        """Refuse what was filled in if positions are none.
+        """Refuse what was filled in if it can't be: positions that are none, and what the storage knows.
 
         Raises
         ------
         CorruptFile : so it is. The cache is empty then.
         """
-        for layer in range(self.layout.n_layers):
-            position = np.sort(self.storage.position(layer), axis=1)
-            inside = position.size == 0 or (position[:, 0].min() >= 0 and position[:, -1].max() < self.n_tokens)
-            if not inside or (np.diff(position, axis=1) == 0).any():
-                self.clear()
-                raise CorruptFile(f"positions of layer {layer} are not different ones below {self.n_tokens}")
+        try:
+            for layer in range(self.layout.n_layers):
+                check_positions(self.storage.position(layer), self.n_tokens, f"layer {layer}")
+            self.storage.check(self.n_tokens)
+        except CorruptFile:
+            self.clear()
+            raise
 
     # --- a prompt ---------------------------------------------------------------------------------------------------
 

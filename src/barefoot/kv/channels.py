@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile
 from barefoot.kv.policies import top
 from barefoot.kv.storage import F32, U16, Array, Shape, Take, zeros
 from barefoot.kv.stores.think import Think
@@ -81,6 +85,44 @@ class Channels:
     def clear(self) -> None:
         self._asked[...] = 0
         self._sums[:] = self._chosen[:] = False
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"chosen": self._chosen.astype(int).tolist()}
+
+    def restore(self, counters: Mapping[str, Any], needed: Sequence[bool]) -> None:
+        """``needed``: of each layer, whether it has keys that lost channels.
+
+        Raises
+        ------
+        CorruptFile : no channels are chosen there.
+        """
+        chosen = untrusted.counts(counters, "chosen", len(self._chosen), 1)
+        if any(need and not has for need, has in zip(needed, chosen, strict=True)):
+            raise CorruptFile("keys lost channels in a layer that has not chosen any")
+        self._chosen[:] = chosen
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        """What is chosen, or what it is still to be chosen by."""
+        found: dict[str, npt.NDArray[Any]] = {}
+        for layer, chosen in enumerate(self._chosen):
+            if chosen:
+                found[f"{layer}.channels"] = self.kept[layer]
+            else:
+                found[f"{layer}.asked"] = self._asked[layer]
+        return found
+
+    def check(self) -> None:
+        """
+        Raises
+        ------
+        CorruptFile : channels that a head doesn't have, or has twice; sums of squares that are none.
+        """
+        for layer, chosen in enumerate(self._chosen):
+            kept, asked = self.kept[layer].astype(np.int32), self._asked[layer]
+            if chosen and ((kept >= asked.shape[1]).any() or (np.diff(kept, axis=1) <= 0).any()):
+                raise CorruptFile(f"channels of layer {layer} are not different ones below {asked.shape[1]}, in order")
+            if not chosen and not (np.isfinite(asked) & (asked >= 0)).all():
+                raise CorruptFile(f"sums of squares of queries of layer {layer} are none")
 
     def copy(self, other: Channels) -> None:
         self.kept[...], self._asked[...] = other.kept, other._asked

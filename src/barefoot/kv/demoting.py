@@ -6,15 +6,18 @@ others are attended to, and never looked at otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from barefoot.core import untrusted
+from barefoot.core.errors import CorruptFile
 from barefoot.kv.entries import MOVED_ROWS
 from barefoot.kv.slots import Slots
-from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, Storage, Take, zeros
+from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Part, Shape, Storage, Take, check_positions, zeros
 from barefoot.kv.stores.mikv import MiKV
 from barefoot.ops import kvrows
 
@@ -167,6 +170,30 @@ class Demoting(Storage):
         self._fixed[:] = False
         if self._balance is not None:
             self._balance[...] = 0
+
+    def counters(self) -> dict[str, list[int]]:
+        codes = self.codes.counters()["n"]
+        return {**self.kept.counters(), "codes": codes, "fixed": self._fixed.astype(int).tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        self.kept.restore(counters)
+        self.codes.restore({"n": counters.get("codes")})
+        self._fixed[:] = untrusted.counts(counters, "fixed", len(self._fixed), 1)
+        if (self.codes.counts[:, 0] > 0)[~self._fixed].any():
+            raise CorruptFile("codes in a layer whose channels have no balance yet")
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found = self.kept.held() | {f"{name}.codes": array for name, array in self.codes.held().items()}
+        return found if self._balance is None else found | {"balance": self._balance}
+
+    def check(self, n_tokens: int) -> None:
+        for layer, fixed in enumerate(self._fixed):
+            both = np.concatenate([self.position(layer), self.codes.position(layer)], axis=1)
+            check_positions(both, n_tokens, f"layer {layer} and its codes")
+            if self._balance is not None:
+                own = self._balance[layer]
+                if not (np.isfinite(own) & ((own > 0) if fixed else (own >= 0))).all():
+                    raise CorruptFile(f"channels of layer {layer} have a balance that can't be")
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Demoting)

@@ -8,13 +8,14 @@ part of strikes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core import untrusted
 from barefoot.kv.storage import F32, I32, STAGED, U8, U16, Array, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
@@ -186,6 +187,22 @@ class Entries(Storage):
     def clear(self) -> None:
         self.counts[...] = 0
         self.free[...] = NONE
+
+    def counters(self) -> dict[str, list[int]]:
+        self.close()
+        return {"n": self.counts[:, 0].tolist()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        slots = [region.n_slots for region in self.regions]
+        self.free[...] = NONE
+        self.counts[...] = np.array(untrusted.counts(counters, "n", len(slots), slots))[:, None]
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found = {}
+        for layer, region in enumerate(self.regions):
+            for name, array in region.by_entry.items():
+                found[f"{layer}.{name}"] = array[:, : self.n(layer)]
+        return found
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Entries)

@@ -46,6 +46,8 @@ class Ruled(KVStore):
             raise Incompatible(f"{self.policy} lets entries join others, which {self.store} can't rewrite")
         if self.policy.n_anchored and not storage.anchors:
             raise Incompatible(f"{self.policy} turns queries to its first entries, which {self.store} has among others")
+        if self.policy.n_anchored and self.store.sorts_keys:
+            raise Incompatible(f"{self.policy} turns queries in pairs of channels, which {self.store} puts elsewhere")
         if self.policy.layers != "uniform" and not storage.resizes:
             raise Incompatible(f"{self.policy} gives layers unequal room, which {self.store} can't share")
 
@@ -59,6 +61,10 @@ class Ruled(KVStore):
     @property
     def row_format(self) -> str:
         return self.store.row_format
+
+    @property
+    def sorts_keys(self) -> bool:
+        return self.store.sorts_keys
 
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
         return self.store.row_parts(head_dim)

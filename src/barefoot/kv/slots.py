@@ -6,15 +6,13 @@ them unequally.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core import untrusted
-from barefoot.kv.entries import MOVED, MOVED_ROWS, NONE, Entries, Region, pack, write_staged
+from barefoot.kv.entries import MOVED, MOVED_ROWS, Entries, Region, pack, write_staged
 from barefoot.kv.storage import F32, I32, U8, Array, Part, Shape, Storage, Take, zeros
 from barefoot.kv.stores import KVStore
 from barefoot.ops import kvrows
@@ -128,22 +126,6 @@ class Slots(Entries):
 
     def _write_key(self, layer: int, k: F32, slots: I32) -> None:
         ops.kv_write(k, self.regions[layer].keys, self.row_format, slots[:, None])
-
-    def counters(self) -> dict[str, list[int]]:
-        self.close()
-        return {"n": self.counts[:, 0].tolist()}
-
-    def restore(self, counters: Mapping[str, Any]) -> None:
-        slots = [region.n_slots for region in self.regions]
-        self.free[...] = NONE
-        self.counts[...] = np.array(untrusted.counts(counters, "n", len(slots), slots))[:, None]
-
-    def held(self) -> dict[str, npt.NDArray[Any]]:
-        found = {}
-        for layer, region in enumerate(self.regions):
-            for name, array in region.by_entry.items():
-                found[f"{layer}.{name}"] = array[:, : self.n(layer)]
-        return found
 
     def copy(self, other: Storage) -> None:
         assert isinstance(other, Slots)

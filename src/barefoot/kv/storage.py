@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barefoot import ops
-from barefoot.core.errors import Incompatible
+from barefoot.core.errors import CorruptFile
 from barefoot.core.ledger import Term
 
 F32 = npt.NDArray[np.float32]
@@ -205,10 +205,11 @@ class Storage(ABC):
     def clear(self) -> None:
         """No entries."""
 
+    @abstractmethod
     def counters(self) -> dict[str, list[int]]:
         """How much there is: what :meth:`restore` needs for :meth:`held` to be of the same shapes."""
-        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
 
+    @abstractmethod
     def restore(self, counters: Mapping[str, Any]) -> None:
         """Have as much as ``counters`` say, of any content.
 
@@ -216,11 +217,20 @@ class Storage(ABC):
         ------
         CorruptFile : it isn't possible.
         """
-        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
 
+    @abstractmethod
     def held(self) -> dict[str, npt.NDArray[Any]]:
         """All that is there, by name: views whose last axes are contiguous, and which can be written."""
-        raise Incompatible(f"{type(self).__name__.lower()} entries can't be saved")
+
+    def check(self, n_tokens: int) -> None:
+        """Refuse contents that were filled in and can't be, of a sequence of ``n_tokens``; positions of entries that a
+        policy may choose among are looked at elsewhere.
+
+        Raises
+        ------
+        CorruptFile : so it is.
+        """
+        return
 
     @abstractmethod
     def copy(self, other: Storage) -> None:
@@ -232,3 +242,16 @@ def zeros(take: Take, array: Array, shape: Sequence[int], dtype: npt.DTypeLike =
     whole = take(array.bytes).view(dtype).reshape(shape)
     assert whole.nbytes == array.bytes
     return whole
+
+
+def check_positions(position: I32, n_tokens: int, where: str) -> None:
+    """Refuse positions (n_kv_heads, n) that are not different ones below ``n_tokens``.
+
+    Raises
+    ------
+    CorruptFile : so it is.
+    """
+    ordered = np.sort(position, axis=1)
+    inside = ordered.size == 0 or (ordered[:, 0].min() >= 0 and ordered[:, -1].max() < n_tokens)
+    if not inside or (np.diff(ordered, axis=1) == 0).any():
+        raise CorruptFile(f"positions of {where} are not different ones below {n_tokens}")

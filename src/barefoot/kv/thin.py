@@ -8,17 +8,20 @@ gets zeros for the channels that it lost where a whole one has gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from barefoot import ops
+from barefoot.core.errors import CorruptFile
 from barefoot.kv.channels import Channels, sum_of_squares
 from barefoot.kv.entries import MOVED_ROWS, Entries, Region, pack
 from barefoot.kv.sealed import Sealed
 from barefoot.kv.storage import F32, I32, STAGED, U8, Array, Part, Shape, Storage, Take, zeros
-from barefoot.kv.stores.kivi import Kivi
+from barefoot.kv.stores import SealingStore
 from barefoot.kv.stores.think import Think
 from barefoot.ops import kvrows
 
@@ -175,6 +178,28 @@ class Thin(Entries):
         for array in self.regions[layer].by_entry.values():
             array[rows, into] = array[rows, entries]
 
+    def counters(self) -> dict[str, list[int]]:
+        return {**super().counters(), **self.channels.counters()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        super().restore(counters)
+        self.channels.restore(counters, (self.counts[:, 0] > self._recent).tolist())
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        found = {**super().held(), **self.channels.held()}
+        for layer in range(len(self.regions)):
+            n_whole = min(self.n(layer), self._recent)
+            found[f"{layer}.whole"] = self.whole[layer, :, :n_whole]
+            found[f"{layer}.thin"] = self.thin[layer, :, : self.n(layer) - n_whole]
+        return found
+
+    def check(self, n_tokens: int) -> None:
+        self.channels.check()
+        for layer in range(len(self.regions)):
+            whole, thin = np.split(self.position(layer), [min(self.n(layer), self._recent)], axis=1)
+            if thin.size and (whole.min(axis=1) < thin.max(axis=1)).any():
+                raise CorruptFile(f"whole keys of layer {layer} are not the newest")
+
     def clear(self) -> None:
         super().clear()
         self.channels.clear()
@@ -189,18 +214,18 @@ class Thin(Entries):
 
 
 class ThinSealed(Sealed):
-    """Over ``kivi``: what is sealed is thin."""
+    """Over a store that seals: what is sealed is thin."""
 
     @staticmethod
     def arrays(shape: Shape, store: Think) -> tuple[Array, ...]:  # type: ignore[override]
-        assert isinstance(store.inner, Kivi)
+        assert isinstance(store.inner, SealingStore)
         blocks, *others = Sealed.arrays(shape, store.inner)
         thin = replace(blocks, n_bytes=store.inner.block_bytes(store.n_kept(shape.heads.head_dim)))
         return (thin, *others, *Channels.arrays(shape, store))
 
     @staticmethod
     def placing_bytes(shape: Shape, store: Think) -> int:  # type: ignore[override]
-        assert isinstance(store.inner, Kivi)
+        assert isinstance(store.inner, SealingStore)
         return Sealed.placing_bytes(shape, store.inner)
 
     @staticmethod
@@ -208,7 +233,7 @@ class ThinSealed(Sealed):
         return Channels.asking_bytes(shape, store, n_tokens)
 
     def __init__(self, shape: Shape, store: Think, take: Take) -> None:
-        assert isinstance(store.inner, Kivi)
+        assert isinstance(store.inner, SealingStore)
         super().__init__(shape, store.inner, take, key_dim=store.n_kept(shape.heads.head_dim))
         self.channels = Channels(shape, store, take)
 
@@ -219,7 +244,7 @@ class ThinSealed(Sealed):
         return self.channels.query(layer)
 
     def place(self, layer: int, stay: I32, position: I32, keys: U8, values: U8) -> None:
-        if stay.shape[1] >= self._store.residual and not self.channels.has(layer):
+        if stay.shape[1] > self._store.residual and not self.channels.has(layer):
             waiting, n = self._keys[layer], self.n(layer)
             self.channels.choose(layer, _squares(stay, waiting, keys, n))
         self.channels.passed(layer)
@@ -230,7 +255,18 @@ class ThinSealed(Sealed):
             self.channels.choose(layer, sum_of_squares(keys))
         return np.take_along_axis(keys, self.channels.kept[layer].astype(np.int64)[:, None], axis=2)
 
-    counters, restore, held = Storage.counters, Storage.restore, Storage.held  # channels would have to be saved, too
+    def counters(self) -> dict[str, list[int]]:
+        return {**super().counters(), **self.channels.counters()}
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        super().restore(counters)
+        self.channels.restore(counters, (self._n_keys > 0).tolist())
+
+    def held(self) -> dict[str, npt.NDArray[Any]]:
+        return {**super().held(), **self.channels.held()}
+
+    def check(self, n_tokens: int) -> None:
+        self.channels.check()
 
     def clear(self) -> None:
         super().clear()

@@ -86,6 +86,7 @@ __all__ = [
     "planes",
     "populate",
     "read_at",
+    "reorder",
     "rmsnorm",
     "rope",
     "round_groups",
@@ -136,10 +137,10 @@ else:
 
 
 #: A sequence of ops recorded once and run many times, without Python between them. ``Program()`` has the methods
-#: ``matmul``, ``part_matmul``, ``sign_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``glu``, ``add_``,
-#: ``kv_append`` and ``attention``, which take what the functions below take, with arrays of as many rows as it will
-#: ever have tokens, and KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes]; they
-#: record, and keep the arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first
+#: ``matmul``, ``part_matmul``, ``sign_matmul``, ``rmsnorm``, ``head_rmsnorm``, ``rope``, ``reorder``, ``glu``,
+#: ``add_``, ``kv_append`` and ``attention``, which take what the functions below take, with arrays of as many rows as
+#: it will ever have tokens, and KV buffers of all sequences, uint8 [n_sequences, n_kv_heads, capacity, kv_row_bytes];
+#: they record, and keep the arrays alive. ``run(n_tokens, n_past, sequence=0)`` calls them in order on the first
 #: ``n_tokens`` rows, tokens of one sequence of which the first has position ``n_past``. ``run_each(sequences,
 #: positions)`` calls them on one token of each of several sequences, ``kv_append_each`` and ``attention_each`` in place
 #: of their namesakes. Arguments are checked op by op as it runs; weights, parts and stacks may be bound between runs.
@@ -289,6 +290,15 @@ def rope(x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved
     interleaved : pairs are elements (2i, 2i + 1) when true, (i, i + rot_dim / 2) when false
     """
     _impl.rope(x, n_heads, head_dim, cos, sin, interleaved=interleaved)
+
+
+def reorder(x: F32, orders: npt.NDArray[np.uint16]) -> None:
+    """Channels of each head in another order, in place: channel c becomes what was channel ``orders[its key head, c]``.
+
+    x : float32 [n_tokens, n_heads * head_dim], queries or keys
+    orders : uint16 [n_kv_heads, head_dim], each of all channels; head_dim is at most 1,024
+    """
+    _impl.reorder(x, orders)
 
 
 def glu(gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:

@@ -2,14 +2,15 @@
 
 KIVI (Liu et al. 2024, arXiv:2402.02750, section 3): a few channels of keys are large at every position, so each channel
 gets a scale and a minimum of its own for every ``group`` positions (a multiple of 32). Values have no such channels:
-each position gets them for every 32 channels (the last of them fewer).
+each position gets them for every 32 channels (the last of them fewer). Or they are by channel, too (COMET, Liu et al.
+2024, arXiv:2410.12168).
 
     x = scale * q + minimum,  q in 0 … 2^bits - 1,  scale = f16((maximum - minimum) / (2^bits - 1))
 
-Attention sums keys over channels, and values over positions: either over what has ranges of its own, which are factors
-of the queries, or of the weights, then. So both are stored as matrices of *terms*, which have the ranges, by *lanes*. A
-block of keys is one matrix, its terms the channels and its lanes the positions. A block of values is 32 positions, and
-for each 32 channels a matrix: its terms the positions and its lanes the channels. A matrix of ``bits`` 2, 3, 4 or 8:
+Attention sums keys over channels, and values over positions, so both are stored as matrices of *terms*, which sums go
+over, by *lanes*. A block of keys is one matrix, its terms the channels and its lanes the positions. A block of values
+by token is 32 positions, and for each 32 channels a matrix: its terms the positions and its lanes the channels. Here
+terms have the ranges, which are factors of the queries, or of the weights, then. A matrix of ``bits`` 2, 3, 4 or 8:
 
 * of each term the scale, f16; of each term the minimum, f16;
 * for each run of 32 lanes (the last of them shorter), for each 32 terms (the last of them fewer), the codes in words of
@@ -21,9 +22,13 @@ for each 32 channels a matrix: its terms the positions and its lanes the channel
 So a vector of words, shifted and masked, is two terms of as many lanes, as instructions take them that add the products
 of two pairs of 16 bits.
 
-Bytes: of a block of keys 4 × head_dim + group × (head_dim padded to whole chunks) × bits / 8; of a block of values 128
-for each 32 channels and 32 × head_dim × bits / 8. A term whose numbers are not finite (or overflow f16) gets a NaN
-scale and zero codes.
+In a block of values by channel lanes have the ranges, which are factors of sums: of each of the head_dim channels the
+scale, f16, of each the minimum, and then for each 32 of its ``group`` positions, for each 32 channels (the last of them
+fewer), codes as above, their terms the positions.
+
+Bytes: of a block of keys 4 × head_dim + group × (head_dim padded to whole chunks) × bits / 8; of a block of values by
+token 128 for each 32 channels and 32 × head_dim × bits / 8, by channel 4 × head_dim + group × head_dim × bits / 8. What
+has a range for numbers that are not finite (or overflow f16) gets a NaN scale and zero codes.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from barefoot.core.errors import InvalidInput
 from barefoot.core.units import round_up
 
 BITS = (2, 3, 4, 8)
-RUN = 32  # lanes, and terms, whose codes lie together; positions of a block of values
+RUN = 32  # lanes, and terms, whose codes lie together; positions of a block of values by token
 _PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # widths of the parts that codes are stored in, the lowest first
 
 F32 = npt.NDArray[np.float32]
@@ -56,8 +61,7 @@ def block_bytes(bits: int, group: int, head_dim: int) -> int:
     ------
     InvalidInput : other bits than ``BITS``, or a group that is no multiple of 32.
     """
-    if group <= 0 or group % RUN:
-        raise InvalidInput(f"groups of positions must be a multiple of {RUN}, got {group}")
+    _check_group(group)
     return _matrix_bytes(bits, head_dim, group)
 
 
@@ -69,6 +73,17 @@ def value_block_bytes(bits: int, head_dim: int) -> int:
     InvalidInput : other bits than ``BITS``.
     """
     return sum(_matrix_bytes(bits, RUN, n) for n in _parts(head_dim))
+
+
+def channel_block_bytes(bits: int, group: int, head_dim: int) -> int:
+    """Bytes of the values of ``group`` positions of one head, by channel.
+
+    Raises
+    ------
+    InvalidInput : other bits than ``BITS``, or a group that is no multiple of 32.
+    """
+    _check_group(group)
+    return 4 * head_dim + group // RUN * _code_bytes(bits, RUN, head_dim)
 
 
 def encode(bits: int, keys: F32) -> U8:
@@ -104,11 +119,47 @@ def decode_values(bits: int, blocks: U8, head_dim: int) -> F32:
     return np.concatenate([_decode(bits, part, RUN, n) for part, n in zip(parts, widths, strict=True)], axis=-1)
 
 
+def encode_channels(bits: int, values: F32) -> U8:
+    """Values (..., group, head_dim) to blocks by channel, uint8 (..., channel_block_bytes)."""
+    *_, group, head_dim = values.shape
+    scale, low, codes = _quantize(bits, values.swapaxes(-1, -2))
+    runs = np.split(codes.swapaxes(-1, -2), range(RUN, group, RUN), axis=-2)
+    packed = [_pack(part, bits) for run in runs for part in _split(run, _parts(head_dim))]
+    out = np.concatenate([scale, low, *packed], axis=-1)
+    assert out.shape[-1] == channel_block_bytes(bits, group, head_dim)
+    return out
+
+
+def decode_channels(bits: int, blocks: U8, group: int, head_dim: int) -> F32:
+    """Blocks of values by channel, uint8 (..., channel_block_bytes), to float32 (..., group, head_dim)."""
+    n_bytes = channel_block_bytes(bits, group, head_dim)
+    if blocks.shape[-1] != n_bytes:
+        raise InvalidInput(f"a block of {group} × {head_dim} values has {n_bytes} bytes, got {blocks.shape[-1]}")
+    ranges = np.ascontiguousarray(blocks[..., : 4 * head_dim]).view(np.float16).astype(np.float32)
+    codes, at = np.empty((*blocks.shape[:-1], group, head_dim), np.float32), 4 * head_dim
+    for position in range(0, group, RUN):
+        for channel, n in zip(range(0, head_dim, RUN), _parts(head_dim), strict=True):
+            stop = at + _code_bytes(bits, RUN, n)
+            part = _unpack(blocks[..., at:stop], bits, RUN, n)
+            codes[..., position : position + RUN, channel : channel + n] = part
+            at = stop
+    scale, low = ranges[..., None, :head_dim], ranges[..., None, head_dim:]
+    return np.asarray(scale * codes + low)
+
+
+def _check_group(group: int) -> None:
+    if group <= 0 or group % RUN:
+        raise InvalidInput(f"groups of positions must be a multiple of {RUN}, got {group}")
+
+
 def _matrix_bytes(bits: int, n_terms: int, n_lanes: int) -> int:
+    return 4 * n_terms + _code_bytes(bits, n_terms, n_lanes)
+
+
+def _code_bytes(bits: int, n_terms: int, n_lanes: int) -> int:
     if bits not in BITS:
         raise InvalidInput(f"blocks have codes of {', '.join(map(str, BITS))} bits, got {bits}")
-    words = sum(round_up(n_terms, chunk(width)) * width // 32 for width in _PLANES[bits])
-    return 4 * n_terms + 4 * n_lanes * words
+    return 4 * n_lanes * sum(round_up(n_terms, chunk(width)) * width // 32 for width in _PLANES[bits])
 
 
 def _parts(n: int) -> list[int]:
@@ -120,8 +171,8 @@ def _split(x: npt.NDArray[Any], sizes: list[int]) -> list[npt.NDArray[Any]]:
     return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
-def _encode(bits: int, x: F32) -> U8:
-    """Matrices (..., terms, lanes) to bytes."""
+def _quantize(bits: int, x: F32) -> tuple[U8, U8, U8]:
+    """Scales and minimums along the last axis, as bytes (..., 2 n) of f16, and codes, of numbers (..., n, m)."""
     top = 2**bits - 1
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.asarray(np.isfinite(x).all(axis=-1))
@@ -134,13 +185,19 @@ def _encode(bits: int, x: F32) -> U8:
         inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=finite & (step != 0))
         steps = (x - low16.astype(np.float32)[..., None]) * inverse[..., None]
     codes = np.clip(np.rint(np.where(finite[..., None], steps, np.float32(0))), 0, top).astype(np.uint8)
+    return scale.view(np.uint8), low16.view(np.uint8), codes
+
+
+def _encode(bits: int, x: F32) -> U8:
+    """Matrices (..., terms, lanes) to bytes."""
+    scale, low, codes = _quantize(bits, x)
     *_, n_terms, n_lanes = x.shape
     packed = [
         _pack(part, bits)
         for run in _split(codes, _parts(n_lanes))
         for part in np.split(run, range(RUN, n_terms, RUN), axis=-2)
     ]
-    return np.concatenate([scale.view(np.uint8), low16.view(np.uint8), *packed], axis=-1)
+    return np.concatenate([scale, low, *packed], axis=-1)
 
 
 def _decode(bits: int, packed: U8, n_terms: int, n_lanes: int) -> F32:
@@ -149,7 +206,7 @@ def _decode(bits: int, packed: U8, n_terms: int, n_lanes: int) -> F32:
     codes, at = np.empty((*packed.shape[:-1], n_terms, n_lanes), np.float32), 4 * n_terms
     for lane, n in zip(range(0, n_lanes, RUN), _parts(n_lanes), strict=True):
         for term, m in zip(range(0, n_terms, RUN), _parts(n_terms), strict=True):
-            stop = at + _matrix_bytes(bits, m, n) - 4 * m
+            stop = at + _code_bytes(bits, m, n)
             codes[..., term : term + m, lane : lane + n] = _unpack(packed[..., at:stop], bits, m, n)
             at = stop
     scale, low = ranges[..., :n_terms, None], ranges[..., n_terms:, None]

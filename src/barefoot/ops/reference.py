@@ -239,6 +239,11 @@ def rope(x: F32, n_heads: int, head_dim: int, cos: F32, sin: F32, *, interleaved
     first[...], second[...] = a, b
 
 
+def reorder(x: F32, orders: npt.NDArray[np.uint16]) -> None:
+    heads = x.reshape(len(x), len(orders), -1, orders.shape[1])
+    heads[...] = np.take_along_axis(heads, orders[None, :, None].astype(np.int64), axis=-1)
+
+
 def glu(gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
     x = gate.astype(np.float64)
     if activation not in ("silu", "gelu_tanh"):
@@ -378,6 +383,9 @@ class Program:
             rope(x[: run.n], n_heads, head_dim, cos[: run.n], sin[: run.n], interleaved=interleaved)
 
         self._calls.append(call)
+
+    def reorder(self, x: F32, orders: npt.NDArray[np.uint16]) -> None:
+        self._calls.append(lambda run: reorder(x[: run.n], orders))
 
     def glu(self, gate: F32, up: F32, out: F32, *, activation: str = "silu") -> None:
         self._calls.append(lambda run: glu(gate[: run.n], up[: run.n], out[: run.n], activation=activation))

@@ -1,9 +1,9 @@
 """Segments of a KV store, in numpy: attention takes one after the other, and all of them are one softmax.
 
 A segment holds entries, ``counts[h]`` of key head h, as rows (:mod:`barefoot.ops.kvrows`) or in blocks
-(:mod:`barefoot.ops.kvblocks`): keys by channel, formats ``"c2"``, ``"c3"``, ``"c4"`` and ``"c8"``, and values by token,
-``"t2"``, ``"t3"``, ``"t4"`` and ``"t8"``. Keys and values may have other formats and widths: a key that lost channels
-meets queries that lost the same ones.
+(:mod:`barefoot.ops.kvblocks`): keys and values by channel, formats ``"c2"``, ``"c3"``, ``"c4"`` and ``"c8"``, and
+values by token, ``"t2"``, ``"t3"``, ``"t4"`` and ``"t8"``. Keys and values may have other formats and widths: a key
+that lost channels meets queries that lost the same ones.
 
 The state of a pass is, for each token and query head, the largest score so far, the total of exp(score - largest) and
 the sum of the values with these weights; it starts at ``-inf``, 0 and 0, and sums / totals are the outputs.
@@ -33,10 +33,10 @@ class Segment:
     Parameters
     ----------
     key_format, keys : uint8 (n_kv_heads, slots, row bytes), or (n_kv_heads, blocks, block bytes) by channel.
-    value_format, values : uint8 (n_kv_heads, slots, row bytes), or (n_kv_heads, blocks, block bytes) by token.
+    value_format, values : uint8 (n_kv_heads, slots, row bytes), or (n_kv_heads, blocks, block bytes) in blocks.
     key_dim, value_dim : channels of a key and of a value.
     counts : int32 (n_kv_heads,), entries that are there.
-    group : positions of a block of keys.
+    group : positions of a block by channel.
     bias, key_scale, value_scale : float32 (n_kv_heads, stride): added to an entry's scores, and factors of its key and
         value. ``stride`` is the number of entries that both keys and values have room for.
 
@@ -59,17 +59,17 @@ class Segment:
         key_scale: F32 | None = None,
         value_scale: F32 | None = None,
     ) -> None:
-        self.by_channel, self.by_token = key_format in BY_CHANNEL, value_format in BY_TOKEN
         key_bytes = (
             kvblocks.block_bytes(int(key_format[1]), group, key_dim)
-            if self.by_channel
+            if key_format in BY_CHANNEL
             else kvrows.row_bytes(key_format, key_dim)
         )
-        value_bytes = (
-            kvblocks.value_block_bytes(int(value_format[1]), value_dim)
-            if self.by_token
-            else kvrows.row_bytes(value_format, value_dim)
-        )
+        if value_format in BY_CHANNEL:
+            value_bytes = kvblocks.channel_block_bytes(int(value_format[1]), group, value_dim)
+        elif value_format in BY_TOKEN:
+            value_bytes = kvblocks.value_block_bytes(int(value_format[1]), value_dim)
+        else:
+            value_bytes = kvrows.row_bytes(value_format, value_dim)
         if (keys.shape[2], values.shape[2]) != (key_bytes, value_bytes):
             raise ValueError("keys or values have other bytes than their formats")
         if not len(keys) == len(values) == len(counts):
@@ -85,13 +85,19 @@ class Segment:
     @property
     def stride(self) -> int:
         """Entries that there is room for."""
-        n_keys = self._keys.shape[1] * (self._group if self.by_channel else 1)
-        n_values = self._values.shape[1] * (kvblocks.RUN if self.by_token else 1)
-        return int(min(n_keys, n_values))
+        n_keys = self._keys.shape[1] * (self._group if self._key_format in BY_CHANNEL else 1)
+        return int(min(n_keys, self._values.shape[1] * self._values_each))
+
+    @property
+    def _values_each(self) -> int:
+        """Positions of a row or block of values."""
+        if self._value_format in BY_CHANNEL:
+            return self._group
+        return kvblocks.RUN if self._value_format in BY_TOKEN else 1
 
     def key(self, head: int, n: int) -> F32:
         """The first ``n`` keys of a head, (n, key_dim)."""
-        if self.by_channel:
+        if self._key_format in BY_CHANNEL:
             own = slice(self.key_start // self._group, -(-(self.key_start + n) // self._group))
             blocks = kvblocks.decode(int(self._key_format[1]), self._keys[head, own], self._group, self._key_dim)
             return blocks.reshape(-1, self._key_dim)[self.key_start % self._group :][:n]
@@ -100,12 +106,17 @@ class Segment:
 
     def value(self, head: int, n: int) -> F32:
         """The first ``n`` values of a head, (n, value_dim)."""
-        if self.by_token:
-            own = slice(self.value_start // kvblocks.RUN, -(-(self.value_start + n) // kvblocks.RUN))
-            blocks = kvblocks.decode_values(int(self._value_format[1]), self._values[head, own], self._value_dim)
-            return blocks.reshape(-1, self._value_dim)[:n]
+        each, dim = self._values_each, self._value_dim
+        if self._value_format in (*BY_CHANNEL, *BY_TOKEN):
+            stored = self._values[head, self.value_start // each : -(-(self.value_start + n) // each)]
+            bits = int(self._value_format[1])
+            if self._value_format in BY_CHANNEL:
+                blocks = kvblocks.decode_channels(bits, stored, each, dim)
+            else:
+                blocks = kvblocks.decode_values(bits, stored, dim)
+            return blocks.reshape(-1, dim)[self.value_start % each :][:n]
         slots = (self.value_start + np.arange(n)) % self._values.shape[1]
-        return kvrows.decode(self._value_format, self._values[head, slots], self._value_dim)
+        return kvrows.decode(self._value_format, self._values[head, slots], dim)
 
 
 def attend_segment(

@@ -11,15 +11,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from barefoot.core.errors import Incompatible
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.core.ledger import Term
 from barefoot.core.model import ModelSpec
 from barefoot.core.spec import format_composition
 from barefoot.core.technique import Technique
-from barefoot.ops import kvrows
+from barefoot.ops import kvblocks, kvrows
 
 if TYPE_CHECKING:
-    from barefoot.kv.storage import Storage
+    from barefoot.kv.storage import F32, U8, Storage
 
 
 class KVStore(Technique):
@@ -31,6 +31,11 @@ class KVStore(Technique):
     @property
     @abstractmethod
     def row_format(self) -> str: ...
+
+    @property
+    def sorts_keys(self) -> bool:
+        """Whether channels of keys are to come in the order of their sizes (:mod:`barefoot.engine.key_order`)."""
+        return False
 
     @abstractmethod
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
@@ -114,8 +119,81 @@ class Wrapper(KVStore):
     def row_format(self) -> str:
         return self.inner.row_format
 
+    @property
+    def sorts_keys(self) -> bool:
+        return self.inner.sorts_keys
+
     def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
         return self.inner.row_parts(head_dim)
+
+
+@dataclass(frozen=True)
+class SealingStore(KVStore):
+    """A store that quantizes old entries for good, many positions at a time; the last ones wait as they came, in f16.
+
+    Keys go into blocks by channel of ``group`` positions, ``residual`` at a time, and values ``n_values_sealed`` at a
+    time, as far as more than ``n_values_left`` stay: what has waited goes when the next entry needs its room.
+    """
+
+    rows: ClassVar[bool] = False
+
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4):
+            raise InvalidInput(f"{self.name}: bits must be 2, 3 or 4, got {self.bits}")
+        if self.group <= 0 or self.group % kvblocks.RUN:
+            raise InvalidInput(f"{self.name}: group must be a multiple of {kvblocks.RUN}, got {self.group}")
+
+    def storage(self) -> type[Storage]:
+        from barefoot.kv.sealed import Sealed
+
+        return Sealed
+
+    @property
+    def row_format(self) -> str:
+        """Of layers with a window, which keep no more than that, and of what is not quantized yet."""
+        return "f16"
+
+    def row_parts(self, head_dim: int) -> tuple[tuple[str, int, int], ...]:
+        return (("values", head_dim, 2),)
+
+    def bits_per_number(self, head_dim: int) -> float:
+        of_keys = self.block_bytes(head_dim) / self.group
+        return 4 * (of_keys + self.value_block_bytes(head_dim) / self.n_values_sealed) / head_dim
+
+    def block_bytes(self, head_dim: int) -> int:
+        """Keys of ``group`` positions of one head."""
+        return kvblocks.block_bytes(self.bits, self.group, head_dim)
+
+    @property
+    @abstractmethod
+    def residual(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def n_values_sealed(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def n_values_left(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def value_format(self) -> str:
+        """The kernels' name of blocks of values."""
+
+    @abstractmethod
+    def value_block_bytes(self, head_dim: int) -> int:
+        """Values of ``n_values_sealed`` positions of one head."""
+
+    @abstractmethod
+    def encode_values(self, values: F32) -> U8:
+        """Values (..., n_values_sealed, head_dim) to blocks."""
+
+    @abstractmethod
+    def decode_values(self, blocks: U8, head_dim: int) -> F32: ...
 
 
 def whole_rows(store: KVStore, row_format: str, head_dim: int) -> None:

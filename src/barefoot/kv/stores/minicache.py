@@ -84,6 +84,12 @@ class MiniCache(Wrapper, name="minicache", papers=(49,)):
                 cure="let it wrap rows, such as q8",
             )
 
+        if self.inner.sorts_keys:
+            raise Incompatible(
+                f"minicache can't keep directions in {self.inner}: channels would have another order in either layer",
+                cure="let it wrap rows without sorting",
+            )
+
     def storage(self) -> type[Storage]:
         from barefoot.kv.by_depth import ByDepth
 

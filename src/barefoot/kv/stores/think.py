@@ -10,8 +10,9 @@ both rotated, channel c scores ‖Q_c‖ ‖K_c‖, the norm of what it adds to 
 go, once and for all, of all keys but the ``recent`` newest; values stay whole. Queries meet thin keys with the same
 channels, and the scale stays that of d. The choice is made when the first keys become thin.
 
-Over a store of rows, ``recent`` keys lie in f16 until they are thin, in rows of T channels. Over ``kivi`` a block of
-keys by channel has T of them, and those that wait to be sealed are the newest ones; ``recent`` says nothing there.
+Over a store of rows, ``recent`` keys lie in f16 until they are thin, in rows of T channels. Over ``kivi`` or ``comet``
+a block of keys by channel has T of them, and those that wait to be sealed are the newest ones; ``recent`` says nothing
+there.
 
 Bytes, of L layers with H key heads, S slots, R = min(``recent``, S), and rows r(·) of the store that it wraps: keys L H
 (2 R d + (S - R) r(T)), values L H S r(d), positions 4 L H S; channels L H (2 T + 4 d), with the sums that choose them.

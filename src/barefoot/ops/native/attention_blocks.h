@@ -1,4 +1,5 @@
-// Attention of one token over blocks (kvblocks.py): keys by channel, and values by token. Either are matrices of terms,
+// Attention of one token over blocks (kvblocks.py): keys by channel, and values by token (attention_channels.h has those
+// by channel). Either are matrices of terms,
 // which have a scale and a minimum each, by lanes, and what is wanted of each lane is a sum over terms,
 //
 //   sum of x[t] * (scale[t] * code[t] + minimum[t]) = sum of (x[t] * scale[t]) * code[t] + sum of x[t] * minimum[t]
@@ -247,28 +248,35 @@ inline void with_bits(int bits, Body body) {
 
 // --- float32 copies ---
 
-// Up to 32 lanes of a matrix: out[t * stride + lane].
-inline void decode_run(int bits, const uint8_t* ranges, const uint8_t* run, int64_t n_terms, int64_t n_lanes,
-                       float* out, int64_t stride) {
+// Codes of up to 32 terms in each of up to 32 lanes: body(term, code), where code(lane) is a number.
+template <class Body>
+inline void each_term(int bits, const uint8_t* run, int64_t n_terms, int64_t n_lanes, Body body) {
   struct Field {
     const uint8_t* at;  // in the word of the first lane
     int shift, mask;
     int of(int64_t lane) const { return read<uint16_t>(at + 4 * lane) >> shift & mask; }
   };
+  const auto field = [&](const uint8_t* part, int width, int64_t t) {
+    const int64_t each = 16 / width, half = (n_terms + 2 * each - 1) / (2 * each) * each, i = t % half;
+    return Field{part + 4 * (i / each * n_lanes) + 2 * (t / half), static_cast<int>(i % each) * width, (1 << width) - 1};
+  };
+  const uint8_t* const thirds = run + 4 * n_lanes * code_words(2, n_terms);
+  for (int64_t t = 0; t < n_terms; ++t) {
+    const Field low = field(run, bits == 3 ? 2 : bits, t), high = bits == 3 ? field(thirds, 1, t) : Field{run, 0, 0};
+    body(t, [&](int64_t lane) { return static_cast<float>(low.of(lane) | high.of(lane) << 2); });
+  }
+}
+
+// Up to 32 lanes of a matrix: out[t * stride + lane].
+inline void decode_run(int bits, const uint8_t* ranges, const uint8_t* run, int64_t n_terms, int64_t n_lanes,
+                       float* out, int64_t stride) {
   for (int64_t from = 0; from < n_terms; from += 32) {
     const int64_t n = n_terms - from < 32 ? n_terms - from : 32;
-    const auto field = [&](const uint8_t* part, int width, int64_t t) {
-      const int64_t each = 16 / width, half = (n + 2 * each - 1) / (2 * each) * each, i = t % half;
-      return Field{part + 4 * (i / each * n_lanes) + 2 * (t / half), static_cast<int>(i % each) * width, (1 << width) - 1};
-    };
-    const uint8_t* const thirds = run + 4 * n_lanes * code_words(2, n);
-    for (int64_t t = 0; t < n; ++t) {
-      const Field low = field(run, bits == 3 ? 2 : bits, t), high = bits == 3 ? field(thirds, 1, t) : Field{run, 0, 0};
+    each_term(bits, run, n, n_lanes, [&](int64_t t, auto code) {
       const float scale = half_at(ranges + 2 * (from + t)), minimum = half_at(ranges + 2 * (n_terms + from + t));
       float* const to = out + (from + t) * stride;
-      for (int64_t lane = 0; lane < n_lanes; ++lane)
-        to[lane] = scale * static_cast<float>(low.of(lane) | high.of(lane) << 2) + minimum;
-    }
+      for (int64_t lane = 0; lane < n_lanes; ++lane) to[lane] = scale * code(lane) + minimum;
+    });
     run += 4 * n_lanes * code_words(bits, n);
   }
 }

@@ -85,7 +85,7 @@ inline void attend_floats(const SegmentArgs& a, const AttentionLayout& l, const 
   };
   for (int64_t base = first; base < last; base += kKeyTile) {
     const int64_t n = last - base < kKeyTile ? last - base : kKeyTile, columns = round_up(n, kLanes);
-    if (a.by_channel) {
+    if (a.keys_in_blocks) {
       const uint8_t* const keys = a.k + task.head * a.key_blocks.n_blocks * a.key_blocks.block_bytes();
       for (int64_t j = 0; j < n; j += kBlockRun) decode_keys(a.key_blocks, keys, a.key_start + base + j, s.turned + j);
     } else {
@@ -96,10 +96,11 @@ inline void attend_floats(const SegmentArgs& a, const AttentionLayout& l, const 
     }
     multiply({s.q, width, s.turned, kKeyTile, dim, s.score, kKeyTile, false}, n_queries, columns);
     weigh(a, l, s, task, base, n);
-    if (a.by_token) {
+    if (a.values_in_blocks) {
       const uint8_t* const values = a.v + task.head * a.value_blocks.n_blocks * a.value_blocks.block_bytes();
+      const auto decode = a.value_blocks.by_channel ? decode_channel_values : decode_values;
       for (int64_t j = 0; j < n; j += kBlockRun)
-        decode_values(a.value_blocks, values, a.value_start + base + j, s.tile + j * width, width);
+        decode(a.value_blocks, values, a.value_start + base + j, s.tile + j * width, width);
     } else {
       decode_tile({a.value_rows, a.v, task.head, a.value_start}, base, n);
     }
@@ -111,23 +112,27 @@ inline void attend_floats(const SegmentArgs& a, const AttentionLayout& l, const 
 inline void attend_one(const SegmentArgs& a, const AttentionLayout& l, const AttentionScratch& s, int64_t head,
                        int64_t first, int64_t last) {
   const SegmentTask task{head, 0, 1};
-  const bool keys_direct = a.by_channel ? is_direct(a.key_blocks, l.sharing) : is_direct(a.key_rows, l.sharing);
-  const bool values_direct = a.by_token ? is_direct(a.value_blocks, l.sharing) : is_direct(a.value_rows, l.sharing);
+  const bool keys_direct = a.keys_in_blocks ? is_direct(a.key_blocks, l.sharing) : is_direct(a.key_rows, l.sharing);
+  const bool values_direct = a.values_in_blocks ? is_direct(a.value_blocks, l.sharing) : is_direct(a.value_rows, l.sharing);
   if (!keys_direct || !values_direct) return attend_floats(a, l, s, task, first, last);
   start_queries(a, l, s, task);
   const auto attend = [&](KeyTiles& keys, ValueTiles& values) {
     attend_entries(keys, values, first, last, [&](int64_t base, int64_t n) { weigh(a, l, s, task, base, n); });
   };
   const auto with_keys = [&](KeyTiles& keys) {
-    if (!a.by_token)
+    if (!a.values_in_blocks)
       return with_row_values({a.value_rows, a.v, head, a.value_start}, l, s,
                              [&](ValueTiles& values) { attend(keys, values); });
     with_bits(a.value_blocks.bits, [&](auto bits) {
+      if (a.value_blocks.by_channel) {
+        ChannelValues<bits.value> values(a, l, s, head);
+        return attend(keys, values);
+      }
       TokenValues<bits.value> values(a, l, s, head);
       attend(keys, values);
     });
   };
-  if (!a.by_channel) return with_row_keys({a.key_rows, a.k, head, a.key_start}, l, s, with_keys);
+  if (!a.keys_in_blocks) return with_row_keys({a.key_rows, a.k, head, a.key_start}, l, s, with_keys);
   with_bits(a.key_blocks.bits, [&](auto bits) {
     ChannelKeys<bits.value> keys(a, l, s, head);
     with_keys(keys);

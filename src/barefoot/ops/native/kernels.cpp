@@ -85,6 +85,7 @@ struct Constant {
 #include "attention_token.h"
 //
 #include "attention_blocks.h"
+#include "attention_channels.h"
 //
 #include "attention_segment.h"
 //

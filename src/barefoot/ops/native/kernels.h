@@ -125,7 +125,7 @@ struct KvShape {
   int64_t bytes() const { return n_kv_heads * capacity * row_bytes(); }  // of one sequence's keys, or its values
 };
 
-// Keys by channel and values by token, as kvblocks.py describes them.
+// Keys by channel, and values by token or by channel, as kvblocks.py describes them.
 inline int64_t code_words(int bits, int64_t n_terms) {  // of 4 bytes, of each lane
   const auto words = [&](int width) { return (n_terms * width + 31) / 32; };
   return bits == 3 ? words(2) + words(1) : words(bits);
@@ -138,9 +138,12 @@ struct KeyBlocks {
 };
 struct ValueBlocks {
   int bits;
-  int64_t n_kv_heads, head_dim, n_blocks;
+  bool by_channel;
+  int64_t group, n_kv_heads, head_dim, n_blocks;  // group: positions of a block; 32 by token
+  int64_t run_bytes() const { return head_dim * 4 * code_words(bits, kBlockRun); }  // codes of 32 positions
   int64_t part_bytes(int64_t n_channels) const { return kBlockRun * 4 + n_channels * 4 * code_words(bits, kBlockRun); }
   int64_t block_bytes() const {
+    if (by_channel) return 4 * head_dim + group / kBlockRun * run_bytes();
     const int64_t rest = head_dim % kBlockRun;
     return head_dim / kBlockRun * part_bytes(kBlockRun) + (rest ? part_bytes(rest) : 0);
   }
@@ -169,7 +172,7 @@ struct AttentionArgs {
 struct SegmentArgs {
   const float* q;  // [n_tokens, n_heads * key_dim]
   int64_t n_tokens, n_heads;
-  bool by_channel, by_token;  // keys are blocks; values are
+  bool keys_in_blocks, values_in_blocks;
   KvShape key_rows, value_rows;
   KeyBlocks key_blocks;
   ValueBlocks value_blocks;
@@ -184,9 +187,9 @@ struct SegmentArgs {
   float *sums, *tops, *totals;  // the state: [n_tokens, n_heads, value_dim], and [n_tokens, n_heads] twice
   uint8_t* scratch;
   int n_threads;
-  int64_t n_kv_heads() const { return by_token ? value_blocks.n_kv_heads : value_rows.n_kv_heads; }
-  int64_t key_dim() const { return by_channel ? key_blocks.head_dim : key_rows.head_dim; }
-  int64_t value_dim() const { return by_token ? value_blocks.head_dim : value_rows.head_dim; }
+  int64_t n_kv_heads() const { return values_in_blocks ? value_blocks.n_kv_heads : value_rows.n_kv_heads; }
+  int64_t key_dim() const { return keys_in_blocks ? key_blocks.head_dim : key_rows.head_dim; }
+  int64_t value_dim() const { return values_in_blocks ? value_blocks.head_dim : value_rows.head_dim; }
 };
 
 // How much the entries of a segment were attended to, once all segments have been: of each entry and key head the sum

@@ -410,6 +410,31 @@ void rope(MatrixOut x, int64_t n_heads, int64_t head_dim, Matrix cos, Matrix sin
   kernels().rope(x.data(), dim(x, 0), n_heads, head_dim, cos.data(), sin.data(), dim(cos, 1), interleaved);
 }
 
+// Channels of each head in another order: channel c of a head gets what was channel order[its key head][c]. A head at a
+// time is copied, so that the order may go both ways.
+using Orders = Array<const uint16_t, nb::ndim<2>>;  // [n_kv_heads, head_dim]
+
+void reorder(MatrixOut x, Orders orders) {
+  constexpr int64_t kMostChannels = 1024, kAlone = 1 << 16;
+  const int64_t n_kv_heads = dim(orders, 0), head_dim = dim(orders, 1), n_tokens = dim(x, 0), width = dim(x, 1);
+  expect(head_dim > 0 && head_dim <= kMostChannels, "channels of a head, at most", kMostChannels, head_dim);
+  expect(n_kv_heads > 0 && width % (n_kv_heads * head_dim) == 0, "columns of x, a multiple of", n_kv_heads * head_dim,
+         width);
+  for (int64_t i = 0; i < n_kv_heads * head_dim; ++i)
+    expect(orders.data()[i] < head_dim, "channels in an order, below", head_dim, orders.data()[i]);
+  const int64_t n_heads = width / head_dim, sharing = n_heads / n_kv_heads;
+  nb::gil_scoped_release release;
+  parallel_for(n_tokens, n_tokens * width < kAlone ? 1 : n_threads(), [&](int64_t token, int) {
+    float before[kMostChannels];
+    for (int64_t h = 0; h < n_heads; ++h) {
+      float* const head = x.data() + token * width + h * head_dim;
+      const uint16_t* const order = orders.data() + h / sharing * head_dim;
+      std::copy(head, head + head_dim, before);
+      for (int64_t c = 0; c < head_dim; ++c) head[c] = before[order[c]];
+    }
+  });
+}
+
 void glu(Array<const float> gate, Array<const float> up, Array<float> out, const std::string& activation) {
   expect_same_shape("gate and up", gate, up);
   expect_same_shape("gate and out", gate, out);
@@ -740,17 +765,19 @@ class Segment {
       : keys_(keys), values_(values), counts_(counts), bias_(bias), key_scale_(key_scale), value_scale_(value_scale) {
     const int64_t n_kv_heads = dim(values, 0);
     if (value_dim < 1 || key_dim < 1) refuse("key_dim and value_dim must be positive");
-    args_.by_token = is_blocks(value_format, 't');
-    if (args_.by_token) {
-      args_.value_blocks = {block_bits(value_format), n_kv_heads, value_dim, dim(values, 1)};
+    if (group < kBlockRun || group % kBlockRun) refuse("group must be a multiple of 32, got " + text(group));
+    const bool by_channel = is_blocks(value_format, 'c');
+    args_.values_in_blocks = by_channel || is_blocks(value_format, 't');
+    if (args_.values_in_blocks) {
+      const int64_t positions = by_channel ? group : kBlockRun;
+      args_.value_blocks = {block_bits(value_format), by_channel, positions, n_kv_heads, value_dim, dim(values, 1)};
       expect_size("bytes of a block of values", args_.value_blocks.block_bytes(), dim(values, 2));
     } else {
       args_.value_rows = kv_shape(value_format, n_kv_heads, value_dim, dim(values, 1));
       expect_store(values, args_.value_rows);
     }
-    args_.by_channel = is_blocks(key_format, 'c');
-    if (args_.by_channel) {
-      if (group < kBlockRun || group % kBlockRun) refuse("group must be a multiple of 32, got " + text(group));
+    args_.keys_in_blocks = is_blocks(key_format, 'c');
+    if (args_.keys_in_blocks) {
       args_.key_blocks = {block_bits(key_format), group, n_kv_heads, key_dim, dim(keys, 1)};
       expect_size("bytes of a block of keys", args_.key_blocks.block_bytes(), dim(keys, 2));
     } else {
@@ -781,7 +808,7 @@ class Segment {
     a.key_start = key_start;
     a.value_start = value_start;
     if (key_start < 0 || value_start < 0) refuse("key_start and value_start must not be negative");
-    if ((args_.by_channel && key_start % kBlockRun) || (args_.by_token && value_start % kBlockRun))
+    if ((args_.keys_in_blocks && key_start % kBlockRun) || (args_.values_in_blocks && value_start % kBlockRun))
       refuse("blocks are entered at a multiple of 32");
     const int64_t most = left(key_start, value_start);
     for (int64_t h = 0; h < a.n_kv_heads(); ++h)
@@ -802,8 +829,11 @@ class Segment {
 
   // Entries that there is room for from these positions on; rows are rings.
   int64_t left(int64_t first_key, int64_t first_value) const {
-    const int64_t of_keys = args_.by_channel ? dim(keys_, 1) * args_.key_blocks.group - first_key : dim(keys_, 1);
-    const int64_t of_values = args_.by_token ? dim(values_, 1) * kBlockRun - first_value : dim(values_, 1);
+    const auto room = [](bool in_blocks, int64_t n, int64_t group, int64_t first) {
+      return in_blocks ? n * group - first : n;
+    };
+    const int64_t of_keys = room(args_.keys_in_blocks, dim(keys_, 1), args_.key_blocks.group, first_key);
+    const int64_t of_values = room(args_.values_in_blocks, dim(values_, 1), args_.value_blocks.group, first_value);
     return of_keys < of_values ? of_keys : of_values;
   }
 
@@ -1038,6 +1068,12 @@ void record_rope(Program& program, MatrixOut x, int64_t n_heads, int64_t head_di
   });
 }
 
+void record_reorder(Program& program, MatrixOut x, Orders orders) {
+  program.record([=](int64_t n) -> Program::Call {
+    return [=, x = first(x, n)](const Where&) { reorder(x, orders); };
+  });
+}
+
 void record_glu(Program& program, Array<const float> gate, Array<const float> up, Array<float> out,
                 const std::string& activation) {
   program.record([=](int64_t n) -> Program::Call {
@@ -1155,6 +1191,7 @@ NB_MODULE(_native, m) {
         nb::kw_only(), "plus_one"_a = false);
   m.def("head_rmsnorm", &barefoot::head_rmsnorm, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "weight"_a.noconvert(),
         "eps"_a, nb::kw_only(), "plus_one"_a = false);
+  m.def("reorder", &barefoot::reorder, "x"_a.noconvert(), "orders"_a.noconvert());
   m.def("rope", &barefoot::rope, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "cos"_a.noconvert(), "sin"_a.noconvert(),
         nb::kw_only(), "interleaved"_a);
   m.def("glu", &barefoot::glu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(), nb::kw_only(),
@@ -1222,6 +1259,7 @@ NB_MODULE(_native, m) {
            "eps"_a, nb::kw_only(), "plus_one"_a = false)
       .def("rope", &record_rope, "x"_a.noconvert(), "n_heads"_a, "head_dim"_a, "cos"_a.noconvert(),
            "sin"_a.noconvert(), nb::kw_only(), "interleaved"_a)
+      .def("reorder", &record_reorder, "x"_a.noconvert(), "orders"_a.noconvert())
       .def("glu", &record_glu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(), nb::kw_only(),
            "activation"_a = "silu")
       .def("add_", &record_add, "x"_a.noconvert(), "y"_a.noconvert())
