@@ -20,6 +20,8 @@ from barefoot.core.units import MIB
 from barefoot.engine.specs import spec_from_config
 from barefoot.plan.job import parse_weights
 from barefoot.plan.tuning import LEAST_TOKENS, Question, TuneJob, TuneStated
+from barefoot.train.lesson import Lesson
+from barefoot.train.losses.lrec import LREC
 from barefoot.train.losses.plain import Plain
 
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -160,3 +162,21 @@ def test_formats_whose_blocks_dont_fill_the_rows_are_only_refused_when_asked_for
     assert {plan.base for plan in asked.plans()} == {"stored"}
     with pytest.raises(Incompatible, match="columns are not a multiple"):
         dataclasses.replace(asked, stated=TuneStated(parse_weights("nf4"), pruning=given)).plans()
+
+
+def test_a_teacher_has_the_losses_that_imitate(question):
+    """And only it; its hidden states are in every phase of training, 4 bytes a number, and time for its pass."""
+    lesson = Lesson(question.spec, 4096, 1000)
+    taught = dataclasses.replace(question, stated=TuneStated(loss=None, n_tokens=512, lesson=lesson)).plans()
+    alone = dataclasses.replace(question, stated=TuneStated(n_tokens=512)).plans()
+    assert {str(p.tuning.loss) for p in taught} == {str(LREC())}
+    assert not any(p.tuning.loss.imitates for p in alone)
+    states = (4096 + 1000) * 576 * 4
+    assert taught[0].footprint.select(phase="step").bytes - alone[0].footprint.select(phase="step").bytes == states
+    assert taught[0].seconds > max(p.seconds for p in alone if p.tuning.activations == taught[0].tuning.activations)
+    for stated, match in (
+        (TuneStated(loss=LREC()), "imitates a teacher, and there is none"),
+        (TuneStated(loss=Plain(), lesson=lesson), "plain takes no teacher"),
+    ):
+        with pytest.raises(Incompatible, match=match):
+            dataclasses.replace(question, stated=stated).plans()
