@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from random_files import LLAMA, write_random
 
 from barefoot.adapters.files import TENSORS
 from barefoot.cli.commands import all_commands
@@ -244,3 +245,32 @@ def test_what_is_measured_goes_to_tensorboard_too(tiny_gguf, chats, tmp_path, ba
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines(out)]
+
+
+def test_a_base_of_two_bits_learns_what_its_parent_says(barefoot, tiny_gguf, chats, tmp_path):
+    """Inside what was predicted; without labels' share the loss is the divergence itself."""
+    out, record = tmp_path / "out", tmp_path / "out.json"
+    taught = command(tiny_gguf, chats, out, "--weights", "attn=int(bits=2,group=32) ffn=int(bits=2,group=32)",
+                     "--teacher", tiny_gguf.path, "--loss", "lrec(ce=0)", "--memory", "2GiB")  # fmt: skip
+    done = barefoot(*taught, "--json", record)
+    assert done.returncode == 0, done.stderr
+    found, curve = json.loads(record.read_text()), lines(out)
+    assert 0 < found["best"] < 0.5 * curve[0]["loss"]
+    assert found["skipped"] == 0
+    assert found["measured_peak_bytes"] <= found["predicted_peak_bytes"]
+    assert {p["loss"] for p in (found["plan"], *found["alternatives"])} == {"lrec(ce=0.0)"}
+    learned = barefoot("run", tiny_gguf.path, "say 3", "--max-tokens", 2, "--adapter", out)
+    assert learned.returncode == 0, learned.stderr
+    other = barefoot(*taught[:-2], "--memory", "2GiB", "--loss", "lrec")  # the state is of another loss
+    assert other.returncode == 2
+    assert "another" in other.stderr
+
+
+def test_a_teacher_of_other_words_is_refused(barefoot, tiny_gguf, chats, tmp_path):
+    write_random(tmp_path / "more", LLAMA | {"vocab_size": 300})
+    done = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--teacher", tmp_path / "more", "--plan"))
+    assert done.returncode != 0
+    assert "300 words" in done.stderr
+    alone = barefoot(*command(tiny_gguf, chats, tmp_path / "out", "--loss", "lrec", "--plan"))
+    assert alone.returncode != 0
+    assert "--teacher MODEL" in alone.stderr

@@ -22,6 +22,8 @@ from barefoot.optim.adamw import Adam
 from barefoot.optim.paged import PagedAdam
 from barefoot.plan.job import parse_weights
 from barefoot.plan.tuning import LEAST_TOKENS, Question, TuneJob, TuneStated
+from barefoot.train.lesson import Lesson
+from barefoot.train.losses.lrec import LREC
 from barefoot.train.losses.plain import Plain
 
 NAMES = ("adamw", "paged")
@@ -183,3 +185,21 @@ def test_formats_whose_blocks_dont_fill_the_rows_are_only_refused_when_asked_for
     assert {plan.base for plan in asked.plans()} == {"stored", "attn=nf4(double=true) ffn=nf4(double=true)"}
     with pytest.raises(Incompatible, match="columns are not a multiple"):
         dataclasses.replace(asked, stated=TuneStated(parse_weights("nf4"), pruning=given)).plans()
+
+
+def test_a_teacher_has_the_losses_that_imitate(question):
+    """And only it; its hidden states are in every phase of training, 4 bytes a number, and time for its pass."""
+    lesson = Lesson(question.spec, 4096, 1000)
+    taught = dataclasses.replace(question, stated=TuneStated(loss=None, n_tokens=512, lesson=lesson)).plans()
+    alone = dataclasses.replace(question, stated=TuneStated(n_tokens=512)).plans()
+    assert {str(p.tuning.loss) for p in taught} == {str(LREC())}
+    assert not any(p.tuning.loss.imitates for p in alone)
+    states = (4096 + 1000) * 576 * 4
+    assert taught[0].footprint.select(phase="step").bytes - alone[0].footprint.select(phase="step").bytes == states
+    assert taught[0].seconds > max(p.seconds for p in alone if p.tuning.activations == taught[0].tuning.activations)
+    for stated, match in (
+        (TuneStated(loss=LREC()), "imitates a teacher, and there is none"),
+        (TuneStated(loss=Plain(), lesson=lesson), "plain takes no teacher"),
+    ):
+        with pytest.raises(Incompatible, match=match):
+            dataclasses.replace(question, stated=stated).plans()

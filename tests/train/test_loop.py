@@ -44,6 +44,17 @@ class Data:
         return {"at": self.at}
 
 
+class Listed(Data):
+    """These steps."""
+
+    def __init__(self, steps: list[list[MicroBatch]]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def step(self) -> list[MicroBatch]:
+        return self.steps.pop(0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("model")
@@ -74,6 +85,40 @@ def test_a_first_step_is_adams(folder, tmp_path):
     assert step.norm == pytest.approx(
         np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values())), rel=1e-5
     )
+
+
+def test_a_step_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch):
+    """Nor its moments: what follows is as if it had not been, also behind a state that was read again."""
+    spoiled = dataclasses.replace(SETTINGS, rate=lambda step: 1e-2, steps=4, save_every=1)
+    plain = dataclasses.replace(spoiled, steps=3)
+
+    adapter, clean = LoRA(rank=3), tmp_path / "clean"
+    clean.mkdir()
+    expected = trainer(folder, clean, plain, adapter)
+    for _ in expected.run(Listed([Data(i).step() for i in (0, 2, 3)])):
+        pass
+
+    found = trainer(folder, tmp_path, spoiled, adapter)
+    loss = found.decoder.loss
+
+    def spoiling(batch, kind):
+        return loss(batch, kind) * (np.nan if found.progress.step == 1 else 1)
+
+    monkeypatch.setattr(found.decoder, "loss", spoiling)
+    steps = found.run(Data())
+    first, before = next(steps), learned(found)
+    second = next(steps)
+    assert np.isfinite(first.norm)
+    assert not np.isfinite(second.norm)
+    assert all(np.array_equal(before[name], now) for name, now in learned(found).items())
+    assert found.progress.skipped == 1
+    steps.close()
+    found.save()
+    again = trainer(folder, tmp_path, spoiled, adapter)
+    assert (again.progress.step, again.progress.skipped) == (2, 1)
+    for _ in again.run(Data(2)):
+        pass
+    assert all(np.array_equal(now, learned(again)[name]) for name, now in learned(expected).items())
 
 
 def test_gradients_are_cut_together(folder, tmp_path):

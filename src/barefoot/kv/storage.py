@@ -177,8 +177,10 @@ class Storage(ABC):
         raise NotImplementedError
 
     def rows(self) -> tuple[I32, F32 | None] | None:
-        """Positions and mass of all layers' key heads, (n_layers × n_kv_heads, n), one layer behind the other; None where
-        layers have different numbers of entries, or the arrays lie otherwise."""
+        """Positions and mass of all layers' key heads, (n_layers × n_kv_heads, n), one layer behind the other.
+
+        None where layers have different numbers of entries, or the arrays lie otherwise.
+        """
         return None
 
     def drop_rows(self, gone: I32) -> None:

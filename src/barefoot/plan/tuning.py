@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from barefoot.adapters import Adapter, Aside
 from barefoot.adapters.pruning import Pruning, pruned_spec
@@ -27,6 +27,7 @@ from barefoot.core.units import MIB, format_bytes
 from barefoot.optim import Optimizer
 from barefoot.plan.job import format_weights
 from barefoot.train.footprint import ACTIVATIONS, Activations, Compute, Tuning, footprint
+from barefoot.train.lesson import Lesson
 from barefoot.train.losses import Loss
 from barefoot.weights.formats import WeightFormat
 
@@ -60,7 +61,7 @@ class TuneJob:
 
 @dataclass(frozen=True)
 class TuneStated:
-    """What the user has decided; None is the planner's to choose."""
+    """What the user has decided; None is the planner's to choose, and no teacher."""
 
     formats: Mapping[WeightGroup, WeightFormat] | None = None
     activations: Activations | None = None
@@ -69,6 +70,7 @@ class TuneStated:
     compute: Compute = "float32"
     pruning: Pruning | None = None
     optimizer: Optimizer | None = None
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,30 @@ def combinations(job: TuneJob, adapter: Adapter, stated: TuneStated) -> Iterator
             f"{adapter} reads what the whole base computes, and can't be put back from a pruned copy",
             cure="--adapter lora",
         )
-    losses = [stated.loss] if stated.loss else [cls() for cls in techniques("train.losses").values()]
+    losses = _losses(stated)
     optimizers = [stated.optimizer] if stated.optimizer else [cls() for cls in techniques("optim").values()]
     for formats, activations, loss, optimizer, n_tokens in itertools.product(
         _formats(stated), _activations(adapter, stated), losses, optimizers, _micro_batches(job, stated)
     ):
-        assert isinstance(loss, Loss)
         assert isinstance(optimizer, Optimizer)
         yield Tuning(
             adapter, loss, n_tokens, job.length, formats, activations, stated.compute,
             accumulates=n_tokens < job.step_tokens, optimizer=optimizer, pruning=stated.pruning,
+            lesson=stated.lesson,
         )  # fmt: skip
+
+
+def _losses(stated: TuneStated) -> list[Loss]:
+    """Those that imitate where there is a teacher, and the others where there is none."""
+    taught, loss = stated.lesson is not None, stated.loss
+    if loss is None:
+        made = cast("list[Loss]", [cls() for cls in techniques("train.losses").values()])
+        return [each for each in made if each.imitates == taught]
+    if loss.imitates and not taught:
+        raise Incompatible(f"{loss} imitates a teacher, and there is none", cure="name one, as in --teacher MODEL")
+    if taught and not loss.imitates:
+        raise Incompatible(f"{loss} takes no teacher", cure="leave --loss or --teacher out")
+    return [loss]
 
 
 def _activations(adapter: Adapter, stated: TuneStated) -> tuple[Activations, ...]:
@@ -264,4 +279,10 @@ def seconds(spec: ModelSpec, job: TuneJob, tuning: Tuning, device: Device) -> fl
     decoded = n_passes * (passes * n_weights + spec.vocab_size * spec.d_model) * 4
     moved = tuning.optimizer.moved_bytes([f.n_elements for f in tuning.adapter.factors(spec) if f.trained])
     paging = moved / (device.read_gb_s["disk"] * 1e9)
+    if tuning.lesson:  # passed once a step, and the logits have two more products
+        teacher = tuning.lesson.spec
+        n_theirs = sum(w.n_elements for w in teacher.weights if w.layer is not None)
+        n_head = teacher.vocab_size * teacher.d_model
+        flops += job.step_tokens * (2 * n_theirs + 2 * n_head + 2 * spec.vocab_size * spec.d_model)
+        decoded += (n_theirs + n_passes * n_head) * 4
     return flops / device.peaks["f32"] + decoded / (device.read_gb_s["host"] * 1e9 / 4) + paging

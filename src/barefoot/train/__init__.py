@@ -8,6 +8,7 @@ document, and positions begin in each anew.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,13 @@ class MicroBatch:
     ids : int64 (N,).
     labels : int64 (N,), of each token the next one of its document, or ``NOTHING``.
     lengths : of the documents, N in all.
+    taught : what a teacher makes of them, a ``Taught`` of the driver, for a loss that imitates one.
     """
 
     ids: I64
     labels: I64
     lengths: tuple[int, ...]
+    taught: Any = None
 
     @property
     def n_predicted(self) -> int:

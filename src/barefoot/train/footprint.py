@@ -12,7 +12,8 @@ have it at once; with ``"recompute"`` one has, while it is passed again, and of 
 adapter that stands aside states what its passes keep itself.
 
 A pruned copy has fewer heads and channels in some layers; scores of what is to be cut take one pass beforehand, with a
-layer of the whole model at a time.
+layer of the whole model at a time. A teacher passes forward before each step in the same way
+(:mod:`barefoot.train.lesson`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from barefoot.core.ledger import Footprint, Phase, Term, entry
 from barefoot.core.model import ModelSpec, WeightGroup, WeightSpec
 from barefoot.optim import Optimizer
 from barefoot.optim.adamw import Adam
+from barefoot.train.lesson import Lesson
 from barefoot.train.losses import Loss, LossShape
 from barefoot.weights.formats import WeightFormat
 from barefoot.weights.formats.stored import Stored
@@ -58,6 +60,7 @@ class Tuning:
     accumulates : whether a step has several micro-batches, so that there are gradients before the last one's.
     step, steps : how far it is, of how many; what learns may become less.
     pruning : what is cut out of the base, if anything.
+    lesson : of the teacher that the loss imitates.
     """
 
     adapter: Adapter
@@ -72,6 +75,7 @@ class Tuning:
     step: int = 0
     steps: int = 1
     pruning: Pruning | None = None
+    lesson: Lesson | None = None
 
     def layout(self, weight: WeightSpec) -> str:
         """Blocks that the columns of a matrix of the base have to fill."""
@@ -100,6 +104,8 @@ def footprint(spec: ModelSpec, tuning: Tuning) -> Footprint:
     passes = _passes_aside if isinstance(tuning.adapter, Aside) else _passes
     copy = pruned_spec(spec, tuning.sizes(spec))
     found = _base(copy, tuning) + _adapter(copy, tuning) + passes(copy, tuning)
+    if tuning.lesson is not None:
+        found += entry("teacher", "activations", [tuning.lesson.states()], phases=_TRAINING)
     return found if tuning.pruning is None else found + _cutting(spec, tuning, tuning.pruning)
 
 
@@ -156,10 +162,11 @@ def _matrices(weights: Iterable[WeightSpec], tuning: Tuning) -> list[Term]:
 
 
 def _base(spec: ModelSpec, tuning: Tuning) -> Footprint:
+    decoded = [spec] if tuning.lesson is None else [spec, tuning.lesson.spec]
     return (
         entry("base", "weights", _matrices(spec.weights, tuning), phases=_ALL)
         + entry("base", "workspace", [LOADING], phases=("load",))
-        + entry("base", "workspace", [_tile(spec)], phases=_TRAINING)  # stays, once it is there
+        + entry("base", "workspace", [_tile(*decoded)], phases=_TRAINING)  # stays, once it is there
     )
 
 
@@ -270,7 +277,7 @@ def _passes(spec: ModelSpec, tuning: Tuning) -> Footprint:
     if width != 4:  # products take them so
         back += [Term("a tile in the products' type", _tile(spec).bytes // 4, width)]
         back += [Term("a gradient in the products' type", n * s.forward, width)]
-    forward = _larger(passed, [ends, *loss.forward_terms(shape)])
+    forward = _larger(passed, [ends, *_compared(tuning, shape)], _taught_before(tuning, always))
     backward = _larger([*passed, hidden], back, [ends, *loss.saved_terms(shape), *loss.backward_terms(shape)])
     return (
         entry("passes", "activations", always, phases=("forward", "backward"))
@@ -312,7 +319,7 @@ def _passes_aside(spec: ModelSpec, tuning: Tuning) -> Footprint:
     assert isinstance(tuning.adapter, Aside)
     passing, loss, shape = _passing(spec, tuning, tuning.adapter), tuning.loss, _loss_shape(spec, tuning)
     head = (*passing.head, Term("behind the head", tuning.n_tokens * spec.d_model, 4))
-    forward = _larger(passing.forward, [*head, *loss.forward_terms(shape)])
+    forward = _larger(passing.forward, [*head, *_compared(tuning, shape)], _taught_before(tuning, passing.kept))
     moments = passing.backward, (*loss.saved_terms(shape), *loss.backward_terms(shape))
     backward = [*head, *_larger(*moments)]
     return (
@@ -322,14 +329,31 @@ def _passes_aside(spec: ModelSpec, tuning: Tuning) -> Footprint:
     )
 
 
-def _tile(spec: ModelSpec) -> Term:
-    sizes = (4 * w.n_elements for w in spec.weights if w.layer is not None and w.group != "norm")
+def _tile(*specs: ModelSpec) -> Term:
+    sizes = (4 * w.n_elements for spec in specs for w in spec.weights if w.layer is not None and w.group != "norm")
     return Term("a tile of decoded weights", 1, min(TILE_BYTES, max(sizes)))
 
 
 def _loss_shape(spec: ModelSpec, tuning: Tuning) -> LossShape:
     n = tuning.n_tokens
-    return LossShape(n, n, spec.d_model, spec.vocab_size, head_bytes=0, softcap=bool(spec.logit_softcap))
+    width = tuning.lesson.spec.d_model if tuning.lesson else 0
+    cap, most = bool(spec.logit_softcap), max(1, n - 1)  # a document's last token predicts nothing
+    return LossShape(n, most, spec.d_model, spec.vocab_size, head_bytes=0, softcap=cap, taught_width=width)
+
+
+def _compared(tuning: Tuning, shape: LossShape) -> list[Term]:
+    """Of the loss, and what is read of a teacher's head for a tile of the logits."""
+    terms = [*tuning.loss.forward_terms(shape)]
+    if tuning.lesson is not None:
+        terms.append(tuning.lesson.head_rows(getattr(tuning.loss, "tile_vocab", shape.vocab_size)))
+    return terms
+
+
+def _taught_before(tuning: Tuning, kept: Sequence[Term]) -> list[Term]:
+    """A teacher's pass as far as it takes more than what passes keep that are behind it."""
+    terms = () if tuning.lesson is None else tuning.lesson.passing(tuning.n_tokens)
+    beyond = sum(term.bytes for term in terms) - sum(term.bytes for term in kept)
+    return [Term("a teacher's pass, beyond what passes keep", 1, max(0, beyond))]
 
 
 def _larger(*moments: Sequence[Term]) -> Sequence[Term]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from barefoot.cli import arguments, console, models
+from barefoot.cli import arguments, console, models, teachers
 from barefoot.core.units import format_bytes, parse_bytes, parse_count
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from barefoot.io.inventory import Checkpoint
     from barefoot.plan.tuning import TunePlan, TuneStated
     from barefoot.train import MicroBatch
-    from barefoot.train.driver.loop import Step
+    from barefoot.train.driver.loop import Data, Step
+    from barefoot.train.lesson import Lesson
 
 LENGTH, BATCH, EPOCHS, RATE, WARM_UP = 512, 8, 1.0, 2e-4, 0.03
 HELD_OUT, HELD_OUT_TOKENS = 0.05, 16_384  # share of the records, and the most tokens that are gone through
@@ -36,6 +37,7 @@ EXAMPLES = (
     'barefoot tune smollm2 book.txt --adapter "lora(rank=8)" --length 256 --steps 200 -o tuned',
     'barefoot tune smollm2 chats.jsonl --prune "taylor(ratio=0.35)" --memory 500MiB -o tuned',
     "barefoot tune smollm2 chats.jsonl --memory 1GiB -o tuned --plan",
+    "barefoot tune two-bits/ book.txt --teacher smollm2 -o repaired",
     "barefoot run smollm2 --adapter tuned",
 )
 JSON_KEYS = {
@@ -46,7 +48,9 @@ JSON_KEYS = {
     "alternatives": "the same of the other combinations, without their footprints",
     "budget_bytes": "what was allowed",
     "steps": "of the optimizer",
-    "loss": "nats a predicted token, of the last step; null for a plan alone",
+    "skipped": "those of them that were not finite, and changed nothing",
+    "loss": "nats a predicted token, of the last step; with a teacher its loss, the divergence and a share of them; "
+    "null for a plan alone",
     "held_out": "nats a predicted token of what wasn't trained on, at the end; null without any",
     "best": "the lowest held-out loss, whose adapter is in the folder",
     "tokens_per_s": "trained tokens a second",
@@ -59,6 +63,9 @@ JSON_KEYS = {
 def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     parser.add_argument("data", metavar="DATA", help="JSONL of chats, completions or texts; or a plain text file")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="a model of the same words to imitate, as the one that MODEL was made from"
+    )
     parser.add_argument(
         "-o", "--output", metavar="DIR", required=True, help="the adapter's folder; one that was begun goes on"
     )
@@ -102,7 +109,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help='train beside a copy without so many units, as in "taylor(ratio=0.5)", "drawn(ratio=0.5)", or a folder '
         "that was tuned so; default the whole base",
     )
-    stated.add_argument("--loss", metavar="SPEC", help='"plain" or "cce"')
+    stated.add_argument("--loss", metavar="SPEC", help='"plain" or "cce"; "lrec" with a teacher')
     stated.add_argument("--optimizer", metavar="SPEC", help='"adamw", or "paged(resident=4)": 4 MiB of it in memory')
     stated.add_argument("--activations", choices=("keep", "recompute"), help="what a pass keeps for its backward")
     stated.add_argument("--micro-batch", metavar="N", type=parse_count, help="tokens that pass at once")
@@ -119,21 +126,23 @@ def execute(args: argparse.Namespace) -> int:
 
     return_freed_memory(AT_ONCE)
     output = Path(args.output)
-    with Checkpoint(models.fetch(args.model)) as checkpoint:
+    with Checkpoint(models.fetch(args.model)) as checkpoint, teachers.opened(args.teacher) as teacher:
         spec = model_spec(checkpoint)
         length = min(args.length, spec.context_length)
         job = TuneJob(length, args.batch * length)
         device = this_machine()
-        stated = _stated(args, checkpoint, spec)
         budget, source = arguments.budget(args, device)
         allowed = budget.bytes["host"]
-        data = None if args.plan else _Data(args, checkpoint, length)  # before PyTorch, while this process is small
+        data = None if args.plan else _Data(args, checkpoint, length, teacher)  # before PyTorch, in a small process
+        held_out = HELD_OUT_TOKENS if data is None else data.n_held_out(job.step_tokens)
+        lesson = teachers.lesson(spec, teacher, job.step_tokens, held_out)
+        stated = _stated(args, checkpoint, spec, lesson)
         question = Question(spec, job, _adapter(args.adapter), stated, device, _reserved(args))
         plan, others = question.choose(allowed)
         if data is None:
             return _finish(args, _record(args, plan, others, allowed))
         console.print_note(_summary(plan, allowed, source, data))
-        result = _train(args, checkpoint, spec, plan, data, output)
+        result = _train(args, checkpoint, spec, plan, data, output, teacher)
         return _finish(args, {**_record(args, plan, others, allowed), **result})
 
 
@@ -167,7 +176,7 @@ def _pruning(text: str, checkpoint: Checkpoint, spec: ModelSpec) -> Pruning:
     return found
 
 
-def _stated(args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec) -> TuneStated:
+def _stated(args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, lesson: Lesson | None) -> TuneStated:
     from barefoot.plan.job import parse_weights
     from barefoot.plan.tuning import TuneStated
 
@@ -175,13 +184,15 @@ def _stated(args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec) -
     optimizer = None if args.optimizer is None else _technique(args.optimizer, "optim")
     formats = None if args.weights is None else parse_weights(args.weights)
     pruning = None if args.prune is None else _pruning(args.prune, checkpoint, spec)
-    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute, pruning, optimizer)
+    return TuneStated(formats, args.activations, loss, args.micro_batch, args.compute, pruning, optimizer, lesson)
 
 
 class _Data:
     """What is trained on, and what is held out; micro-batches as the loop asks for them."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint, length: int) -> None:
+    def __init__(
+        self, args: argparse.Namespace, checkpoint: Checkpoint, length: int, teacher: Checkpoint | None = None
+    ) -> None:
         from barefoot.cli import progress
         from barefoot.engine.source import source_key
         from barefoot.io.chat import find_chat_template
@@ -190,7 +201,10 @@ class _Data:
         from barefoot.train.documents import Documents
         from barefoot.train.encoding import Encoder
 
-        encoder = Encoder(load_tokenizer(checkpoint), find_chat_template(checkpoint), length, args.train_on)
+        tokenizer = load_tokenizer(checkpoint)
+        if teacher is not None:
+            teachers.check_words(tokenizer, load_tokenizer(teacher))
+        encoder = Encoder(tokenizer, find_chat_template(checkpoint), length, args.train_on)
         with progress.line() as report:
 
             def read(path: str, table: str) -> Documents:
@@ -247,6 +261,10 @@ class _Data:
     def place(self) -> dict[str, int]:
         return self._at._asdict()
 
+    def n_held_out(self, n_tokens: int) -> int:
+        """Tokens that ``held_out`` goes through at most, in micro-batches of at most ``n_tokens``."""
+        return min(int(self.judged.entries["tokens"][self.held].sum()), HELD_OUT_TOKENS + n_tokens)
+
     def held_out(self, n_tokens: int) -> Iterator[MicroBatch]:
         """The first ``HELD_OUT_TOKENS`` of what isn't trained on."""
         from barefoot.train.data import Batches
@@ -287,7 +305,13 @@ def _reserved(args: argparse.Namespace) -> int:
 
 
 def _train(
-    args: argparse.Namespace, checkpoint: Checkpoint, spec: ModelSpec, plan: TunePlan, data: _Data, output: Path
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    plan: TunePlan,
+    data: _Data,
+    output: Path,
+    teacher: Checkpoint | None,
 ) -> dict[str, Any]:
     import hashlib
 
@@ -296,6 +320,7 @@ def _train(
     from barefoot.train.driver.cutting import fingerprint, kept_units
     from barefoot.train.driver.learner import learner
     from barefoot.train.driver.loop import Settings, Trainer
+    from barefoot.train.driver.teacher import Lessons, Teacher
     from barefoot.train.metrics import Metrics, read, tensorboard
     from barefoot.train.schedule import Schedule
 
@@ -310,7 +335,7 @@ def _train(
     facts = (
         source_key(checkpoint), data.documents.fingerprint(), str(tuning.adapter), plan.base, fingerprint(kept),
         tuning.compute, tuning.length, tuning.n_tokens, per_step, steps, args.rate, str(schedule), args.clip, args.seed,
-        args.held_out,
+        args.held_out, None if teacher is None else (source_key(teacher), str(tuning.loss)),
     )  # fmt: skip
     identity = hashlib.sha256(repr(facts).encode()).hexdigest()
     settings = Settings(
@@ -329,12 +354,16 @@ def _train(
     trainer = Trainer(decoder, tuning.loss, settings, identity, output, optimizer=tuning.optimizer, keep_best=write)
     held_out = list(data.held_out(tuning.n_tokens))
     data.go_on(cast("dict[str, int] | None", trainer.progress.data))
+    source: Data = data
+    if tuning.lesson is not None and teacher is not None:
+        parent = Teacher(teacher, tuning.lesson.spec, compute=tuning.compute)
+        source, held_out = Lessons(data, parent), parent.taught(held_out)
     if trainer.progress.step:
         console.print_note(f"going on behind step {trainer.progress.step} of {steps}")
     started, n_tokens, last = time.perf_counter(), 0, None
     writer = tensorboard(output, trainer.progress.step) if args.tensorboard else None
     with Metrics(output / METRICS, trainer.progress.step, writer) as metrics, _shown(steps, plan) as show:
-        for step in trainer.run(data, held_out):
+        for step in trainer.run(source, held_out):
             last, n_tokens = step, n_tokens + step.n_tokens
             held = {} if step.held_out is None else {"held_out_loss": step.held_out}
             metrics.write(
@@ -351,6 +380,7 @@ def _train(
     progress = trainer.progress
     return {
         "steps": progress.step,
+        "skipped": progress.skipped,
         "loss": None if last is None else last.loss,
         "held_out": None if last is None else last.held_out,
         "best": progress.best,
@@ -444,6 +474,8 @@ def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
     measured = result["measured_peak_bytes"]
     rows = [("steps", f"{result['steps']:,}")]
+    if result["skipped"]:
+        rows.append(("skipped", f"{result['skipped']:,} of them, whose gradients were not finite"))
     if result["loss"] is not None:
         rows.append(("loss", f"{result['loss']:.4f} nats a predicted token"))
     if result["best"] is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from barefoot.core.errors import InvalidInput
+from barefoot.core.errors import Incompatible, InvalidInput
 from barefoot.train import NOTHING
+from barefoot.train.driver.imitation import Taught, both
 from barefoot.train.driver.logit_tiles import (
     DenseHead,
     Head,
@@ -24,6 +27,7 @@ from barefoot.train.driver.logit_tiles import (
 )
 from barefoot.train.losses import Loss
 from barefoot.train.losses.cce import CutCrossEntropy
+from barefoot.train.losses.lrec import LREC
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -36,6 +40,7 @@ def cross_entropy(
     *,
     bias: Tensor | None = None,
     softcap: float = 0.0,
+    taught: Taught | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """The loss of a micro-batch, float32.
@@ -48,12 +53,14 @@ def cross_entropy(
     labels : int64 (N,), the token that each one is to predict, or ``NOTHING``.
     bias : (vocabulary,), of the logits.
     softcap : c, where logits are c tanh(logits / c).
+    taught : what a teacher makes of the same tokens, for a loss that imitates one.
     reduction : over the tokens that predict; "none" gives (N,), 0 for those that don't.
 
     Raises
     ------
     InvalidInput : shapes that don't go together, labels outside the vocabulary, no label at all where the mean is asked
-        for, an unknown reduction.
+        for, an unknown reduction, a loss that imitates without a teacher, or a teacher for one that doesn't.
+    Incompatible : a loss that imitates, with a head that is trained, a bias, or hidden states of 16 bits.
     """
     matrix: Head = DenseHead(head) if isinstance(head, Tensor) else head
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -62,9 +69,10 @@ def cross_entropy(
         raise InvalidInput(f"none of {len(labels)} tokens predicts anything: there is no mean of their losses")
     if reduction not in ("mean", "sum", "none"):
         raise InvalidInput(f"reduction must be mean, sum or none, got {reduction!r}")
+    _check_taught(loss, matrix, taught, len(labels))
     each: Tensor
     if n_predicted:
-        each = loss.per_token(hidden, matrix, labels, bias=bias, softcap=softcap)
+        each = loss.per_token(hidden, matrix, labels, bias=bias, softcap=softcap, taught=taught)
     else:
         each = hidden.sum(1, dtype=torch.float32) * 0  # so that gradients are 0
     if reduction == "none":
@@ -86,6 +94,18 @@ def _check(hidden: Tensor, head: Head, labels: Tensor, bias: Tensor | None) -> i
     if len(wrong):
         raise InvalidInput(f"label {int(wrong[0])} lies outside the vocabulary of {head.rows}")
     return int(predicting.sum())
+
+
+def _check_taught(loss: Loss, head: Head, taught: Taught | None, n_tokens: int) -> None:
+    if loss.imitates != (taught is not None):
+        raise InvalidInput(f"{loss} takes {'a' if loss.imitates else 'no'} teacher's hidden states")
+    if taught is None:
+        return
+    if taught.hidden.shape != (n_tokens, taught.head.cols):
+        expected = f"({n_tokens}, {taught.head.cols})"
+        raise InvalidInput(f"a teacher's hidden states must be {expected}, got {tuple(taught.hidden.shape)}")
+    if taught.head.rows != head.rows:
+        raise InvalidInput(f"the teacher has {taught.head.rows} words, the model {head.rows}")
 
 
 def plain(hidden: Tensor, head: Head, labels: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
@@ -121,7 +141,7 @@ def cut(
     elif trained[1] or trained[2]:
         each = _TwoPasses.apply(hidden, weight, bias, labels, problem, loss)  # type: ignore[no-untyped-call]
     elif trained[0]:
-        each = _OnePass.apply(hidden, problem, loss)  # type: ignore[no-untyped-call]
+        each = _OnePass.apply(hidden, partial(one_pass, Tiles(problem, loss)))  # type: ignore[no-untyped-call]
     else:
         tiles = Tiles(problem, loss)
         sums, correct = log_sums(tiles)
@@ -129,12 +149,28 @@ def cut(
     return each
 
 
+def imitated(
+    loss: LREC, hidden: Tensor, head: Head, labels: Tensor, bias: Tensor | None, softcap: float, taught: Taught
+) -> Tensor:
+    """Losses (N,) beside a teacher, a tile of either's logits at a time."""
+    if bias is not None or (isinstance(head, DenseHead) and head.weight.requires_grad):
+        raise Incompatible(f"{loss} imitates through a frozen head without a bias")
+    if hidden.dtype not in (torch.float32, torch.float64):
+        raise Incompatible(f"{loss} takes hidden states of 32 bits, got {hidden.dtype}")
+    tiles = Tiles(Problem(hidden, head, labels, None, softcap), loss)
+    other = Tiles(Problem(taught.hidden, taught.head, labels, None, taught.softcap), loss)
+    learns = hidden.requires_grad and torch.is_grad_enabled()
+    compare = partial(both, loss, tiles, other, learns)
+    each: Tensor = _OnePass.apply(hidden, compare) if learns else compare()[0]  # type: ignore[no-untyped-call]
+    return each
+
+
 class _OnePass(torch.autograd.Function):
     """The gradient by the hidden states comes with the loss; of the head there is none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, problem: Problem, loss: CutCrossEntropy) -> Tensor:
-        losses, ctx.gradient = one_pass(Tiles(problem, loss))
+    def forward(ctx: Any, hidden: Tensor, compute: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        losses, ctx.gradient = compute()
         return losses
 
     @staticmethod
@@ -144,7 +180,7 @@ class _OnePass(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the gradient of this loss was handed out already: compute the loss again")
-        return gradient.mul_(by_losses[:, None]), None, None
+        return gradient.mul_(by_losses[:, None]), None
 
 
 class _TwoPasses(torch.autograd.Function):

@@ -66,7 +66,7 @@ class Frozen(nn.Module):
         self._checkpoint, self._formats = checkpoint, formats or {}
         weights = {w.name: w for w in spec.weights}
         self.embed = self._embedding(weights["embed"])
-        self.head = self.embed if spec.tied else self._linear(weights["head"])
+        self.head = self.embed if spec.tied else self._head(weights["head"])
         self.norm = self._vector(weights["norm"])
         self._vectors: list[dict[str, Tensor]] = [{} for _ in spec.layers]
         self.layers = nn.ModuleList(nn.ModuleDict() for _ in spec.layers)
@@ -145,6 +145,9 @@ class Frozen(nn.Module):
         self._fill(made.weight, weight, layout)
         return made
 
+    def _head(self, weight: WeightSpec) -> PackedLinear | PackedEmbedding:
+        return self._linear(weight)
+
     def _vector(self, weight: WeightSpec) -> Tensor:
         whole = self._whole[weight.name]
         values = decode(whole.format, read_rows(self._checkpoint, whole), whole.cols)
@@ -222,7 +225,8 @@ class Decoder(Frozen):
     def loss(self, batch: MicroBatch, loss: Loss) -> Tensor:
         """The mean over the tokens that predict something."""
         labels = torch.from_numpy(batch.labels)
-        return cross_entropy(loss, self.hidden(batch), self.head, labels, softcap=self.spec.logit_softcap)
+        cap, taught = self.spec.logit_softcap, batch.taught
+        return cross_entropy(loss, self.hidden(batch), self.head, labels, softcap=cap, taught=taught)
 
     # --- what learns ---
 

@@ -32,6 +32,13 @@ class Head(Protocol):
         """Rows by their numbers, (n, cols)."""
 
 
+class Tiling(Protocol):
+    """A loss that is computed by tiles."""
+
+    def tile(self, n_predicted: int, vocab_size: int) -> tuple[int, int]:
+        """Tokens and words of a tile."""
+
+
 class DenseHead:
     """A matrix that lies in memory as numbers."""
 
@@ -72,7 +79,7 @@ def predicting(labels: Tensor) -> Tensor | None:
 class Tiles:
     """Scratch for the tiles of a problem, and the tokens that predict."""
 
-    def __init__(self, problem: Problem, loss: CutCrossEntropy) -> None:
+    def __init__(self, problem: Problem, loss: Tiling) -> None:
         self.problem, hidden = problem, problem.hidden
         self.kind = hidden.dtype
         self.wide = torch.promote_types(self.kind, torch.float32)
@@ -183,7 +190,7 @@ def log_sums(tiles: Tiles, pulls: Tensor | None = None) -> tuple[Tensor, Tensor]
     for start, words, head in tiles.stretches():
         for block in tiles.blocks():
             logits = tiles.logits(tiles.inputs(block), head, words)
-            here, at = _within(tiles.labels[block] - start, len(head))
+            here, at = within(tiles.labels[block] - start, len(head))
             correct[block] += logits.gather(1, at).squeeze(1).mul_(here)
             slopes = None if pulls is None else tiles.slopes(logits)
             highest = torch.maximum(top[block], logits.amax(1))
@@ -206,12 +213,17 @@ def one_pass(tiles: Tiles) -> tuple[Tensor, Tensor]:
     gradient = tiles.floats(*problem.hidden.shape if tiles.kind == wide else (tiles.n, problem.head.cols))
     pulls = gradient[: tiles.n]
     sums, correct = log_sums(tiles, pulls)
+    minus_labels(tiles, pulls, correct)
+    return spread(tiles, sums.sub_(correct)), to_hidden(tiles, gradient)
+
+
+def minus_labels(tiles: Tiles, pulls: Tensor, correct: Tensor, weight: float = 1.0) -> None:
+    """Take labels' rows of the head, times ``weight``, from ``pulls`` (n, d_model); ``correct`` are their logits."""
     for at in range(0, tiles.n, LABELS):
         some = slice(at, at + LABELS)
-        rows = problem.head.at(tiles.labels[some]).to(tiles.kind)  # as products met them
-        pulls[some] -= _times(rows.to(wide), tiles.slopes(correct[some, None]))
+        rows = tiles.problem.head.at(tiles.labels[some]).to(tiles.kind)  # as products met them
+        pulls[some].sub_(_times(rows.to(tiles.wide), tiles.slopes(correct[some, None])), alpha=weight)
         del rows
-    return spread(tiles, sums.sub_(correct)), to_hidden(tiles, gradient)
 
 
 def gradients(
@@ -242,7 +254,7 @@ def gradients(
             logits = tiles.logits(x, some, words)
             slopes = tiles.slopes(logits)
             errors = logits.sub_(sums[block, None]).exp_()
-            here, at = _within(words_of[block] - start, len(some))
+            here, at = within(words_of[block] - start, len(some))
             errors.scatter_add_(1, at, here[:, None].to(errors.dtype).neg_())
             kept = matters(errors, loss.filter)
             errors = _times(errors.mul_(tiles.of_block(scales, block)[:, None]), slopes)
@@ -298,7 +310,7 @@ def _times(values: Tensor, slopes: Tensor | None) -> Tensor:
     return values if slopes is None else values.mul_(slopes)
 
 
-def _within(words: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def within(words: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Whether a word lies in the tile, (block,), and the column that is it or any other, (block, 1)."""
     return (words >= 0) & (words < width), words.clamp(0, width - 1)[:, None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step was. ``loss`` : nats a predicted token, before it; ``held_out`` : behind it, where there is one."""
+    """What a step was. ``loss`` : nats a predicted token, before it; ``held_out`` : behind it, where there is one. One
+    whose ``norm`` or loss is not finite has changed nothing."""
 
     step: int
     loss: float
@@ -160,7 +162,10 @@ class Trainer:
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        if math.isfinite(norm) and math.isfinite(loss):
+            self._optimizer.step()
+        else:
+            self.progress.skipped += 1
         self._optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
@@ -168,7 +173,7 @@ class Trainer:
         """Scale all gradients down together where their norm is larger than it may be; the norm before."""
         grads = [p.grad for p in self.learned.values() if p.grad is not None]
         norm = float(torch.stack([grad.norm() for grad in grads]).norm()) if grads else 0.0
-        if self.settings.clip and norm > self.settings.clip:
+        if self.settings.clip and self.settings.clip < norm < math.inf:
             for grad in grads:
                 grad.mul_(self.settings.clip / norm)
         return norm

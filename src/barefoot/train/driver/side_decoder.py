@@ -101,7 +101,8 @@ class SideDecoder(Frozen):
     def loss(self, batch: MicroBatch, loss: Loss) -> Tensor:
         """The mean over the tokens that predict something."""
         labels = torch.from_numpy(batch.labels)
-        return cross_entropy(loss, self.hidden(batch), self.head, labels, softcap=self.spec.logit_softcap)
+        cap, taught = self.spec.logit_softcap, batch.taught
+        return cross_entropy(loss, self.hidden(batch), self.head, labels, softcap=cap, taught=taught)
 
     # --- the side network ---
 

@@ -33,12 +33,13 @@ class Progress:
     """
     Attributes
     ----------
-    step : steps that are done.
+    step, skipped : steps that are done, and those of them that were not finite and changed nothing.
     data : where the next one's data begin.
     best, best_step : the lowest held-out loss so far, and after how many steps.
     """
 
     step: int = 0
+    skipped: int = 0
     data: Mapping[str, int] | None = None
     best: float | None = None
     best_step: int = 0
@@ -93,7 +94,7 @@ class StateFile:
         ------
         CorruptFile : a tensor is missing, or of another shape.
         """
-        step = self.progress.step
+        step = self.progress.step - self.progress.skipped
         with BinaryFile(self._path) as data, torch.no_grad():
             random = torch.from_numpy(self._read(data, "random", "u8", tuple(torch.get_rng_state().shape)))
             for kind, tensors in (("adapter", learned), ("settled", settled)):
@@ -122,4 +123,5 @@ def _progress(header: Mapping[str, Any]) -> Progress:
         raise CorruptFile("the place in the data is no record of counts")
     if best is not None and not isinstance(best, float):
         raise CorruptFile(f"the best loss is {best!r}, no number")
-    return Progress(step, data, best, untrusted.count(header, "best_step", step))
+    skipped, best_step = (untrusted.count(header, name, step) for name in ("skipped", "best_step"))
+    return Progress(step, skipped, data, best, best_step)

@@ -4,14 +4,15 @@ Of token i, whose hidden state is E_i and whose label is x_i, with C (vocabulary
 
     A_i = C E_i (+ bias), c tanh(A_i / c) where the model has a soft cap c        loss_i = log Σ_v exp A_iv - A_i,x_i
 
-Tokens without a label are left out before anything is computed. Their loss is 0, and they count in no mean.
+Tokens without a label are left out before anything is computed. Their loss is 0, and they count in no mean. A loss that
+imitates compares the logits with a teacher's as well, which come from hidden states and a matrix of its own.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from barefoot.core.ledger import Term
 from barefoot.core.technique import Technique
@@ -27,6 +28,7 @@ class LossShape:
     head_bytes : of a number of the matrix, 4 or 2; 0 where it is packed, and decoded to float32.
     trains_head, trains_bias : whether they get a gradient. A packed head gets none.
     softcap : whether logits are capped.
+    taught_width : numbers of a teacher's hidden state, float32; its matrix is decoded. 0 where there is none.
     """
 
     n_tokens: int
@@ -38,6 +40,7 @@ class LossShape:
     trains_head: bool = False
     trains_bias: bool = False
     softcap: bool = False
+    taught_width: int = 0
 
     @property
     def leaves_out(self) -> bool:
@@ -56,6 +59,8 @@ class Loss(Technique):
     Terms leave out what the caller holds: hidden states, labels, the matrix as it is stored.
     """
 
+    imitates: ClassVar[bool] = False  # whether it takes a teacher
+
     @abstractmethod
     def forward_terms(self, shape: LossShape) -> tuple[Term, ...]:
         """Bytes that the forward pass allocates at most at a time, the ones that stay among them."""
@@ -70,7 +75,9 @@ class Loss(Technique):
         what was saved."""
 
     @abstractmethod
-    def per_token(self, hidden: Any, head: Any, labels: Any, *, bias: Any = None, softcap: float = 0.0) -> Any:
+    def per_token(
+        self, hidden: Any, head: Any, labels: Any, *, bias: Any = None, softcap: float = 0.0, taught: Any = None
+    ) -> Any:
         """Losses float32 (N,), 0 where there is no label. Arguments are ``train.driver.cross_entropy``'s, checked."""
 
 

@@ -161,7 +161,9 @@ class CutCrossEntropy(Loss, name="cce", papers=(65,), status="stable"):
     def _gradient(self, shape: LossShape) -> Term:
         return Term("gradient of hidden states", shape.n_tokens * shape.d_model, shape.hidden_bytes)
 
-    def per_token(self, hidden: Any, head: Any, labels: Any, *, bias: Any = None, softcap: float = 0.0) -> Any:
+    def per_token(
+        self, hidden: Any, head: Any, labels: Any, *, bias: Any = None, softcap: float = 0.0, taught: Any = None
+    ) -> Any:
         from barefoot.train.driver.cross_entropy import cut
 
         return cut(self, hidden, head, labels, bias, softcap)

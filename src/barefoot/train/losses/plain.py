@@ -52,7 +52,9 @@ class Plain(Loss, name="plain", status="stable"):
         # By then the gradient of the logits lies where their logarithms were.
         return max(of_logits, tuple(returned), key=total)
 
-    def per_token(self, hidden: Any, head: Any, labels: Any, *, bias: Any = None, softcap: float = 0.0) -> Any:
+    def per_token(
+        self, hidden: Any, head: Any, labels: Any, *, bias: Any = None, softcap: float = 0.0, taught: Any = None
+    ) -> Any:
         from barefoot.train.driver.cross_entropy import plain
 
         return plain(hidden, head, labels, bias, softcap)
