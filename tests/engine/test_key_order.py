@@ -17,7 +17,6 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.kv.stores.bfp4 import BlockFloatStore
 from barefoot.ops import kvrows
 from barefoot.plan.job import parse_kv
-from barefoot.weights.folds import Heads
 
 IDS = [(7 * i + 3) % 250 for i in range(40)]
 WIDE = {"head_dim": 64, "num_attention_heads": 4}  # two blocks a head
@@ -66,7 +65,7 @@ def test_an_order_changes_nothing_but_rounding(folder, n_streamed):
 
 
 def test_orders_are_those_of_keys_of_white_inputs(folder):
-    """s² against the mean squares of keys that random inputs make, before RoPE, over both channels of a pair."""
+    """s² against the mean squares of keys that random inputs make, before RoPE."""
     with Checkpoint(folder) as checkpoint, open_engine(folder, kv=parse_kv("f32")) as engine:
         spec = model_spec(checkpoint)
         for layer in (0, spec.n_layers - 1):
@@ -79,18 +78,10 @@ def test_orders_are_those_of_keys_of_white_inputs(folder):
             checkpoint.read_into(weight.source, matrix.view(np.uint8), weight.row_start, weight.rows)
             keys = (x * vectors["attn_norm"]) @ matrix.T + vectors.get("k_bias", 0)
             keys = keys.reshape(len(x), spec.n_kv_heads, 64) * vectors.get("k_norm", 1)
-            squares = np.square(keys).mean(axis=0)
-            pairs = (squares + np.roll(squares, 32, axis=1)) / 2  # channels c and c + 32 turn together
-            assert np.allclose(got, pairs, rtol=0.06)
+            assert np.allclose(got, np.square(keys).mean(axis=0), rtol=0.06)
             order = key_order.by_size(got)
             assert (np.diff(np.take_along_axis(got, order.astype(int), 1), axis=1) <= 0).all()
             assert (np.sort(order) == np.arange(64)).all()
-
-
-def test_pairs_of_neighbours_and_channels_that_do_not_turn():
-    sizes = np.array([[1, 3, 2, 2, 9, 1]], np.float32)
-    assert key_order.of_pairs(sizes, Heads(1, 1, 6, 4, interleaved=True)).tolist() == [[2, 2, 2, 2, 9, 1]]
-    assert key_order.of_pairs(sizes, Heads(1, 1, 6, 4, interleaved=False)).tolist() == [[1.5, 2.5, 1.5, 2.5, 9, 1]]
 
 
 @pytest.mark.parametrize(("head_dim", "least"), [(128, 1.25), (256, 1.5), (32, 1.0)])

@@ -4,7 +4,7 @@ Accurate Block Quantization in LLMs with Outliers (Trukhanov and Soloveychik 202
 share an exponent a large channel takes the precision of all others, and a few channels of keys are large at every
 position. Of each layer and key head, channels come in the order of
 
-    s_c² = g_c² (Σ_j (W_cj n_j)² + b_c²),  of a pair that RoPE turns the mean of both,
+    s_c² = g_c² (Σ_j (W_cj n_j)² + b_c²)
 
 with the matrix and the bias of keys, the norm n before them and g over them: how large keys would be if what is normed
 were white.
@@ -13,8 +13,8 @@ Keys and queries are put in that order when they have been rotated: q · k is a 
 same, and weights, frequencies, norms and adapters stay as they are. Bytes, of L layers with H key heads of d channels:
 2 L H d. A store of blocks of n channels gains where n < d; heads of one block are left alone.
 
-*Differs from the paper*: it permutes rows of the weights at compile time, which leaves RoPE's pairs in place, or gives
-each head frequencies of its own.
+*Differs from the paper*: it permutes rows of the weights at compile time. With RoPE that must keep pairs together, and
+gains half as much (benchmarks/kv/key_order.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from barefoot.io.inventory import Checkpoint
 from barefoot.kv.stores import KVStore
 from barefoot.ops import blocks
 from barefoot.ops.kvrows import GROUP
-from barefoot.weights.folds import Heads
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
@@ -81,14 +80,7 @@ def sizes_by_weights(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> F32
         squares += np.square(vector("k_bias")).reshape(squares.shape)
     if "k_norm" in weights:
         squares *= np.square(vector("k_norm"))
-    return of_pairs(squares, Heads.of(spec, layer))
-
-
-def of_pairs(sizes: F32, heads: Heads) -> F32:
-    """Sizes (n_kv_heads, head_dim) where both channels of a pair have their mean."""
-    pair = heads.factor_of_channel
-    means = [np.bincount(pair, own) / np.bincount(pair) for own in sizes]
-    return np.array(means, np.float32)[:, pair]
+    return squares
 
 
 def key_order_footprint(spec: ModelSpec, kv: KVStore) -> Footprint:
