@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,17 +170,22 @@ def in_a_block(decoder: Decoder, batch: MicroBatch) -> dict[str, int]:
 def decoded_weights() -> Iterator[list[Tensor]]:
     """While active: every tile of weights that is decoded; none is given back, so that all have their own addresses."""
     found: list[Tensor] = []
-    plain = PackedLinear.dense
+    plain = {name: getattr(PackedLinear, name) for name in ("dense", "tile")}
 
-    def noting(self: PackedLinear, start: int = 0, stop: int | None = None) -> Tensor:
-        found.append(plain(self, start, stop))
-        return found[-1]
+    def noting(name: str) -> Callable[..., Tensor]:
+        def decode(self: PackedLinear, *rows: int) -> Tensor:
+            found.append(plain[name](self, *rows))
+            return found[-1]
 
-    PackedLinear.dense = noting  # type: ignore[method-assign]
+        return decode
+
+    for name in plain:
+        setattr(PackedLinear, name, noting(name))
     try:
         yield found
     finally:
-        PackedLinear.dense = plain  # type: ignore[method-assign]
+        for name, method in plain.items():
+            setattr(PackedLinear, name, method)
 
 
 def of_a_tuning(

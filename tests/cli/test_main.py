@@ -24,7 +24,20 @@ def test_every_file_of_the_folder_is_a_command(barefoot):
     assert (
         listed
         == sorted(all_commands())
-        == ["compare", "doctor", "eval", "explain", "export", "fit", "kv-compare", "papers", "plan", "pull", "run"]
+        == [
+            "compare",
+            "doctor",
+            "eval",
+            "explain",
+            "export",
+            "fit",
+            "kv-compare",
+            "papers",
+            "plan",
+            "pull",
+            "run",
+            "tune",
+        ]
     )
 
 
