@@ -13,8 +13,8 @@ from barefoot.core.units import MIB
 DEFAULT_BYTES = 56 * MIB
 # What a run adds to the probe's bare process before it is measured itself: the file's header, the prompt, the terminal.
 RUN_EXTRA_BYTES = 3 * MIB
-# Page tables, stacks, and what malloc keeps back: measured runs must stay below predicted + this.
-SLACK_BYTES = 4 * MIB
+# Stacks, what malloc keeps back, and pages of libraries that only a run touches: 5.7 MiB were seen inside a cgroup.
+SLACK_BYTES = 6 * MIB
 _PHASES: tuple[Phase, ...] = ("load", "convert", "prefill", "decode")
 
 
