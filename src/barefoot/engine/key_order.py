@@ -13,8 +13,7 @@ Keys and queries are put in that order when they have been rotated: q · k is a 
 same, and weights, frequencies, norms and adapters stay as they are. Bytes, of L layers with H key heads of d channels:
 2 L H d. A store of blocks of n channels gains where n < d; heads of one block are left alone.
 
-*Differs from the paper*: it permutes rows of the weights at compile time. With RoPE that must keep pairs together, and
-gains half as much (benchmarks/kv/key_order.py).
+*Differs from the paper*: it permutes rows of the weights at compile time, which must keep the pairs of RoPE together.
 """
 
 from __future__ import annotations
