@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from barefoot import ops
 from barefoot.weights.recycling import empty
 
 _aten: Any = torch.ops.aten
@@ -77,8 +78,13 @@ class _Turn(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> Tensor:
     y = empty(x.shape, x)
-    n, half = x.shape[1], cos.shape[1]
-    cos, sin = cos[:n, None], sin[:n, None]
+    _, n, n_heads, head_dim = x.shape
+    half, cos, sin = cos.shape[1], cos[:n], sin[:n]
+    if len(x) == 1 and _has_kernels(x):
+        turned = y.copy_(x).numpy().reshape(n, n_heads * head_dim)
+        ops.rope(turned, n_heads, head_dim, cos.numpy(), (sin * sign).numpy(), interleaved=interleaved)
+        return y
+    cos, sin = cos[:, None], sin[:, None]
     (a, b), (into_a, into_b) = (_pairs(some[..., : 2 * half], interleaved) for some in (x, y))
     torch.mul(a, cos, out=into_a).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=into_b).addcmul_(a, sin, value=sign)
@@ -97,7 +103,11 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _activated(gate, activation).mul_(up)
+        if not _has_kernels(gate):
+            return _activated(gate, activation).mul_(up)
+        y = empty(gate.shape, gate)
+        ops.glu(gate.contiguous().numpy(), up.contiguous().numpy(), y.numpy(), activation=activation)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -110,6 +120,11 @@ class _Gate(torch.autograd.Function):
         else:
             _aten.gelu_backward.grad_input(by_gate, gate, approximate="tanh", grad_input=by_gate)
         return by_gate, by_up, None
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the ops take it."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
