@@ -1,9 +1,11 @@
 """Decoding behind a long prompt: tokens a second and bytes of compressed caches beside 16-bit rows.
 
     python -m benchmarks kv.long_decode MODEL NAME [--prefill 32000] [--decode 64] [--rounds 3] [--arms ARM ...]
+        [--snapshots FOLDER]
 
 ``MODEL`` may be of random weights: what is timed doesn't depend on them. A round is one fresh process of each arm, in
 turn; the prompt passes for real, so every cache is as its policy makes it. A ratio is the median of the rounds' own.
+With --snapshots it passes once, which isn't timed, and every round goes on from the file that it was saved to.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--snapshots", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     args = parser.parse_args()
     config = {"prefill": args.prefill, "decode": args.decode, "threads": args.threads, "arms": [FULL, *args.arms]}
-    facts = {**config, "read GB/s before": read_bandwidth(args.threads)}
-    card(f"decoding behind {args.prefill} tokens", facts)
+    kept: dict[str, str] = {}
+    if args.snapshots:
+        args.snapshots.mkdir(parents=True, exist_ok=True)
+        kept = {arm: str(args.snapshots / f"{i}.safetensors") for i, arm in enumerate(config["arms"])}
     seen: dict[str, list[Mapping[str, float]]] = {}
 
     def once(arm: str) -> Mapping[str, float]:
@@ -49,11 +54,19 @@ def main() -> None:
             "decode": args.decode,
             "n_threads": args.threads,
             "kv": arm,
+            **({"snapshot": kept[arm]} if kept else {}),
         }
-        seen.setdefault(arm, []).append(child(WORKER, settings))
+        return child(WORKER, settings)
+
+    def timed(arm: str) -> Mapping[str, float]:
+        seen.setdefault(arm, []).append(once(arm))
         return seen[arm][-1]
 
-    results = rounds({arm: lambda arm=arm: once(arm) for arm in config["arms"]}, args.rounds, warmup=0)
+    for arm in kept:
+        once(arm)
+    facts = {**config, "read GB/s before": read_bandwidth(args.threads)}
+    card(f"decoding behind {args.prefill} tokens", facts)
+    results = rounds({arm: lambda arm=arm: timed(arm) for arm in config["arms"]}, args.rounds, warmup=0)
     ratios: dict[str, float] = {}
     claims: list[dict[str, Any]] = []
     for arm in args.arms:

@@ -1,12 +1,14 @@
 """One fresh process of barefoot: load, prefill, decode; prints its figures as JSON. Argument: settings as JSON.
 
-Settings as in llama_cpp_worker.py, with ``kv``, ``weights``, ``layouts`` (as on the command line), ``chunk`` and
-``warm_up``, tokens that are decoded before time is taken; no torch, no command line.
+Settings as in llama_cpp_worker.py, with ``kv``, ``weights``, ``layouts`` (as on the command line), ``chunk``,
+``warm_up``, tokens that are decoded before time is taken, and ``snapshot``, a file that what was prefilled is saved to,
+or taken from if it is there; no torch, no command line.
 """
 
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -54,9 +56,15 @@ def main() -> None:
     ids = [(7 * i) % (n_vocab - 200) + 100 for i in range(settings["prefill"])]
     engine.prefill(ids[:8])
     engine.reset()
-    start = time.perf_counter()
-    engine.prefill(ids)
-    prefill_s = time.perf_counter() - start
+    snapshot, prefilled = settings.get("snapshot"), {}
+    if snapshot and Path(snapshot).is_file():
+        engine.load(Path(snapshot))
+    else:
+        start = time.perf_counter()
+        engine.prefill(ids)
+        prefilled = {"prefill_tokens_per_s": settings["prefill"] / (time.perf_counter() - start)}
+        if snapshot:
+            engine.save(Path(snapshot))
     for i in range(settings.get("warm_up", 0)):  # pages of weights that a long prompt hasn't touched for minutes
         engine.decode(100 + i)
     token, start = 200, time.perf_counter()
@@ -68,7 +76,7 @@ def main() -> None:
         json.dumps(
             {
                 "load_s": load_s,
-                "prefill_tokens_per_s": settings["prefill"] / prefill_s,
+                **prefilled,
                 "decode_tokens_per_s": settings["decode"] / decode_s,
                 "peak_mib": (peak_resident() or 0) / 2**20,
                 "predicted_mib": engine.footprint.peak()[1] / 2**20,

@@ -1,12 +1,13 @@
 """The same adapters, first values, documents and steps here and in PEFT: memory, time of a step, losses.
 
     python -m benchmarks train.beside_peft MODEL FOLDER TEXT NAME --peft-python PYTHON [--length 512] [--steps 20]
-        [--threads 2] [--memory 700MiB]
+        [--threads 2] [--rounds 3] [--memory 700MiB]
 
 FOLDER is MODEL in float32 as transformers reads it. Each arm is a fresh process that trains LoRA of rank 16 on one
 document a step, from the same file of ids; PEFT over float32, with and without checkpoints, with cut-cross-entropy's
-loss, and over bitsandbytes' NF4 and torchao's 8 bits with checkpoints. With --memory, ours over the stored base runs
-once more inside a memory cgroup of that size. Time counts on a machine at rest only.
+loss, and over bitsandbytes' NF4 and torchao's 8 bits with checkpoints. Ours over the stored base runs once more inside
+a memory cgroup of --memory. A round is every arm in turn; a ratio of times is the median of the rounds' own. Time
+counts on a machine at rest only.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=parse_bytes, default=700 << 20)
     args = parser.parse_args()
-    config = {"length": args.length, "steps": args.steps, "threads": args.threads, "rate": RATE}
+    config = {name: getattr(args, name) for name in ("length", "steps", "threads", "rounds")} | {"rate": RATE}
     card(f"tuning beside PEFT: {args.name}", config)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -65,19 +67,20 @@ def main() -> None:
         common = {"batches": str(batches), "rate": RATE, "threads": args.threads, "adapter": f"{work}/adapter"}
         mine = {**common, "model": args.model}
         _run([sys.executable, HERE / "tuning_worker.py"], {**mine, "begin": True})
-        for name, settings in OURS.items():
-            results[name] = _shown(name, _run([sys.executable, HERE / "tuning_worker.py"], {**mine, **settings}))
+        for _ in range(args.rounds):
+            for name, settings in OURS.items():
+                _take(results, name, _run([sys.executable, HERE / "tuning_worker.py"], {**mine, **settings}))
+            for name, settings in PEERS.items():
+                found = _run([args.peft_python, HERE / "peft_worker.py"], {**common, "folder": args.folder, **settings})
+                _take(results, name, found)
         limited = "inside the cgroup"
         if cgroup_reason() is None:
             command = [sys.executable, str(HERE / "tuning_worker.py")]
             settings = json.dumps({**mine, **OURS["stored, cce, recompute"]})
             done = run_limited([*command, settings], args.memory)
             if done.returncode == 0:
-                results[limited] = _shown(limited, json.loads(done.stdout.splitlines()[-1]))
+                _take(results, limited, json.loads(done.stdout.splitlines()[-1]))
                 results[limited]["cgroup_bytes"] = done.peak_bytes
-        for name, settings in PEERS.items():
-            found = _run([args.peft_python, HERE / "peft_worker.py"], {**common, "folder": args.folder, **settings})
-            results[name] = _shown(name, found)
     save(f"train/beside_peft_{args.name}", {"config": config, "results": results, "claims": _claims(results)}, "torch")
 
 
@@ -100,15 +103,26 @@ def _run(command: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _shown(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    found["median_seconds"] = statistics.median(found.pop("seconds")[1:])
+def _take(results: dict[str, dict[str, Any]], name: str, found: dict[str, Any]) -> None:
+    """Of several rounds the largest peak, each one's seconds a step, and the losses, which are the same."""
+    seconds, earlier = statistics.median(found.pop("seconds")[1:]), results.get(name)
     found["last_losses"] = statistics.mean(found["losses"][-5:])
+    found["seconds_a_step"] = [seconds]
+    if earlier is not None:
+        found["seconds_a_step"] = [*earlier["seconds_a_step"], seconds]
+        found["peak_bytes"] = max(earlier["peak_bytes"], found["peak_bytes"])
+    results[name] = found
     print(
-        f"  {name:44s} {found['peak_bytes'] / 2**20:7.0f} MiB  {found['median_seconds']:6.2f} s a step  "
+        f"  {name:44s} {found['peak_bytes'] / 2**20:7.0f} MiB  {seconds:6.2f} s a step  "
         f"loss {found['losses'][0]:.4f} -> {found['last_losses']:.4f}",
         flush=True,
     )
-    return found
+
+
+def _slower(ours: dict[str, Any], *theirs: dict[str, Any]) -> float:
+    """Seconds a step over those of the fastest of others in the same round, median."""
+    rounds = zip(ours["seconds_a_step"], *(each["seconds_a_step"] for each in theirs), strict=True)
+    return statistics.median(own / min(others) for own, *others in rounds)
 
 
 def _claims(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,10 +130,10 @@ def _claims(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     peers = [results[name] for name in PEERS if name in results]
     memory = ours["peak_bytes"] / min(p["peak_bytes"] for p in peers)
     best = min(found["last_losses"] for found in peers)
-    time = ours["median_seconds"] / results["peft float32, checkpoints"]["median_seconds"]
+    time = _slower(ours, results["peft float32, checkpoints"])
     kept = results["stored, cce, keep"]
     kept_memory = kept["peak_bytes"] / plain["peak_bytes"]
-    kept_time = kept["median_seconds"] / min(p["median_seconds"] for p in peers)
+    kept_time = _slower(kept, *peers)
     apart = max(abs(a - b) for a, b in zip(ours["losses"], plain["losses"], strict=True))
     found = [
         claim("peak over the least of PEFT's", memory, at_most=0.8),

@@ -27,12 +27,10 @@ from barefoot.train import MicroBatch
 def main() -> None:
     settings = json.loads(sys.argv[1])
     return_freed_memory(AT_ONCE)
-    from barefoot import ops
     from barefoot.train.driver.decoder import Decoder
     from barefoot.train.driver.loop import Settings, Trainer
     from barefoot.train.driver.warm_up import warm_up
 
-    ops.set_threads(settings["threads"])
     warm_up(settings["threads"])
     formats = parse_weights(settings["base"]) if settings.get("base") else {}
     formats = {group: found for group, found in formats.items() if group in ("attn", "ffn")}

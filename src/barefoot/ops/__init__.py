@@ -33,7 +33,7 @@ from barefoot.ops.scratch import (
     sign_scratch_bytes,
 )
 from barefoot.ops.threads import get as n_threads
-from barefoot.ops.threads import on_change, set_threads
+from barefoot.ops.threads import loaded_openmp, on_change, set_threads
 
 try:
     from barefoot.ops import _native  # type: ignore[attr-defined]
@@ -92,6 +92,7 @@ __all__ = [
     "round_groups",
     "set_isa",
     "set_threads",
+    "share_openmp",
     "sign_matmul",
     "sign_scratch_bytes",
     "top_k",
@@ -730,6 +731,19 @@ def set_isa(name: str) -> None:
 def backend() -> str:
     """What computes: ``"native:avx512-vnni"``, or ``"reference:numpy"`` when the compiled kernels are missing."""
     return f"{'reference' if _native is None else 'native'}:{isa()}"
+
+
+def share_openmp(wanted: bool = True) -> bool:
+    """Have the kernels work on the threads of the OpenMP that PyTorch brought along, as many as ``set_threads`` says;
+    whether they do now.
+
+    Those stay awake between two of PyTorch's own ops, on the cores that threads of the kernels' own would have to wait
+    for. Both should be told the same number. Results are the same.
+    """
+    parallel = loaded_openmp() if wanted and _native is not None else None
+    if _native is not None:
+        _native.use_openmp(parallel or 0)
+    return parallel is not None
 
 
 if _native is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from barefoot.core.errors import InvalidInput
 
@@ -33,3 +36,13 @@ def on_change(listener: Callable[[int], None]) -> None:
     global _listener
     _listener = listener
     listener(_n_threads)
+
+
+def loaded_openmp() -> int | None:
+    """The address of ``GOMP_parallel`` where this process has loaded GNU's OpenMP, as PyTorch does on Linux."""
+    with contextlib.suppress(OSError, AttributeError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = line.partition("/")[2]
+            if path.rpartition("/")[2].startswith("libgomp"):
+                return ctypes.cast(ctypes.CDLL(f"/{path}").GOMP_parallel, ctypes.c_void_p).value
+    return None

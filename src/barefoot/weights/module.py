@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from barefoot import ops
 from barefoot.core.errors import InvalidInput
 from barefoot.ops import PackedWeight, blocks, panels, parts
-from barefoot.weights import double_quantization
+from barefoot.weights import double_quantization, recycling
 from barefoot.weights.structures import Matrix
 
 TILE_BYTES = 4 << 20  # of decoded weights, float32; at least one row
+_FLOATS = torch.empty(0)
 
 
 class _Packed(nn.Module):
@@ -185,7 +186,7 @@ class PackedLinear(_Packed):
             weight = gpu.PanelWeight(self.format, self.rows, self.cols, self.weight.view(-1))
             y = gpu.panel_matmul(x.reshape(-1, self.cols).contiguous(), weight)
             return y.view(*x.shape[:-1], self.rows)
-        y = x.new_empty(*x.shape[:-1], self.rows)
+        y = recycling.empty((*x.shape[:-1], self.rows), x)
         flat, into = x.reshape(-1, self.cols), y.view(-1, self.rows)
         for start, stop in self.tiles():
             torch.mm(flat, self.tile(start, stop).to(x.dtype).T, out=into[:, start:stop])
@@ -193,7 +194,7 @@ class PackedLinear(_Packed):
 
     def product_back(self, grad: Tensor) -> Tensor:
         """grad W, of the gradient of a product that of its input."""
-        into = grad.new_empty(*grad.shape[:-1], self.cols)
+        into = recycling.empty((*grad.shape[:-1], self.cols), grad)
         flat, rows = into.view(-1, self.cols), grad.reshape(-1, self.rows)
         for start, stop in self.tiles():
             tile = self.tile(start, stop).to(grad.dtype)
@@ -331,6 +332,6 @@ def decode(format: str, rows: Tensor, cols: int, out: Tensor | None = None) -> T
     The kernels run on the host.
     """
     stored = rows.cpu().contiguous().numpy().reshape(-1)
-    into = torch.empty(len(rows), cols) if out is None else out
+    into = recycling.empty((len(rows), cols), _FLOATS) if out is None else out
     ops.embed(np.arange(len(rows), dtype=np.int32), PackedWeight(format, len(rows), cols, stored), into.numpy())
     return into.to(rows.device)

@@ -17,6 +17,7 @@ from barefoot.adapters import Factor
 from barefoot.adapters.driver.adapted import AdaptedLinear
 from barefoot.adapters.files import Pair
 from barefoot.weights.module import PackedLinear
+from barefoot.weights.recycling import product
 
 
 class LowRank(AdaptedLinear):
@@ -55,7 +56,7 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         y = base.product(x)
         seen = x if dropped is None else dropped
-        thin = seen.reshape(-1, base.cols) @ a.to(x.dtype).T
+        thin = product(seen.reshape(-1, base.cols), a.to(x.dtype).T)
         y.view(-1, base.rows).addmm_(thin, b.to(x.dtype).T, alpha=scale)
         ctx.base, ctx.scale, ctx.drops = base, scale, dropped is not None
         ctx.save_for_backward(seen, thin, a, b)
@@ -66,14 +67,14 @@ class _Adapted(torch.autograd.Function):
         seen, thin, a, b = ctx.saved_tensors
         base: PackedLinear = ctx.base
         grad = grads[0].reshape(-1, base.rows)
-        of_thin = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
-        of_a = (of_thin.T @ seen.reshape(-1, base.cols)).to(a.dtype)
-        of_b = (grad.T @ thin).mul_(ctx.scale).to(b.dtype)
+        of_thin = product(grad, b.to(grad.dtype)).mul_(ctx.scale)
+        of_a = product(of_thin.T, seen.reshape(-1, base.cols), a)
+        of_b = product(grad.T, thin, b).mul_(ctx.scale)
         into = base.product_back(grads[0]) if ctx.needs_input_grad[0] else None
         of_dropped = None
         if ctx.drops:
             if ctx.needs_input_grad[1]:
-                of_dropped = (of_thin @ a.to(grad.dtype)).view_as(seen)
+                of_dropped = product(of_thin, a.to(grad.dtype)).view_as(seen)
         elif into is not None:
             into.view(-1, base.cols).addmm_(of_thin, a.to(grad.dtype))
         return into, of_dropped, of_a, of_b, None, None

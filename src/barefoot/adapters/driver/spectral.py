@@ -19,6 +19,7 @@ from barefoot.adapters.lamda import LaMDA, principal
 from barefoot.core.errors import Incompatible
 from barefoot.core.model import WeightSpec
 from barefoot.weights.module import PackedLinear
+from barefoot.weights.recycling import empty, product
 
 
 class Spectral(AdaptedLinear):
@@ -104,11 +105,11 @@ class _Cored(torch.autograd.Function):
         base, kind = module.base, x.dtype
         y = base.product(x)
         flat = y.view(-1, base.rows)
-        inner = x.reshape(-1, base.cols) @ module.A.to(kind).T
+        inner = product(x.reshape(-1, base.cols), module.A.to(kind).T)
         settled, learning = module._split(core.to(kind))
         if len(module.settled_rows):
             flat.addmm_(inner @ settled, module.settled_rows.to(kind))
-        outer = inner @ learning
+        outer = product(inner, learning)
         if len(rows):
             flat.addmm_(outer, rows.to(kind))
         ctx.module = module
@@ -122,12 +123,12 @@ class _Cored(torch.autograd.Function):
         base = module.base
         grad = grads[0].reshape(-1, base.rows)
         kind = grad.dtype
-        of_outer = grad.new_empty(len(grad), module.rank)
+        of_outer = empty((len(grad), module.rank), grad)
         settled, learning = module._split(of_outer)
         settled.copy_(grad @ module.settled_rows.to(kind).T)
         learning.copy_(grad @ rows.to(kind).T)
-        of_core = (inner.T @ of_outer).to(core.dtype)
-        of_rows = (outer.T @ grad).to(rows.dtype) if ctx.needs_input_grad[2] else None
+        of_core = product(inner.T, of_outer, core)
+        of_rows = product(outer.T, grad, rows) if ctx.needs_input_grad[2] else None
         into = None
         if ctx.needs_input_grad[0]:
             into = base.product_back(grads[0])

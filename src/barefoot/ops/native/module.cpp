@@ -1274,6 +1274,7 @@ NB_MODULE(_native, m) {
   m.def("read_at", &barefoot::read_at, "fd"_a, "offset"_a, "array"_a.noconvert());
   m.def("populate", &barefoot::populate, "array"_a.noconvert());
 
+  m.def("use_openmp", [](uintptr_t parallel) { use_openmp(reinterpret_cast<Openmp>(parallel)); }, "parallel"_a);
   m.def("set_threads", &set_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("available_isas", [] {
     std::vector<std::string> names;

@@ -39,6 +39,9 @@ void wait_while(const std::atomic<T>& value, T old) {
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
+// Tasks that a thread takes at a time.
+int64_t claimed(int64_t n_tasks, int n) { return n_tasks > 8 * n ? n_tasks / (8 * n) : 1; }
+
 class Pool {
   static constexpr uint32_t kOpen = 1u << 31;
 
@@ -56,7 +59,7 @@ class Pool {
     body_ = body;
     context_ = context;
     n_tasks_ = n_tasks;
-    n_claimed_ = n_tasks > 8 * n ? n_tasks / (8 * n) : 1;
+    n_claimed_ = claimed(n_tasks, n);
     max_threads_ = max_threads;
     next_.store(0, std::memory_order_relaxed);
     inside_.store(kOpen, std::memory_order_release);
@@ -120,6 +123,26 @@ class Pool {
   alignas(64) std::atomic<uint32_t> inside_{0};  // workers in the region, and kOpen while more may come
 };
 
+// A region whose threads are OpenMP's. It ends when all of them have.
+struct Region {
+  int64_t n_tasks, n_claimed;
+  int max_threads;
+  void (*body)(void*, int64_t, int);
+  void* context;
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> n_threads{0};
+
+  void work() {
+    const int thread = n_threads.fetch_add(1, std::memory_order_relaxed);
+    if (thread >= max_threads) return;
+    for (int64_t task; (task = next.fetch_add(n_claimed, std::memory_order_relaxed)) < n_tasks;) {
+      const int64_t end = task + n_claimed < n_tasks ? task + n_claimed : n_tasks;
+      for (; task < end; ++task) body(context, task, thread);
+    }
+  }
+};
+
+std::atomic<Openmp> openmp{nullptr};
 std::atomic<int> wanted_threads{1};
 // Never freed: its threads sleep until the process ends. A forked child has no such threads and starts a new pool.
 std::atomic<Pool*> current{nullptr};
@@ -147,10 +170,24 @@ void set_threads(int n) {
   if (Pool* existing = current.load(std::memory_order_acquire)) existing->resize(n);
 }
 
+void use_openmp(Openmp parallel) {
+#if !defined(_WIN32)
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { openmp.store(nullptr, std::memory_order_relaxed); });
+  (void)registered;
+#endif
+  openmp.store(parallel, std::memory_order_relaxed);
+}
+
 void run_tasks(int64_t n_tasks, int max_threads, void (*body)(void*, int64_t, int), void* context) {
   const int n = n_threads();
   if (n == 1 || max_threads == 1 || n_tasks <= 1) {
     for (int64_t task = 0; task < n_tasks; ++task) body(context, task, 0);
+    return;
+  }
+  if (const Openmp parallel = openmp.load(std::memory_order_relaxed)) {
+    Region region{n_tasks, claimed(n_tasks, n), max_threads, body, context};
+    parallel([](void* its) { static_cast<Region*>(its)->work(); }, &region, static_cast<unsigned>(n), 0);
     return;
   }
   pool().run(n_tasks, n, max_threads, body, context);

@@ -10,6 +10,11 @@ namespace barefoot {
 int n_threads();
 void set_threads(int n);
 
+// Hand tasks to the threads of an OpenMP that the process has loaded instead of threads of one's own, by its entry
+// point GOMP_parallel; null for one's own. Theirs wait for work awake, on the cores that ours would need.
+using Openmp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+void use_openmp(Openmp parallel);
+
 // Run body(context, task, thread) for every task in [0, n_tasks); thread < min(n_threads(), max_threads). Tasks are
 // handed out a few at a time where they are many, in any order, so their results must not depend on which thread runs them. One region runs at a time.
 void run_tasks(int64_t n_tasks, int max_threads, void (*body)(void*, int64_t, int), void* context);

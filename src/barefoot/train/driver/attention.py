@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from barefoot import ops
+from barefoot.weights.recycling import empty
+
+_FLOATS, _BYTES = torch.empty(0), torch.empty(0, dtype=torch.uint8)
 
 
 def attend(
@@ -83,7 +86,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _native_forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty(q.shape), torch.empty(q.shape[1], len(q))
+    out, lse = empty(q.shape, _FLOATS), torch.empty(q.shape[1], len(q))
     given: Any = [*map(_array, (q, k, v)), np.array(options.lengths, np.int64), *map(_array, (out, lse))]
     ops.flash_forward(*given, **_cut(options), scratch=_scratch(q, k, options, backward=False))
     return out.to(q.dtype), lse
@@ -92,7 +95,7 @@ def _native_forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple
 def _native_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by_q, by_k, by_v = gradients = tuple(torch.empty(x.shape) for x in (q, k, v))
+    by_q, by_k, by_v = gradients = tuple(empty(x.shape, _FLOATS) for x in (q, k, v))
     known = map(_array, (d_out, q, k, v, out, lse))
     given: Any = [*known, np.array(options.lengths, np.int64), *map(_array, gradients)]
     ops.flash_backward(*given, **_cut(options), scratch=_scratch(q, k, options, backward=True))
@@ -109,7 +112,7 @@ def _cut(options: _Options) -> dict[str, Any]:
 
 def _scratch(q: Tensor, k: Tensor, options: _Options, *, backward: bool) -> Any:
     size = ops.flash_scratch_bytes(options.lengths, q.shape[1], k.shape[1], q.shape[2], backward=backward)
-    return torch.empty(size, dtype=torch.uint8).numpy()
+    return empty((size,), _BYTES).numpy()
 
 
 def _triton_forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:

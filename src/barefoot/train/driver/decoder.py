@@ -32,6 +32,7 @@ from barefoot.train.losses import Loss
 from barefoot.weights.formats import WeightFormat
 from barefoot.weights.formats.stored import Stored
 from barefoot.weights.module import DoubleLinear, PackedEmbedding, PackedLinear
+from barefoot.weights.recycling import Recycler
 
 TYPES: Mapping[Compute, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Turns = Mapping[Rope, tuple[Tensor, Tensor]]
@@ -200,7 +201,7 @@ class Decoder(Frozen):
         kept: Mapping[int, Kept] | None = None,
     ) -> None:
         super().__init__(checkpoint, spec, formats=formats, compute=compute, kept=kept)
-        self.adapter, self.activations = adapter, activations
+        self.adapter, self.activations, self.recycler = adapter, activations, Recycler()
         ranks, random = adapter.ranks_of(self.spec, self._original), torch.Generator().manual_seed(seed)
         for weight in self.spec.weights:
             if weight.name in ranks:

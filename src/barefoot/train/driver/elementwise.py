@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from barefoot.weights.recycling import empty
 
 _aten: Any = torch.ops.aten
 
@@ -41,7 +42,7 @@ class _Norm(torch.autograd.Function):
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factors, scale)
-        return (x * scale).mul_(factors)
+        return torch.mul(x, scale, out=empty(x.shape, x)).mul_(factors)
 
     @staticmethod
     @once_differentiable
@@ -50,12 +51,13 @@ class _Norm(torch.autograd.Function):
         width = x.shape[-1]
         by_x = by_factors = None
         if ctx.needs_input_grad[0]:
-            by_x = grad * factors
+            by_x = torch.mul(grad, factors, out=empty(x.shape, x))
             along = torch.bmm(by_x.view(-1, 1, width), x.reshape(-1, width, 1)).view(scale.shape)
             along.mul_(scale).mul_(scale).mul_(scale).div_(width)
             by_x.mul_(scale).addcmul_(x, along, value=-1)
         if ctx.needs_input_grad[1]:
-            by_factors = (x * scale).mul_(grad).reshape(-1, width).sum(0).view(factors.shape)
+            normed = torch.mul(x, scale, out=empty(x.shape, x))
+            by_factors = normed.mul_(grad).reshape(-1, width).sum(0).view(factors.shape)
         return by_x, by_factors, None
 
 
@@ -74,7 +76,7 @@ class _Turn(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty(x.shape, x)
     n, half = x.shape[1], cos.shape[1]
     cos, sin = cos[:n, None], sin[:n, None]
     (a, b), (into_a, into_b) = (_pairs(some[..., : 2 * half], interleaved) for some in (x, y))
@@ -102,7 +104,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         by_up = _activated(gate, ctx.activation).mul_(grad)
-        by_gate = grad * up
+        by_gate = torch.mul(grad, up, out=empty(up.shape, up))
         if ctx.activation == "silu":
             _aten.silu_backward.grad_input(by_gate, gate, grad_input=by_gate)
         else:
@@ -111,4 +113,5 @@ class _Gate(torch.autograd.Function):
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    y = empty(gate.shape, gate)
+    return _aten.silu(gate, out=y) if activation == "silu" else _aten.gelu(gate, approximate="tanh", out=y)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from barefoot.train import NOTHING
 from barefoot.train.losses.cce import LABELS, CutCrossEntropy
+from barefoot.weights.recycling import empty
 
 Words: TypeAlias = "slice | Tensor"  # of a stretch of the vocabulary
 
@@ -83,21 +84,22 @@ class Tiles:
         self.problem, hidden = problem, problem.hidden
         self.kind = hidden.dtype
         self.wide = torch.promote_types(self.kind, torch.float32)
+        self._wide = hidden.new_empty(0, dtype=self.wide)
         self.places = predicting(problem.labels)
         self.labels = problem.labels if self.places is None else problem.labels[self.places]
         self.n = len(self.labels)
         self.block, self.width = loss.tile(self.n, problem.head.rows)
         self._logits = self._floats(self.block * self.width)
         self._slopes = self._floats(self.block * self.width if problem.softcap else 0)
-        self._products = hidden.new_empty(0 if self.kind == self.wide else self.block * self.width)
+        self._products = empty((0 if self.kind == self.wide else self.block * self.width,), hidden)
         self._sums = hidden.new_empty(0)
-        self._inputs = hidden.new_empty(0 if self.places is None else self.block * problem.head.cols)
+        self._inputs = empty((0 if self.places is None else self.block * problem.head.cols,), hidden)
 
     def _floats(self, n: int) -> Tensor:
-        return self.problem.hidden.new_empty(n, dtype=self.wide)
+        return empty((n,), self._wide)
 
     def floats(self, *shape: int) -> Tensor:
-        return self.problem.hidden.new_zeros(shape, dtype=self.wide)
+        return empty(shape, self._wide).zero_()
 
     def blocks(self) -> Iterator[slice]:
         """Of the tokens that predict."""
@@ -166,7 +168,7 @@ class Tiles:
             total.addmm_(a, b)
             return
         if self._sums.numel() < total.numel():
-            self._sums = self.problem.hidden.new_empty(max(self.block, self.width) * total.shape[1])
+            self._sums = empty((max(self.block, self.width) * total.shape[1],), self.problem.hidden)
         product = torch.mm(a, b, out=_view(self._sums, *total.shape))
         if lost is None:
             total.add_(product)
@@ -243,7 +245,7 @@ def gradients(
         order = likely_last(tiles)
         words_of = order.argsort()[tiles.labels]
     own = kahan or tiles.kind == tiles.wide
-    by_hidden = hidden.new_zeros(hidden.shape) if own else tiles.floats(tiles.n, head.cols)
+    by_hidden = empty(hidden.shape, hidden).zero_() if own else tiles.floats(tiles.n, head.cols)
     lost = hidden.new_zeros(tiles.n, head.cols) if kahan else None
     by_head = _HeadGradient(tiles, order) if trains_head else None
     by_bias = tiles.floats(head.rows) if trains_bias else None

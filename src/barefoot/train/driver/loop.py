@@ -16,6 +16,7 @@ from barefoot.optim.adamw import Adam
 from barefoot.train import MicroBatch
 from barefoot.train.driver import state
 from barefoot.train.losses import Loss
+from barefoot.weights.recycling import Recycler, recycled
 
 
 class Data(Protocol):
@@ -31,6 +32,10 @@ class Data(Protocol):
 
 class Learner(Protocol):
     """What is trained: a ``Decoder`` or a ``SideDecoder``."""
+
+    @property
+    def recycler(self) -> Recycler | None:
+        """Lends what a pass allocates, where all of that asks for it."""
 
     def loss(self, batch: MicroBatch, loss: Loss) -> torch.Tensor:
         """The mean over the tokens that predict something."""
@@ -156,9 +161,10 @@ class Trainer:
         total, loss = sum(batch.n_predicted for batch in batches), 0.0
         for batch in batches:
             if batch.n_predicted:
-                part = self.decoder.loss(batch, self.loss) * (batch.n_predicted / total)
-                part.backward()
-                loss += float(part.detach())
+                with recycled(self.decoder.recycler):
+                    part = self.decoder.loss(batch, self.loss) * (batch.n_predicted / total)
+                    part.backward()
+                    loss += float(part.detach())
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -194,11 +200,14 @@ class Trainer:
         with torch.no_grad():
             for batch in batches:
                 if batch.n_predicted:
-                    loss += float(self.decoder.loss(batch, self.loss)) * batch.n_predicted
+                    with recycled(self.decoder.recycler):
+                        loss += float(self.decoder.loss(batch, self.loss)) * batch.n_predicted
                     total += batch.n_predicted
         return loss / total if total else float("nan")
 
     def save(self) -> None:
         """Write the state."""
+        if self.decoder.recycler is not None:
+            self.decoder.recycler.clear()
         settled = self.decoder.settled()
         state.save(self._path, self._identity, self.progress, self.learned, settled, self._optimizer)

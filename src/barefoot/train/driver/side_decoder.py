@@ -24,6 +24,7 @@ from barefoot.train.driver.layer import StreamLayer
 from barefoot.train.footprint import Compute
 from barefoot.train.losses import Loss
 from barefoot.weights.formats import WeightFormat
+from barefoot.weights.recycling import Recycler
 
 NORM_EPS = 1e-5  # of the norms behind the narrowing
 
@@ -35,6 +36,8 @@ class SideDecoder(Frozen):
     seed : of the side network's first values.
     compute : of the base's products, and of those that narrow its hidden states; the side network is in float32.
     """
+
+    recycler: Recycler | None = None  # PyTorch itself allocates what the side network keeps
 
     def __init__(
         self,

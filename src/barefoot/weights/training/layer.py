@@ -65,11 +65,11 @@ class LayerFunction:
         a = self._seen("attn_in", self._norm(weights["attn_norm"], x))
         q, k, v = (self._product(weights, role, a) for role in "qkv")
         o = self._product(weights, "o", self._seen("attn_out", self._attend(weights, q, k, v)))
-        x = x + self._behind(weights, "post_attn_norm", o)
+        x = self._behind(weights, "post_attn_norm", o).add_(x)  # nothing else needs what comes out of either
         f = self._seen("ffn_in", self._norm(weights["ffn_norm"], x))
         gate, up = self._product(weights, "gate", f), self._product(weights, "up", f)
         down = self._product(weights, "down", self._seen("ffn_out", self._gated(gate, up)))
-        return x + self._behind(weights, "post_ffn_norm", down)
+        return self._behind(weights, "post_ffn_norm", down).add_(x)
 
     def _seen(self, place: str, x: Tensor) -> Tensor:
         """Activations as products meet them."""
