@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,26 +62,34 @@ class Attended:
 def attended(model: str, ids: Sequence[int], n_threads: int = 1) -> list[Attended]:
     """Of each layer that sees all positions."""
     with Checkpoint(model) as checkpoint:
-        spec = model_spec(checkpoint)
         kv = Ruled(Sinks(keep=len(ids)), HalfStore())  # keeps everything
         config = EngineConfig(context=len(ids), kv=kv, activations="float32", n_threads=n_threads)
-        with Engine(checkpoint, spec, config) as engine:
-            assert engine._by_layer is not None
-            cache = engine._by_layer.caches[0]
-            got: dict[int, list[tuple[F32, ...]]] = {}
-            prefill = cache.prefill
+        with Engine(checkpoint, model_spec(checkpoint), config) as engine:
+            with capturing(engine) as found:
+                engine.prefill(list(ids))
+            return found
 
-            def look(layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
-                got.setdefault(layer, []).append((q.copy(), k.copy(), v.copy()))
-                prefill(layer, q, k, v, out)
 
-            cache.prefill = look  # type: ignore[method-assign]
-            engine.prefill(list(ids))
-    found = []
+@contextmanager
+def capturing(engine: Engine) -> Iterator[list[Attended]]:
+    """What is prefilled inside the context, in the first sequence, of each layer that a policy rules: filled in when
+    it ends."""
+    assert engine._by_layer is not None
+    cache, spec = engine._by_layer.caches[0], engine.spec
+    got: dict[int, list[tuple[F32, ...]]] = {}
+    found: list[Attended] = []
+    prefill = cache.prefill
+
+    def look(layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
+        got.setdefault(layer, []).append((q.copy(), k.copy(), v.copy()))
+        prefill(layer, q, k, v, out)
+
+    cache.prefill = look  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del cache.prefill
     for layer in sorted(got):
-        q, k, v = (
-            np.concatenate(parts).reshape(len(ids), -1, spec.head_dim).swapaxes(0, 1).copy()
-            for parts in zip(*got[layer], strict=True)
-        )
+        parts = (np.concatenate(each) for each in zip(*got[layer], strict=True))
+        q, k, v = (part.reshape(len(part), -1, spec.head_dim).swapaxes(0, 1).copy() for part in parts)
         found.append(Attended(q, k, v, spec.attn_scale))
-    return found

@@ -121,6 +121,20 @@ def check_entries(cache, plain):
             assert sorted(positions(cache, layer, head)) == sorted(there)
 
 
+def test_mass_is_the_column_sums_of_the_whole_softmax():
+    """A prompt in chunks, of which a few tokens are observed at a time, against all probabilities at once."""
+    cache, n = make(H2O(keep=300)), 300
+    q, k, v = arrays(np.random.default_rng(4), n)
+    run_prompt(cache, [(q, k, v)] * 2, 24)
+    keys = k.reshape(n, 2, 32).astype(np.float16).astype(np.float64)
+    scores = 0.7 * np.einsum("thd,shd->hts", q.reshape(n, 6, 32), keys.repeat(3, axis=1))
+    scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+    shares = np.exp(scores - scores.max(axis=2, keepdims=True))
+    sums = (shares / shares.sum(axis=2, keepdims=True)).sum(axis=1).reshape(2, 3, n).sum(axis=1)
+    for head in range(2):
+        assert np.abs(cache.storage.mass(1)[head] - sums[head, positions(cache, 1, head)]).max() < 1e-4
+
+
 def test_half_precision_that_is_kept_is_what_came():
     cache = make(H2O(keep=12))
     rng = np.random.default_rng(1)
