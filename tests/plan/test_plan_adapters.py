@@ -76,3 +76,12 @@ def test_lora_is_explained_with_the_models_numbers():
         "ffn": {"A": 30 * 8 * (2 * 576 + 1536) * 4, "B": 30 * 8 * (2 * 1536 + 576) * 4},
     }
     assert [line.part for line in explain(find("lora(targets=qv)"), SMOL, RunJob(1024, 64)).lines] == ["attn"]
+
+
+def test_optimizers_are_explained_over_the_default_adapter():
+    """16 × (inputs + outputs) of seven matrices in 30 layers learn; the largest array is 16 × 1,536."""
+    learned = 30 * 16 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    (line,) = explain(find("adamw"), SMOL, RunJob(64, 1)).lines
+    assert (line.bytes, line.stored_bytes) == (8 * learned + 8 * 16 * 1536, 8 * learned)
+    (line,) = explain(find("paged(resident=2)"), SMOL, RunJob(64, 1)).lines
+    assert (line.bytes, line.stored_bytes) == (2 * MIB + (256 << 10) + 8 * 16 * 1536, 8 * learned)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from barefoot.adapters import Adapter
+from barefoot.adapters.lora import LoRA
 from barefoot.adapters.pruning import Pruning, pruned_spec
 from barefoot.core.errors import Incompatible, InvalidInput, unknown_name
 from barefoot.core.ledger import Term
@@ -21,6 +22,8 @@ from barefoot.kv.policies import Policy
 from barefoot.kv.ruled import Ruled
 from barefoot.kv.stores import KVStore
 from barefoot.kv.stores.f16 import HalfStore
+from barefoot.optim import Optimizer
+from barefoot.optim.adamw import Adam
 from barefoot.plan import quality
 from barefoot.plan.job import RunJob
 from barefoot.weights.formats import WeightFormat
@@ -28,7 +31,7 @@ from barefoot.weights.formats import WeightFormat
 
 @dataclass(frozen=True)
 class Line:
-    """The terms of one part of the model (a group of matrices, or all layers' keys and values), and its loss."""
+    """The terms of one part (a group of matrices, all layers' keys and values, an optimizer), and its loss."""
 
     part: str
     terms: tuple[Term, ...]
@@ -103,7 +106,7 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
 
     Parameters
     ----------
-    technique : a weight format, a KV store, a policy (over half precision), an adapter, or a pruning, see :func:`find`.
+    technique : a weight format, a KV store, a policy (over half precision), an adapter, a pruning or an optimizer, see :func:`find`.
     spec : the model.
     job : gives the KV store's context.
     chunk : tokens of prefill at once, which window layers keep beyond their window.
@@ -125,8 +128,12 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
             lines = _factors(technique, spec)
         elif isinstance(technique, Pruning):
             lines = _copied(technique, spec)
+        elif isinstance(technique, Optimizer):
+            lines = _remembered(technique, spec)
         else:
-            raise InvalidInput(f"{technique.name} is no weight format, adapter or pruning, nor of the KV cache")
+            raise InvalidInput(
+                f"{technique.name} is no weight format, adapter, pruning or optimizer, nor of the KV cache"
+            )
     except Incompatible as error:
         lines, refused = (), str(error)
     return Explanation(
@@ -158,6 +165,14 @@ def _factors(technique: Adapter, spec: ModelSpec) -> tuple[Line, ...]:
             terms = tuple(Term(letter, n, 4) for letter, n in counts.items())
             lines.append(Line(group, terms, 0.0, "beside the stored values, before it is trained", stored))
     return tuple(lines)
+
+
+def _remembered(technique: Optimizer, spec: ModelSpec) -> tuple[Line, ...]:
+    """What an optimizer has in memory of the default adapter, beside Adam's moments."""
+    sizes = [factor.n_elements for factor in LoRA().factors(spec)]
+    terms = (*technique.state_terms(sizes), *technique.step_terms(sizes))
+    stored = sum(term.bytes for term in Adam().state_terms(sizes))
+    return (Line("optimizer", terms, 0.0, f"of {LoRA()}'s arrays; beside adamw's moments", stored),)
 
 
 def _copied(technique: Pruning, spec: ModelSpec) -> tuple[Line, ...]:
