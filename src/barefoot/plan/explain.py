@@ -106,7 +106,8 @@ def explain(technique: Technique, spec: ModelSpec, job: RunJob, chunk: int = 64)
 
     Parameters
     ----------
-    technique : a weight format, a KV store, a policy (over half precision), an adapter, a pruning or an optimizer, see :func:`find`.
+    technique : a weight format, a KV store, a policy (over half precision), an adapter, a pruning or an optimizer
+        (:func:`find`).
     spec : the model.
     job : gives the KV store's context.
     chunk : tokens of prefill at once, which window layers keep beyond their window.
