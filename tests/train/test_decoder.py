@@ -22,6 +22,8 @@ from barefoot.train.driver.decoder import Decoder  # noqa: E402
 from barefoot.train.footprint import Tuning, footprint  # noqa: E402
 from barefoot.train.losses.cce import CutCrossEntropy  # noqa: E402
 from barefoot.train.losses.plain import Plain  # noqa: E402
+from barefoot.weights.module import PackedLinear  # noqa: E402
+from barefoot.weights.recycling import Recycler, recycled  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LENGTHS = (23, 9, 1)
@@ -119,6 +121,36 @@ def test_what_is_passed_again_has_the_same_gradients(folder, dropout):
     torch.manual_seed(4)
     other = gradients(model, batch)
     assert all(torch.equal(other[name], found[1][name]) for name in other) == (dropout == 0)
+
+
+def test_products_that_no_gradient_needs_are_not_taken_again(folder, monkeypatch):
+    """The last of a layer, where no norm is behind it."""
+    model, product, taken = decoder(folder, activations="recompute"), PackedLinear.product, []
+    names = {id(module.base): role for layer in model.layers for role, module in layer.items()}
+    monkeypatch.setattr(
+        PackedLinear, "product", lambda self, x: (taken.append(names.get(id(self), "head")), product(self, x))[1]
+    )
+    gradients(model, stream())
+    normed = "post_ffn_norm" in model._vectors[0]
+    n = model.spec.n_layers
+    assert {role: taken.count(role) for role in ("q", "up", "down")} == {
+        "q": 2 * n,
+        "up": 2 * n,
+        "down": n + n * normed,
+    }
+
+
+def test_recycling_changes_no_gradient(folder):
+    batch, found = stream(lengths=(97, 60)), []
+    for recycler in (None, Recycler()):
+        model = decoder(folder, activations="keep")
+        perturb(model)
+        for _ in range(2):
+            with recycled(recycler):
+                found.append(gradients(model, batch))
+        if recycler is not None:
+            assert recycler.most > 0
+    assert all(torch.equal(found[0][name], each[name]) for each in found[1:] for name in found[0])
 
 
 def test_a_rounded_base_is_frozen_and_learned_beside(folder):

@@ -13,6 +13,9 @@ from barefoot.adapters.files import Pair
 class AdaptedLinear(nn.Module):
     """A frozen product with what learns beside it: ``forward(x)`` multiplies by both."""
 
+    #: Whether the next pass is for its gradients alone, so that what it returns may be anything.
+    only_for_gradients = False
+
     @property
     @abstractmethod
     def learned(self) -> Mapping[str, nn.Parameter]:

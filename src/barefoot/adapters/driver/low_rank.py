@@ -17,7 +17,7 @@ from barefoot.adapters import Factor
 from barefoot.adapters.driver.adapted import AdaptedLinear
 from barefoot.adapters.files import Pair
 from barefoot.weights.module import PackedLinear
-from barefoot.weights.recycling import product
+from barefoot.weights.recycling import empty, product
 
 
 class LowRank(AdaptedLinear):
@@ -46,18 +46,22 @@ class LowRank(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        return _Adapted.apply(x, dropped, self.A, self.B, self.base, self.scale)
+        return _Adapted.apply(x, dropped, self.A, self.B, self.base, self.scale, self.only_for_gradients)
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, base: PackedLinear, scale: float
+        ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, base: PackedLinear, scale: float, idle: bool
     ) -> Tensor:
-        y = base.product(x)
         seen = x if dropped is None else dropped
+        if idle:
+            y = empty((*x.shape[:-1], base.rows), x)
+        else:
+            y = base.product(x)
         thin = product(seen.reshape(-1, base.cols), a.to(x.dtype).T)
-        y.view(-1, base.rows).addmm_(thin, b.to(x.dtype).T, alpha=scale)
+        if not idle:
+            y.view(-1, base.rows).addmm_(thin, b.to(x.dtype).T, alpha=scale)
         ctx.base, ctx.scale, ctx.drops = base, scale, dropped is not None
         ctx.save_for_backward(seen, thin, a, b)
         return y
@@ -77,4 +81,4 @@ class _Adapted(torch.autograd.Function):
                 of_dropped = product(of_thin, a.to(grad.dtype)).view_as(seen)
         elif into is not None:
             into.view(-1, base.cols).addmm_(of_thin, a.to(grad.dtype))
-        return into, of_dropped, of_a, of_b, None, None
+        return into, of_dropped, of_a, of_b, None, None, None

@@ -25,7 +25,7 @@ from barefoot.ops import blocks
 from barefoot.train import MicroBatch
 from barefoot.train.driver.cross_entropy import cross_entropy
 from barefoot.train.driver.elementwise import rms_norm
-from barefoot.train.driver.layer import Product, StreamLayer
+from barefoot.train.driver.layer import LayerPass, Product, StreamLayer
 from barefoot.train.driver.recompute import recompute
 from barefoot.train.footprint import Activations, Compute, format_of
 from barefoot.train.losses import Loss
@@ -161,11 +161,10 @@ class Frozen(nn.Module):
         """What the first layer meets, float32 (1, N, d_model)."""
         return self.embed(torch.from_numpy(batch.ids)).float()[None]
 
-    def layer(self, index: int, turns: Turns, lengths: tuple[int, ...]) -> functools.partial[Tensor]:
-        """A layer as a function of hidden states (1, N, d_model)."""
+    def layer(self, index: int, turns: Turns, lengths: tuple[int, ...]) -> LayerPass:
         turn, products = turns[self.spec.layers[index].rope], cast("Mapping[str, Product]", self.layers[index])
         function = StreamLayer(self.spec, index, *turn, compute=self.compute, lengths=lengths, products=products)
-        return functools.partial(function, self._vectors[index])
+        return LayerPass(function, self._vectors[index])
 
     def normed(self, x: Tensor) -> Tensor:
         """Behind the last norm, float32 (N, d_model)."""

@@ -7,11 +7,34 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from barefoot.adapters.driver.adapted import AdaptedLinear
 from barefoot.train.driver.attention import attend
 from barefoot.train.driver.elementwise import gated, rms_norm, turned
 from barefoot.weights.training.layer import LayerFunction
 
 Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """A layer as a function of hidden states (1, N, d_model), with ``vectors``, its norms and biases."""
+
+    function: StreamLayer
+    vectors: Mapping[str, Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(self.vectors, x)
+
+    def again(self, x: Tensor) -> Tensor:
+        """The same for its gradients alone: without the last product, where no norm behind it meets its value."""
+        last = self.function.products["down"]
+        if not isinstance(last, AdaptedLinear) or "post_ffn_norm" in self.vectors:
+            return self(x)
+        last.only_for_gradients = True
+        try:
+            return self(x)
+        finally:
+            last.only_for_gradients = False
 
 
 @dataclass(frozen=True)

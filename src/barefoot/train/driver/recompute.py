@@ -5,14 +5,21 @@ As ``torch.utils.checkpoint``, which brings 75 MiB of PyTorch's compiler into me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor, learned: Sequence[Tensor], *, draws: bool) -> Tensor:
+class Function(Protocol):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def again(self, x: Tensor) -> Tensor:
+        """The same for its gradients alone: its value may be anything."""
+
+
+def recompute(function: Function, x: Tensor, learned: Sequence[Tensor], *, draws: bool) -> Tensor:
     """``function(x)``, whose gradients reach x and ``learned``, all other tensors that learn in it.
 
     draws : whether it draws random numbers, which must be the same again.
@@ -23,7 +30,7 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, learned: Sequence
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor], Tensor], draws: bool, x: Tensor, *learned: Tensor) -> Tensor:
+    def forward(ctx: Any, function: Function, draws: bool, x: Tensor, *learned: Tensor) -> Tensor:
         ctx.function, ctx.random = function, torch.get_rng_state() if draws else None
         ctx.save_for_backward(x, *learned)
         return function(x)
@@ -38,7 +45,7 @@ class _Again(torch.autograd.Function):
             after = torch.get_rng_state()
             torch.set_rng_state(ctx.random)
         with torch.enable_grad():
-            y = ctx.function(x)
+            y = ctx.function.again(x)
         if after is not None:
             torch.set_rng_state(after)
         found = torch.autograd.grad(y, [x, *learned] if wanted else learned, grads[0])

@@ -20,7 +20,7 @@ from barefoot.train import MicroBatch
 from barefoot.train.driver.cross_entropy import cross_entropy
 from barefoot.train.driver.decoder import Frozen, Turns, turns_of
 from barefoot.train.driver.elementwise import rms_norm
-from barefoot.train.driver.layer import StreamLayer
+from barefoot.train.driver.layer import LayerPass, StreamLayer
 from barefoot.train.footprint import Compute
 from barefoot.train.losses import Loss
 from barefoot.weights.formats import WeightFormat
@@ -127,11 +127,11 @@ class SideDecoder(Frozen):
         """What a layer of the side network meets: (1 - β) n_i + β g_(i-1)."""
         return torch.lerp(self.narrowed(index, x), thin, torch.sigmoid(self._learned[f"layers.{index}.gamma"]))
 
-    def beside(self, index: int, turns: Turns, lengths: tuple[int, ...]) -> partial[Tensor]:
+    def beside(self, index: int, turns: Turns, lengths: tuple[int, ...]) -> LayerPass:
         """A layer of the side network as a function of (1, N, s)."""
         roles, turn = self._roles[index], turns[self.side.layers[index].rope]
         products = {role: partial(F.linear, weight=weight) for role, weight in roles.items() if len(weight) > 1}
-        return partial(StreamLayer(self.side, index, *turn, lengths=lengths, products=products), roles)
+        return LayerPass(StreamLayer(self.side, index, *turn, lengths=lengths, products=products), roles)
 
     def joined(self, x: Tensor, thin: Tensor) -> Tensor:
         """α norm(h) + (1 - α) (norm_g(g) Uᵀ + b), (N, d_model); exactly norm(h) where α is 1."""

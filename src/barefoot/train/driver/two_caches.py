@@ -7,7 +7,6 @@ Both hold keys, turned, and values of all layers, float32 (1, positions, KV head
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from barefoot.core.errors import InvalidInput
 from barefoot.core.model import ModelSpec
 from barefoot.train import MicroBatch
 from barefoot.train.driver.decoder import turns_of
-from barefoot.train.driver.layer import StreamLayer
+from barefoot.train.driver.layer import LayerPass, StreamLayer
 from barefoot.train.driver.side_decoder import SideDecoder
 from barefoot.weights.training.layer import LayerFunction
 
@@ -86,8 +85,7 @@ class TwoCaches:
         return found
 
 
-def _cached(layer: partial[Tensor], cache: Cache) -> partial[Tensor]:
+def _cached(layer: LayerPass, cache: Cache) -> LayerPass:
     """The same layer with a cache."""
-    function: StreamLayer = layer.func  # type: ignore[assignment]
-    fields = {name: getattr(function, name) for name in StreamLayer.__dataclass_fields__}
-    return partial(CachedLayer(**fields, cache=cache), *layer.args)
+    fields = {name: getattr(layer.function, name) for name in StreamLayer.__dataclass_fields__}
+    return LayerPass(CachedLayer(**fields, cache=cache), layer.vectors)
