@@ -498,14 +498,18 @@ inline void dequantize_row(const uint8_t* data, int64_t n_cols, int64_t row, int
     for (; n > 0; n -= Format::elements, block += Format::bytes) {
       Format::scales(block, scale, offset);
       for (int c = 0; c < Format::elements / 32; ++c, out += 32) {
+        constexpr int run = Format::group < 32 ? Format::group : 32;  // columns of one scale: vectors, without a gather
         uint8_t code[32];
         store(code, Format::codes(block, c));
-        for (int i = 0; i < 32; ++i) {
-          const int whole = Format::wide && !kUnsignedBytes ? static_cast<int8_t>(code[i]) : code[i];
-          const int g = (32 * c + i) / Format::group;
-          const float product = scale[g] * static_cast<float>(whole - Format::zero);
-          if constexpr (Format::has_offset) out[i] = product + offset[g];
-          else out[i] = product;
+        for (int first = 0; first < 32; first += run) {
+          const int g = (32 * c + first) / Format::group;
+          const float times = scale[g], plus = Format::has_offset ? offset[g] : 0.0f;
+          for (int i = first; i < first + run; ++i) {
+            const int whole = Format::wide && !kUnsignedBytes ? static_cast<int8_t>(code[i]) : code[i];
+            const float product = times * static_cast<float>(whole - Format::zero);
+            if constexpr (Format::has_offset) out[i] = product + plus;
+            else out[i] = product;
+          }
         }
       }
     }
