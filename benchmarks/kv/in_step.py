@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,18 @@ F32 = npt.NDArray[np.float32]
 CHUNK, N_LOGITS = 128, 64
 
 
-def engine(checkpoint: Checkpoint, kv: KVStore, context: int, n_sequences: int, n_threads: int) -> Engine:
+def engine(
+    checkpoint: Checkpoint, kv: KVStore, context: int, n_sequences: int, n_threads: int, **settings: Any
+) -> Engine:
+    """``settings`` : others of the configuration; activations are float32 without."""
     config = EngineConfig(
-        context,
-        kv,
+        context=context,
+        kv=kv,
         chunk=min(CHUNK, context),
-        activations="float32",
         n_logits=min(N_LOGITS, context),
         n_sequences=n_sequences,
         n_threads=n_threads,
+        **{"activations": "float32", **settings},
     )
     return Engine(checkpoint, model_spec(checkpoint), config)
 
