@@ -98,7 +98,8 @@ def empty(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     if recycler is None or n_bytes < LEAST or like.device.type != "cpu":
         return like.new_empty(shape)
     made: Any = like.new_empty(0)  # a view of the bytes could not be changed in place
-    return made.set_(torch.from_numpy(recycler.lend(n_bytes)).untyped_storage(), 0, shape)  # type: ignore[no-any-return]
+    lent: Tensor = made.set_(torch.from_numpy(recycler.lend(n_bytes)).untyped_storage(), 0, shape)
+    return lent
 
 
 def product(a: Tensor, b: Tensor, like: Tensor | None = None) -> Tensor:
